@@ -1,0 +1,44 @@
+"""Checks of a launcher's arguments: each costs about a microsecond and says what would have been right."""
+
+from __future__ import annotations
+
+import torch
+
+# torch dtypes a kernel computes in, with the name kernels use for them.
+FLOATS = {torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+def dtype_name(operation: str, name: str, tensor: torch.Tensor) -> str:
+    """ "bf16" or "f32". Raises TypeError for any other dtype."""
+    known = FLOATS.get(tensor.dtype)
+    if known is None:
+        raise TypeError(f"{operation}: {name} is {tensor.dtype}: torch.bfloat16 or torch.float32 needed")
+    return known
+
+
+def tensor(operation: str, name: str, given: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Shape and dtype as given, and contiguous. Raises TypeError or ValueError naming the argument."""
+    if given.dtype != dtype:
+        raise TypeError(f"{operation}: {name} is {given.dtype}: {dtype} needed")
+    if given.shape != shape:
+        raise ValueError(f"{operation}: {name} has shape {tuple(given.shape)}: {shape} needed")
+    if not given.is_contiguous():
+        raise ValueError(f"{operation}: {name} is not contiguous (strides {given.stride()})")
+
+
+def rows(operation: str, name: str, given: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """As `tensor`, but rows (dimension 0) may lie apart. Returns the elements from one row to the next."""
+    if given.dtype != dtype:
+        raise TypeError(f"{operation}: {name} is {given.dtype}: {dtype} needed")
+    if given.shape != shape:
+        raise ValueError(f"{operation}: {name} has shape {tuple(given.shape)}: {shape} needed")
+    if not given.is_contiguous() and len(given) and not given[0].is_contiguous():
+        raise ValueError(f"{operation}: a row of {name} is not contiguous (strides {given.stride()})")
+    return given.stride(0)
+
+
+def dimensions(operation: str, name: str, given: torch.Tensor, meaning: str) -> torch.Size:
+    """The shape, of as many dimensions as `meaning` ("T, H") names. Raises ValueError."""
+    if given.dim() != meaning.count(",") + 1:
+        raise ValueError(f"{operation}: {name} has shape {tuple(given.shape)}: [{meaning}] needed")
+    return given.shape

@@ -1,0 +1,99 @@
+"""The door to Numba: the only file that imports numba or llvmlite.
+
+Everything else in kernels/ takes its compiler from here, so that a successor of numba-cuda is swapped in by one edit.
+
+With NUMBA_ENABLE_CUDASIM=1 (`SIMULATED`) the same names run the kernels on a CPU without Numba: `cuda` is the simulator
+(kernels/simulator.py), the scalar types are NumPy's, and `device_function` leaves a function as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
+
+if SIMULATED:
+    import numpy as _scalars
+
+    from kernels.simulator import cuda as _cuda
+
+    cgutils: Any = None
+    intrinsic: Any = None
+    ir: Any = None
+    types: Any = None
+else:
+    import numba as _scalars
+    from llvmlite import ir
+    from numba import cuda as _cuda
+    from numba import types
+    from numba.cuda import cgutils  # pyright: ignore[reportAttributeAccessIssue]
+    from numba.cuda.extending import intrinsic
+
+# Any: what these are to the compiler is not what their stubs say.
+cuda: Any = _cuda
+float32: Any = _scalars.float32
+int32: Any = _scalars.int32
+int64: Any = _scalars.int64
+uint8: Any = _scalars.uint8
+uint16: Any = _scalars.uint16
+uint32: Any = _scalars.uint32
+uint64: Any = _scalars.uint64
+
+__all__ = [
+    "SIMULATED",
+    "cgutils",
+    "compile_ptx",
+    "cuda",
+    "device_function",
+    "float32",
+    "int32",
+    "int64",
+    "intrinsic",
+    "ir",
+    "types",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "versions",
+]
+
+
+def device_function(fn: Callable[..., Any]) -> Any:
+    """Mark `fn` as callable from kernels; it stays a Python function under the simulator.
+
+    It is inlined before typing: numba-cuda asks the driver for a device when it compiles one by itself.
+    """
+    return fn if SIMULATED else cuda.jit(device=True, inline="always")(fn)
+
+
+def compile_ptx(fn: Callable[..., Any], signature: Any, arch: str, launch_bounds: tuple[int, ...]) -> str:
+    """PTX of the kernel `fn`.
+
+    signature: `types.void(...)`; arch: such as "sm_90a"; launch_bounds: threads a block, then optionally the least
+    number of blocks an SM must hold. Raises RuntimeError where libnvvm is missing or under the simulator, and Numba's
+    own errors where `fn` does not compile.
+    """
+    if SIMULATED:
+        raise RuntimeError("cannot compile under the simulator: unset NUMBA_ENABLE_CUDASIM")
+    digits = arch.removeprefix("sm_")
+    suffix = digits[len(digits.rstrip("abcdefghijklmnopqrstuvwxyz")) :]
+    number = int(digits.removesuffix(suffix))
+    capability = (number // 10, number % 10, suffix) if suffix else (number // 10, number % 10)
+    ptx, _ = cuda.compile(fn, signature, cc=capability, device=False, abi="numba", launch_bounds=launch_bounds)
+    return ptx
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that turn Python into PTX, by distribution name ("" where one is not installed)."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("numba", "numba-cuda", "llvmlite"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = ""
+    return found

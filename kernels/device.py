@@ -1,0 +1,104 @@
+"""Functions that kernels share: element access by dtype, elementary functions, sums over a block.
+
+Every function here runs on the GPU (inlined) and under the simulator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from kernels import ptx
+from kernels.cuda import SIMULATED, cuda, device_function
+
+DTYPES = ("bf16", "f32")
+
+
+@device_function
+def _load_bf16(pointer, index):
+    return ptx.f32_from_bf16(pointer[index])
+
+
+@device_function
+def _store_bf16(pointer, index, value):
+    pointer[index] = ptx.cvt_rn_bf16_f32(value)
+
+
+@device_function
+def _round_bf16(value):
+    return ptx.f32_from_bf16(ptx.cvt_rn_bf16_f32(value))
+
+
+@device_function
+def _load_f32(pointer, index):
+    return pointer[index]
+
+
+@device_function
+def _store_f32(pointer, index, value):
+    pointer[index] = value
+
+
+@device_function
+def _round_f32(value):
+    return value
+
+
+def load(dtype: str) -> Callable[[Any, int], Any]:
+    """`load(dtype)(pointer, index)`: the element as float32. dtype: "bf16" or "f32"."""
+    return {"bf16": _load_bf16, "f32": _load_f32}[dtype]
+
+
+def store(dtype: str) -> Callable[[Any, int, Any], None]:
+    """`store(dtype)(pointer, index, value)`: write a float32, rounded to nearest even. dtype: "bf16" or "f32"."""
+    return {"bf16": _store_bf16, "f32": _store_f32}[dtype]
+
+
+def rounding(dtype: str) -> Callable[[Any], Any]:
+    """`rounding(dtype)(value)`: the float32 after a trip through dtype."""
+    return {"bf16": _round_bf16, "f32": _round_f32}[dtype]
+
+
+# math's functions are double and raise on overflow in Python; on the GPU they are libdevice's float32.
+if SIMULATED:
+    exp, log, log1p = np.exp, np.log, np.log1p
+else:
+    exp, log, log1p = math.exp, math.log, math.log1p
+
+
+@device_function
+def block_sum(shared, thread, value, threads):
+    """Sum of `value` over the block's threads, the same bits in all of them: a tree, the upper half onto the lower.
+
+    shared: float32 array of `threads` elements; threads: a power of two. Barriers before and after.
+    """
+    shared[thread] = value
+    cuda.syncthreads()
+    half = threads >> 1
+    while half > 0:
+        if thread < half:
+            shared[thread] = ptx.add_rn_f32(shared[thread], shared[thread + half])
+        cuda.syncthreads()
+        half >>= 1
+    total = shared[0]
+    cuda.syncthreads()
+    return total
+
+
+@device_function
+def block_max(shared, thread, value, threads):
+    """Largest `value` over the block's threads; as `block_sum`. No value may be NaN."""
+    shared[thread] = value
+    cuda.syncthreads()
+    half = threads >> 1
+    while half > 0:
+        if thread < half:
+            shared[thread] = max(shared[thread], shared[thread + half])
+        cuda.syncthreads()
+        half >>= 1
+    largest = shared[0]
+    cuda.syncthreads()
+    return largest

@@ -1,0 +1,21 @@
+"""Matrix product with a weight: x [T, K] times weight [N, K] transposed. One version a file.
+
+| version | what it does |
+|---|---|
+| naive | one thread an output element, K in order in one fp32 accumulator |
+
+Measured shares of the limit (weight bytes over copy bandwidth, or the matrix rate): `reports/REPORT.md`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.linear.naive import linear
+
+__all__ = ["linear", "reference"]
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T in torch, in the dtype given."""
+    return torch.nn.functional.linear(x, weight)

@@ -1,0 +1,351 @@
+"""PTX instructions as functions for kernels, each named as PTX names it and each with its twin.
+
+The body of a function here is the twin: what runs under the simulator. On a GPU `@instruction` puts the PTX in its
+place. A warp-wide twin meets the lanes of its warp, computes with NumPy and hands every lane its result.
+Source: PTX ISA 9.0, sections 9.7 (instructions) and 9.7.15 (matrix fragments).
+
+Registers are uint32 here where PTX says .b32; a pair of bf16 in one has the lower index in the lower half.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from kernels.cuda import SIMULATED, cgutils, intrinsic, ir, types
+from kernels.simulator import SimulationError, current, shared_bytes
+from kernels.simulator import shared_address as shared_address_of
+
+FULL_MASK = 0xFFFFFFFF
+
+# Operand kinds: constraint letter of the inline assembly. "p" is a pointer and an element index, "a" an array.
+_LETTERS = {"u16": "h", "u32": "r", "s32": "r", "u64": "l", "f32": "f"}
+
+
+def instruction(
+    asm: str, returns: str | tuple[str, ...] | None, *operands: str, memory: bool = False, collective: bool = False
+) -> Any:
+    """Decorator: on a GPU the function is the inline assembly `asm`, under the simulator it is itself.
+
+    returns, operands: kinds "u16", "u32", "s32", "u64", "f32"; several results come back as a tuple. An operand "p" is
+    two arguments, a pointer and the index of an element: the assembly gets the element's address. An operand "a" is a
+    shared array: the assembly gets its generic address. Results are $0… and operands follow.
+    memory: it reads or writes memory or synchronises, so no access to memory may move across it. collective: all lanes
+    must execute it together, so it may not move into or out of a branch.
+    """
+    if SIMULATED:
+        return lambda twin: twin
+
+    results = (returns,) if isinstance(returns, str) else returns or ()
+    llvm = {"u16": ir.IntType(16), "u32": ir.IntType(32), "s32": ir.IntType(32), "u64": ir.IntType(64)}
+    llvm["f32"] = ir.FloatType()
+    scalars = {"u16": types.uint16, "u32": types.uint32, "s32": types.int32, "u64": types.uint64, "f32": types.float32}
+    address = ir.IntType(64)
+    constraints = ["=" + _LETTERS[kind] for kind in results] + [_LETTERS.get(kind, "l") for kind in operands]
+    if memory:
+        constraints.append("~{memory}")
+
+    def decorate(twin: Callable[..., Any]) -> Any:
+        def typing(typingctx: Any, *given: Any) -> Any:
+            accepted, pending = [], list(given)
+            for kind in operands:
+                if kind == "p":
+                    accepted += [pending.pop(0), types.int64]
+                    pending.pop(0)
+                elif kind == "a":
+                    accepted.append(pending.pop(0))
+                else:
+                    accepted.append(scalars[kind])
+                    pending.pop(0)
+            if len(results) > 1:
+                returned = types.UniTuple(scalars[results[0]], len(results))
+            else:
+                returned = scalars[results[0]] if results else types.void
+            return returned(*accepted), generate
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            arguments, kinds, place = [], [], 0
+            for kind in operands:
+                if kind == "p":
+                    element = builder.gep(values[place], [values[place + 1]])
+                    arguments.append(builder.ptrtoint(element, address))
+                    place += 1
+                elif kind == "a":
+                    array = context.make_array(signature.args[place])(context, builder, values[place])
+                    arguments.append(builder.ptrtoint(array.data, address))
+                else:
+                    arguments.append(values[place])
+                kinds.append(llvm.get(kind, address))
+                place += 1
+            if len(results) > 1:
+                returned = ir.LiteralStructType([llvm[kind] for kind in results])
+            else:
+                returned = llvm[results[0]] if results else ir.VoidType()
+            function = ir.FunctionType(returned, kinds)
+            assembly = ir.InlineAsm(function, asm, ",".join(constraints), side_effect=memory or collective)
+            called = builder.call(assembly, arguments)
+            if len(results) > 1:
+                parts = [builder.extract_value(called, i) for i in range(len(results))]
+                return cgutils.pack_array(builder, parts)
+            return called if results else context.get_dummy_value()
+
+        # Numba maps arguments by the signature: give it the twin's names behind the typing context.
+        context_first = inspect.Parameter("typingctx", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        named = inspect.signature(twin).parameters.values()
+        typing.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [context_first, *(p.replace(annotation=inspect.Parameter.empty) for p in named)]
+        )
+        typing.__name__ = twin.__name__
+        typing.__doc__ = twin.__doc__
+        return intrinsic(typing)
+
+    return decorate
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+_BF16_VALUES = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32) if SIMULATED else None
+
+
+def _round_to_bf16(value: Any) -> int:
+    """Bits of the bf16 nearest to `value`, ties to even; NaN becomes 0x7fff, as cvt.rn.bf16.f32 has it."""
+    bits = int(value.view(np.uint32))
+    if bits & 0x7FFFFFFF > 0x7F800000:
+        return 0x7FFF
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+
+
+@instruction("{ .reg .b16 zero; mov.b16 zero, 0; mov.b32 $0, {zero, $1}; }", "f32", "u16")
+def f32_from_bf16(bits: Any) -> Any:
+    """float32 of a bf16's 16 bits: exact."""
+    return _BF16_VALUES[bits]  # type: ignore[index]
+
+
+@instruction("cvt.rn.bf16.f32 $0, $1;", "u16", "f32")
+def cvt_rn_bf16_f32(value: Any) -> Any:
+    """The 16 bits of the bf16 nearest to a float32, ties to even."""
+    return np.uint16(_round_to_bf16(value))
+
+
+@instruction("cvt.rn.bf16x2.f32 $0, $1, $2;", "u32", "f32", "f32")
+def cvt_rn_bf16x2_f32(high: Any, low: Any) -> Any:
+    """Two float32 rounded to bf16 and packed: the first argument in the upper half, as PTX orders them."""
+    return np.uint32(_round_to_bf16(high) << 16 | _round_to_bf16(low))
+
+
+@instruction("mov.b32 $0, $1;", "u32", "f32")
+def bits_from_f32(value: Any) -> Any:
+    """The 32 bits of a float32."""
+    return value.view(np.uint32)
+
+
+@instruction("mov.b32 $0, $1;", "f32", "u32")
+def f32_from_bits(bits: Any) -> Any:
+    """The float32 of 32 bits."""
+    return bits.view(np.float32)
+
+
+@instruction("add.rn.f32 $0, $1, $2;", "f32", "f32", "f32")
+def add_rn_f32(a: Any, b: Any) -> Any:
+    """a + b, rounded; the compiler never fuses it into another operation."""
+    return a + b
+
+
+@instruction("mul.rn.f32 $0, $1, $2;", "f32", "f32", "f32")
+def mul_rn_f32(a: Any, b: Any) -> Any:
+    """a * b, rounded; the compiler never fuses it into another operation."""
+    return a * b
+
+
+@instruction("fma.rn.f32 $0, $1, $2, $3;", "f32", "f32", "f32", "f32")
+def fma_rn_f32(a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once.
+
+    The twin rounds to float64 in between: where only bits beyond the 53rd break a tie, it may go the other way.
+    """
+    return np.float32(float(a) * float(b) + float(c))
+
+
+@instruction("div.rn.f32 $0, $1, $2;", "f32", "f32", "f32")
+def div_rn_f32(a: Any, b: Any) -> Any:
+    """a / b, rounded correctly."""
+    return a / b
+
+
+@instruction("sqrt.rn.f32 $0, $1;", "f32", "f32")
+def sqrt_rn_f32(a: Any) -> Any:
+    """Square root, rounded correctly."""
+    return np.sqrt(a)
+
+
+@instruction("ex2.approx.ftz.f32 $0, $1;", "f32", "f32")
+def ex2_approx_f32(a: Any) -> Any:
+    """2 ** a within 2 ** -22 of itself; subnormal results are 0. The twin is exact to the last bit or so instead."""
+    result = np.exp2(a)
+    return np.float32(0) if result < np.float32(2.0**-126) else result
+
+
+# --- between the lanes of a warp -------------------------------------------------------------------------------------
+
+
+def _shuffle(mode: str, kind: str, source: Callable[[int, int], int]) -> Any:
+    # The last operand but one is the clamp: lane 31 for all modes but up, which stops at lane 0.
+    asm = f"shfl.sync.{mode}.b32 $0, $2, $3, {0 if mode == 'up' else 31}, $1;"
+
+    def shuffle(mask: Any, value: Any, by: Any) -> Any:
+        def exchange(lanes: dict[int, Any]) -> dict[int, Any]:
+            results = {}
+            for lane, (_, amount) in lanes.items():
+                other = source(lane, int(amount))
+                other = other if 0 <= other < 32 else lane
+                if other not in lanes:
+                    raise SimulationError(f"shfl.sync.{mode}: lane {lane} reads lane {other}, which is not in the mask")
+                results[lane] = lanes[other][0]
+            return results
+
+        return current().collective(f"shfl.sync.{mode}", int(mask), (value, by), exchange)
+
+    shuffle.__name__ = f"shfl_sync_{mode}_{kind}"
+    return instruction(asm, kind, "u32", kind, "u32", collective=True)(shuffle)
+
+
+# shfl_sync_<mode>_<kind>(mask, value, by): every lane of mask gives value and gets that of lane ^ by (bfly), lane + by
+# (down), lane - by (up), its own where there is no such lane, or lane by (idx).
+shfl_sync_bfly_f32 = _shuffle("bfly", "f32", lambda lane, by: lane ^ by)
+shfl_sync_down_f32 = _shuffle("down", "f32", lambda lane, by: lane + by)
+shfl_sync_up_f32 = _shuffle("up", "f32", lambda lane, by: lane - by)
+shfl_sync_idx_f32 = _shuffle("idx", "f32", lambda lane, by: by & 31)
+shfl_sync_bfly_u32 = _shuffle("bfly", "u32", lambda lane, by: lane ^ by)
+shfl_sync_down_u32 = _shuffle("down", "u32", lambda lane, by: lane + by)
+shfl_sync_up_u32 = _shuffle("up", "u32", lambda lane, by: lane - by)
+shfl_sync_idx_u32 = _shuffle("idx", "u32", lambda lane, by: by & 31)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@instruction("{ .reg .u64 wide; cvta.to.shared.u64 wide, $1; cvt.u32.u64 $0, wide; }", "u32", "a")
+def shared_address(array: Any) -> Any:
+    """32-bit address of a shared array's first element in the shared window, as the instructions below take it."""
+    return np.uint32(shared_address_of(array))
+
+
+@instruction("ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", ("u32", "u32", "u32", "u32"), "p")
+def ld_global_nc_v4(pointer: Any, index: Any) -> Any:
+    """The 16 bytes at pointer[index], at a multiple of 16, as four uint32, past L1. No one may write them meanwhile."""
+    return tuple(pointer.bytes(index, 16).view(np.uint32))
+
+
+def _cp_async(size: int, cache: str) -> Any:
+    asm = f"cp.async.{cache}.shared.global [$0], [$1], {size};"
+
+    def cp_async(target: Any, pointer: Any, index: Any) -> None:
+        source, place = pointer.bytes(index, size), shared_bytes(int(target), size)
+        current().copies[-1].append((place, source))
+
+    cp_async.__name__ = f"cp_async_{cache}_{size}"
+    return instruction(asm, None, "u32", "p", memory=True)(cp_async)
+
+
+# cp_async_<cache>_<bytes>(shared address, pointer, index): start copying bytes from pointer[index] to shared memory,
+# both at multiples of the size. What arrives may be read after a wait, and by other threads after a barrier too. The
+# twin copies at the wait and not before.
+cp_async_ca_4 = _cp_async(4, "ca")
+cp_async_ca_8 = _cp_async(8, "ca")
+cp_async_cg_16 = _cp_async(16, "cg")
+
+
+@instruction("cp.async.commit_group;", None, memory=True)
+def cp_async_commit_group() -> None:
+    """Close the group of copies this thread started since the last commit."""
+    current().copies.append([])
+
+
+@functools.cache
+def cp_async_wait_group(pending: int) -> Any:
+    """A function without arguments that waits until at most `pending` of this thread's newest groups are under way."""
+
+    def wait() -> None:
+        copies = current().copies
+        while len(copies) - 1 > pending:
+            for place, source in copies.pop(0):
+                place[:] = source
+
+    wait.__name__ = f"cp_async_wait_group_{pending}"
+    return instruction(f"cp.async.wait_group {pending};", None, memory=True)(wait)
+
+
+# --- tensor cores ----------------------------------------------------------------------------------------------------
+
+
+def _ldmatrix(count: int, transposed: bool) -> Any:
+    trans = ".trans" if transposed else ""
+    name = f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16"
+    outputs = ", ".join(f"${i}" for i in range(count))
+
+    def ldmatrix(address: Any) -> Any:
+        def gather(lanes: dict[int, Any]) -> dict[int, Any]:
+            rows = [shared_bytes(int(lanes[lane]), 16).view(np.uint16) for lane in range(8 * count)]
+            matrices = np.array(rows).reshape(count, 8, 8)
+            if transposed:
+                matrices = matrices.transpose(0, 2, 1)
+            pairs = np.ascontiguousarray(matrices).view(np.uint32).reshape(count, 32)
+            return {lane: pairs[0, lane] if count == 1 else tuple(pairs[:, lane]) for lane in lanes}
+
+        return current().collective(name, FULL_MASK, address, gather)
+
+    ldmatrix.__name__ = f"ldmatrix_x{count}{'_trans' if transposed else ''}"
+    return instruction(f"{name} {{{outputs}}}, [${count}];", ("u32",) * count, "u32", memory=True)(ldmatrix)
+
+
+# ldmatrix_x<n>[_trans](address): n matrices of 8 x 8 16-bit elements from shared memory into the warp's registers.
+# Lane 8 i + r gives the address of row r of matrix i (a multiple of 16). Lane l gets of each matrix elements 2 (l % 4)
+# and the next of row l / 4, or with trans of column l / 4, in one uint32 (x1) or a tuple of them.
+ldmatrix_x1 = _ldmatrix(1, False)
+ldmatrix_x2 = _ldmatrix(2, False)
+ldmatrix_x4 = _ldmatrix(4, False)
+ldmatrix_x1_trans = _ldmatrix(1, True)
+ldmatrix_x2_trans = _ldmatrix(2, True)
+ldmatrix_x4_trans = _ldmatrix(4, True)
+
+
+def _mma(dtype: str) -> Any:
+    name = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32"
+    asm = f"{name} {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
+
+    def values(registers: list[Any]) -> np.ndarray:
+        pairs = np.array(registers, np.uint32).view(np.uint16)
+        return pairs.view(np.float16).astype(np.float64) if dtype == "f16" else _bf16_values(pairs)
+
+    def mma(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> Any:
+        def multiply(lanes: dict[int, Any]) -> dict[int, Any]:
+            a, b, c = np.empty((16, 16)), np.empty((16, 8)), np.empty((16, 8))
+            for lane, held in lanes.items():
+                row, pair = lane // 4, lane % 4 * 2
+                a[row, pair : pair + 2], a[row + 8, pair : pair + 2] = values(held[0:1]), values(held[1:2])
+                a[row, pair + 8 : pair + 10], a[row + 8, pair + 8 : pair + 10] = values(held[2:3]), values(held[3:4])
+                b[pair : pair + 2, row], b[pair + 8 : pair + 10, row] = values(held[4:5]), values(held[5:6])
+                c[row, pair : pair + 2], c[row + 8, pair : pair + 2] = held[6:8], held[8:10]
+            d = (a @ b + c).astype(np.float32)
+            return {lane: (*d[lane // 4, lane % 4 * 2 :][:2], *d[lane // 4 + 8, lane % 4 * 2 :][:2]) for lane in lanes}
+
+        return current().collective(name, FULL_MASK, [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3], multiply)
+
+    mma.__name__ = f"mma_m16n8k16_{dtype}"
+    return instruction(asm, ("f32",) * 4, *("u32",) * 6, *("f32",) * 4, collective=True)(mma)
+
+
+def _bf16_values(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+# mma_m16n8k16_<dtype>(a0 … a3, b0, b1, c0 … c3): c + a b for a [16, 16], b [16, 8], c [16, 8] spread over a warp; four
+# float32 of the result. With g = lane / 4 and t = 2 (lane % 4): a0 holds a[g, t:t+2], a1 a[g+8, t:t+2], a2
+# a[g, t+8:t+10], a3 a[g+8, t+8:t+10]; b0 b[t:t+2, g], b1 b[t+8:t+10, g]; c0, c1 c[g, t:t+2], c2, c3 c[g+8, t:t+2].
+# Products are exact and sums fp32, in an order PTX leaves open; the twin rounds once.
+mma_m16n8k16_bf16 = _mma("bf16")
+mma_m16n8k16_f16 = _mma("f16")

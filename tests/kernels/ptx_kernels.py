@@ -1,0 +1,209 @@
+"""One small kernel for each PTX instruction: run by test_ptx.py, compiled by test_launch.py."""
+
+from kernels import ptx
+from kernels.cuda import cuda, float32, int32, uint8, uint32
+from kernels.launch import Kernel, kernel_factory
+
+UNARY = {
+    "f32_from_bits": "i32*",
+    "sqrt_rn_f32": "f32*",
+    "ex2_approx_f32": "f32*",
+}
+BINARY = ("add_rn_f32", "mul_rn_f32", "div_rn_f32")
+
+
+@kernel_factory
+def unary(name):
+    """x, out f32[n], n; grid (n / 32,)."""
+    operation = getattr(ptx, name)
+    bits = UNARY[name] == "i32*"
+
+    def kernel(x, out, count):
+        i = cuda.blockIdx.x * 32 + cuda.threadIdx.x
+        if i < count:
+            out[i] = operation(uint32(x[i]) if bits else x[i])
+
+    return Kernel(f"test_{name}", kernel, (UNARY[name], "f32*", "i32"), 32)
+
+
+@kernel_factory
+def binary(name):
+    """x, y, out f32[n], n; grid (n / 32,)."""
+    operation = getattr(ptx, name)
+
+    def kernel(x, y, out, count):
+        i = cuda.blockIdx.x * 32 + cuda.threadIdx.x
+        if i < count:
+            out[i] = operation(x[i], y[i])
+
+    return Kernel(f"test_{name}", kernel, ("f32*", "f32*", "f32*", "i32"), 32)
+
+
+@kernel_factory
+def fma():
+    """x, y, z, out f32[n], n; grid (n / 32,)."""
+
+    def kernel(x, y, z, out, count):
+        i = cuda.blockIdx.x * 32 + cuda.threadIdx.x
+        if i < count:
+            out[i] = ptx.fma_rn_f32(x[i], y[i], z[i])
+
+    return Kernel("test_fma", kernel, ("f32*", "f32*", "f32*", "f32*", "i32"), 32)
+
+
+@kernel_factory
+def convert():
+    """x f32[n] -> rounded bf16[n], widened f32[n], pairs i32[n] of (x, -x), bits i32[n]; n; grid (n / 32,)."""
+
+    def kernel(x, rounded, widened, pairs, bits, count):
+        i = cuda.blockIdx.x * 32 + cuda.threadIdx.x
+        if i < count:
+            rounded[i] = ptx.cvt_rn_bf16_f32(x[i])
+            widened[i] = ptx.f32_from_bf16(rounded[i])
+            pairs[i] = int32(ptx.cvt_rn_bf16x2_f32(-x[i], x[i]))
+            bits[i] = int32(ptx.bits_from_f32(x[i]))
+
+    return Kernel("test_convert", kernel, ("f32*", "bf16*", "f32*", "i32*", "i32*", "i32"), 32)
+
+
+@kernel_factory
+def shuffle(mode, kind, by):
+    """x, out [64] of f32 or i32; grid (1,)."""
+    exchange = getattr(ptx, f"shfl_sync_{mode}_{kind}")
+    cast = float32 if kind == "f32" else uint32
+    back = float32 if kind == "f32" else int32
+
+    def kernel(x, out):
+        i = cuda.threadIdx.x
+        out[i] = back(exchange(uint32(0xFFFFFFFF), cast(x[i]), uint32(by)))
+
+    pointer = "f32*" if kind == "f32" else "i32*"
+    return Kernel(f"test_shfl_{mode}_{kind}_{by}", kernel, (pointer, pointer), 64)
+
+
+@kernel_factory
+def half_warp_sum():
+    """x, out f32[32]: lanes 0 to 15 add theirs up with a mask of their own; grid (1,)."""
+
+    def kernel(x, out):
+        i = cuda.threadIdx.x
+        value = x[i]
+        if i < 16:
+            for by in (8, 4, 2, 1):
+                value += ptx.shfl_sync_bfly_f32(uint32(0xFFFF), value, uint32(by))
+        out[i] = value
+
+    return Kernel("test_half_warp_sum", kernel, ("f32*", "f32*"), 32)
+
+
+@kernel_factory
+def wide_load():
+    """x i32[n], out i32[n], n a multiple of 4: copied 16 bytes at a time; grid (1,)."""
+
+    def kernel(x, out, count):
+        i = cuda.threadIdx.x * 4
+        if i < count:
+            got = ptx.ld_global_nc_v4(x, i)
+            for j in range(4):
+                out[i + j] = int32(got[j])
+
+    return Kernel("test_wide_load", kernel, ("i32*", "i32*", "i32"), 32)
+
+
+@kernel_factory
+def asynchronous_copy(name, size, waits):
+    """x, early, out u8[2 * 32 * size]: two groups of copies into shared memory, waited for one after the other; early
+    gets what the first group left in shared memory before the second wait. grid (1,)."""
+    copy = getattr(ptx, name)
+    wait_first, wait_all = ptx.cp_async_wait_group(1), ptx.cp_async_wait_group(0)
+    half, both = 32 * size, 64 * size
+
+    def kernel(x, early, out):
+        staged = cuda.shared.array(both, uint8)
+        i = cuda.threadIdx.x * size
+        address = ptx.shared_address(staged)
+        copy(uint32(address + uint32(i)), x, i)
+        ptx.cp_async_commit_group()
+        copy(uint32(address + uint32(half + i)), x, half + i)
+        ptx.cp_async_commit_group()
+        if waits:
+            wait_first()
+        for j in range(size):
+            early[i + j] = staged[i + j]
+        wait_all()
+        for j in range(size):
+            out[i + j] = staged[i + j]
+            out[half + i + j] = staged[half + i + j]
+
+    return Kernel(f"test_{name}_{waits}", kernel, ("u8*", "u8*", "u8*"), 32)
+
+
+@kernel_factory
+def load_matrices(count, transposed):
+    """x i32 of 8 * count rows of 4, out i32[count, 32]: rows into dynamic shared memory, then ldmatrix; grid (1,)."""
+    load = getattr(ptx, f"ldmatrix_x{count}{'_trans' if transposed else ''}")
+    rows = 8 * count
+
+    def kernel(x, out):
+        staged = cuda.shared.array(0, uint32)
+        lane = cuda.threadIdx.x
+        if lane < rows:
+            for j in range(4):
+                staged[lane * 4 + j] = uint32(x[lane * 4 + j])
+        cuda.syncthreads()
+        got = load(uint32(ptx.shared_address(staged) + uint32(lane % rows * 16)))
+        if count == 1:
+            out[lane] = int32(got)
+        else:
+            for j in range(count):
+                out[j * 32 + lane] = int32(got[j])
+
+    name = f"test_ldmatrix_x{count}{'_trans' if transposed else ''}"
+    return Kernel(name, kernel, ("i32*", "i32*"), 32, dynamic_shared=16 * rows)
+
+
+@kernel_factory
+def multiply(dtype):
+    """a i32[4, 32], b i32[2, 32], c, d f32[4, 32]: registers of a warp, mma, registers; grid (1,)."""
+    mma = getattr(ptx, f"mma_m16n8k16_{dtype}")
+
+    def kernel(a, b, c, d):
+        lane = cuda.threadIdx.x
+        got = mma(
+            uint32(a[lane]),
+            uint32(a[lane + 32]),
+            uint32(a[lane + 64]),
+            uint32(a[lane + 96]),
+            uint32(b[lane]),
+            uint32(b[lane + 32]),
+            c[lane],
+            c[lane + 32],
+            c[lane + 64],
+            c[lane + 96],
+        )
+        for j in range(4):
+            d[lane + 32 * j] = got[j]
+
+    return Kernel(f"test_mma_{dtype}", kernel, ("i32*", "i32*", "f32*", "f32*"), 32)
+
+
+SHUFFLES = [(mode, kind, 3) for mode in ("bfly", "down", "up", "idx") for kind in ("f32", "u32")]
+COPIES = [("cp_async_ca_4", 4), ("cp_async_ca_8", 8), ("cp_async_cg_16", 16)]
+MATRICES = [(count, transposed) for count in (1, 2, 4) for transposed in (False, True)]
+
+
+def everything():
+    """Every kernel above."""
+    return [
+        *(unary(name) for name in UNARY),
+        *(binary(name) for name in BINARY),
+        fma(),
+        convert(),
+        *(shuffle(*arguments) for arguments in SHUFFLES),
+        half_warp_sum(),
+        wide_load(),
+        *(asynchronous_copy(*arguments, True) for arguments in COPIES),
+        *(load_matrices(*arguments) for arguments in MATRICES),
+        multiply("bf16"),
+        multiply("f16"),
+    ]

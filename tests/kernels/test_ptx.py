@@ -1,0 +1,204 @@
+"""Each PTX instruction against a NumPy model of the PTX manual: its twin under the simulator, itself on a GPU."""
+
+import numpy as np
+import ptx_kernels
+import pytest
+import torch
+from kernel_numerics import DEVICE
+
+from kernels.cuda import SIMULATED
+from kernels.simulator import SimulationError
+
+EDGES = [0.0, -0.0, 1.0, -1.5, 3.0e38, 1e-38, 1e-45, np.inf, -np.inf, 1.00390625, 1.01171875, 1.0078125, 3.3895314e38]
+
+
+def tensor(array):
+    return torch.from_numpy(np.ascontiguousarray(array)).to(DEVICE)
+
+
+def numbers(count, seed=0):
+    """Floats over the whole range of exponents, after the edge cases."""
+    rng = np.random.default_rng(seed)
+    wide = rng.standard_normal(count) * 2.0 ** rng.integers(-40, 40, count)
+    return np.concatenate([EDGES, wide])[:count].astype(np.float32)
+
+
+def bf16_bits(values):
+    """Round to nearest even by the definition: of the two neighbours the nearer, the even one of two equally near."""
+    low = (values.view(np.uint32) & 0xFFFF0000).astype(np.uint32)
+    exact = values.astype(np.float64)
+    below = low.view(np.float32).astype(np.float64)
+    # The neighbour above the greatest bf16 is 2**128 for this purpose, which is infinity when chosen.
+    above_bits = (low.astype(np.uint64) + 0x10000).astype(np.uint32)
+    above = np.where(
+        np.isinf(above_bits.view(np.float32)), np.copysign(2.0**128, exact), above_bits.view(np.float32)
+    ).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        up = np.abs(above - exact) < np.abs(exact - below)
+        tie = np.abs(above - exact) == np.abs(exact - below)
+    odd = (low >> 16 & 1).astype(bool)
+    take = (up | (tie & odd)) & np.isfinite(values)
+    return (np.where(take, above_bits, low) >> 16).astype(np.uint16)
+
+
+def test_conversions():
+    x = numbers(90)
+    n = len(x)
+    rounded = torch.zeros(n, dtype=torch.bfloat16, device=DEVICE)
+    widened = torch.zeros(n, device=DEVICE)
+    pairs, bits = (torch.zeros(n, dtype=torch.int32, device=DEVICE) for _ in range(2))
+    ptx_kernels.convert().launch((3,), tensor(x), rounded, widened, pairs, bits, n)
+    expected = bf16_bits(x)
+    assert (rounded.view(torch.int16).cpu().numpy().view(np.uint16) == expected).all()
+    assert torch.equal(rounded.cpu(), torch.from_numpy(x).bfloat16())
+    assert (widened.cpu().numpy() == (expected.astype(np.uint32) << 16).view(np.float32)).all()
+    packed = pairs.cpu().numpy().view(np.uint32)
+    assert (packed & 0xFFFF == expected).all() and (packed >> 16 == bf16_bits(-x)).all()
+    assert (bits.cpu().numpy() == x.view(np.int32)).all()
+
+
+def test_nan_stays_nan_in_bf16():
+    x = np.array([np.nan, -np.nan] * 16, np.float32)
+    rounded = torch.zeros(32, dtype=torch.bfloat16, device=DEVICE)
+    rest = [torch.zeros(32, device=DEVICE), *(torch.zeros(32, dtype=torch.int32, device=DEVICE) for _ in range(2))]
+    ptx_kernels.convert().launch((1,), tensor(x), rounded, *rest, 32)
+    assert rounded.isnan().all()
+
+
+def test_bits_to_float():
+    x = numbers(40)
+    out = torch.zeros(40, device=DEVICE)
+    ptx_kernels.unary("f32_from_bits").launch((2,), tensor(x.view(np.int32)), out, 40)
+    assert (out.cpu().numpy().view(np.uint32) == x.view(np.uint32)).all()
+
+
+def test_square_root_and_exp2():
+    x = np.abs(numbers(64))
+    out = torch.zeros(64, device=DEVICE)
+    ptx_kernels.unary("sqrt_rn_f32").launch((2,), tensor(x), out, 64)
+    assert (out.cpu().numpy() == np.sqrt(x.astype(np.float64)).astype(np.float32)).all()
+    x = np.linspace(-140, 127, 64).astype(np.float32)
+    x[:2] = -np.inf, 0.0
+    ptx_kernels.unary("ex2_approx_f32").launch((2,), tensor(x), out, 64)
+    exact = np.exp2(x.astype(np.float64))
+    exact[exact < 2.0**-126] = 0
+    assert np.allclose(out.cpu().numpy(), exact, rtol=2.0**-21, atol=0)
+    assert out[0] == 0 and out[1] == 1
+
+
+@pytest.mark.parametrize("name", ptx_kernels.BINARY)
+def test_rounded_arithmetic(name):
+    x, y = numbers(64, 1), numbers(64, 2)[::-1].copy()
+    out = torch.zeros(64, device=DEVICE)
+    ptx_kernels.binary(name).launch((2,), tensor(x), tensor(y), out, 64)
+    operation = {"add_rn_f32": np.add, "mul_rn_f32": np.multiply, "div_rn_f32": np.divide}[name]
+    with np.errstate(all="ignore"):
+        expected = operation(x, y)
+    assert np.array_equal(out.cpu().numpy(), expected, equal_nan=True)
+
+
+def test_fused_multiply_add_rounds_once():
+    x = np.array([1 + 2.0**-12] * 32, np.float32)
+    z = np.array([-1 - 2.0**-11] * 31 + [1.0], np.float32)
+    out = torch.zeros(32, device=DEVICE)
+    ptx_kernels.fma().launch((1,), tensor(x), tensor(x), tensor(z), out, 32)
+    exact = x.astype(np.float64) * x + z
+    assert (out.cpu().numpy() == exact.astype(np.float32)).all() and out[0] == 2.0**-24
+
+
+@pytest.mark.parametrize(("mode", "kind", "by"), ptx_kernels.SHUFFLES)
+def test_shuffles(mode, kind, by):
+    x = np.arange(64, dtype=np.float32 if kind == "f32" else np.int32) + 5
+    out = torch.zeros_like(tensor(x))
+    ptx_kernels.shuffle(mode, kind, by).launch((1,), tensor(x), out)
+    lane = np.arange(32)
+    source = {"bfly": lane ^ by, "down": lane + by, "up": lane - by, "idx": np.full(32, by)}[mode]
+    source = np.where((source < 0) | (source > 31), lane, source)
+    expected = np.concatenate([x[source], x[32 + source]])
+    assert (out.cpu().numpy() == expected).all()
+
+
+def test_shuffle_in_half_a_warp():
+    x = np.arange(32, dtype=np.float32)
+    out = torch.zeros(32, device=DEVICE)
+    ptx_kernels.half_warp_sum().launch((1,), tensor(x), out)
+    assert (out.cpu().numpy() == np.where(x < 16, x[:16].sum(), x)).all()
+
+
+def test_wide_load():
+    x = np.random.default_rng(0).integers(-(2**31), 2**31, 64).astype(np.int32)
+    out = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    ptx_kernels.wide_load().launch((1,), tensor(x), out, 64)
+    assert (out.cpu().numpy() == x).all()
+
+
+@pytest.mark.skipif(not SIMULATED, reason="a GPU traps instead")
+def test_wide_load_must_be_aligned():
+    x = torch.zeros(64, dtype=torch.int32)
+    with pytest.raises(SimulationError, match="do not begin at a multiple of 16"):
+        ptx_kernels.wide_load().launch((1,), x[1:], torch.zeros(64, dtype=torch.int32), 60)
+
+
+@pytest.mark.parametrize(("name", "size"), ptx_kernels.COPIES)
+def test_asynchronous_copies(name, size):
+    x = np.random.default_rng(0).integers(0, 256, 64 * size).astype(np.uint8)
+    early, out = (torch.zeros(64 * size, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    ptx_kernels.asynchronous_copy(name, size, True).launch((1,), tensor(x), early, out)
+    assert (out.cpu().numpy() == x).all()
+    assert (early.cpu().numpy()[: 32 * size] == x[: 32 * size]).all()
+
+
+@pytest.mark.skipif(not SIMULATED, reason="on a GPU what was not waited for may have come all the same")
+def test_a_copy_not_waited_for_has_not_arrived():
+    kernel = ptx_kernels.asynchronous_copy("cp_async_cg_16", 16, False)
+    x = np.arange(1024, dtype=np.uint16).astype(np.uint8)
+    early, out = (torch.zeros(1024, dtype=torch.uint8) for _ in range(2))
+    kernel.launch((1,), tensor(x), early, out)
+    assert (early.numpy()[:512] == 0xFF).all() and (out.numpy() == x).all()
+
+
+@pytest.mark.parametrize(("count", "transposed"), ptx_kernels.MATRICES)
+def test_load_matrices(count, transposed):
+    elements = np.arange(64 * count, dtype=np.uint16)
+    out = torch.zeros(count, 32, dtype=torch.int32, device=DEVICE)
+    ptx_kernels.load_matrices(count, transposed).launch((1,), tensor(elements.view(np.int32)), out)
+    got = out.cpu().numpy().view(np.uint16).reshape(count, 32, 2)
+    matrices = elements.reshape(count, 8, 8)
+    for i in range(count):
+        for lane in range(32):
+            for j in range(2):
+                row, column = lane // 4, 2 * (lane % 4) + j
+                expected = matrices[i, column, row] if transposed else matrices[i, row, column]
+                assert got[i, lane, j] == expected
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_multiply(dtype):
+    rng = np.random.default_rng(0)
+    kind = {"bf16": torch.bfloat16, "f16": torch.float16}[dtype]
+    # Small integers: every product and sum is exact in any order.
+    a, b, c = (rng.integers(-8, 9, shape) for shape in ((16, 16), (16, 8), (16, 8)))
+    ta, tb = (torch.from_numpy(m).to(kind).view(torch.int16).numpy().view(np.uint16) for m in (a, b))
+    ra, rb = np.zeros((4, 32, 2), np.uint16), np.zeros((2, 32, 2), np.uint16)
+    rc = np.zeros((4, 32), np.float32)
+    for lane in range(32):
+        group, member = lane // 4, lane % 4
+        for i in range(4):
+            for j in range(2):
+                # PTX ISA, "Matrix Fragments for mma.m16n8k16": row of a_i, column of a_i.
+                row = group if i in (0, 2) else group + 8
+                column = 2 * member + j + (8 if i >= 2 else 0)
+                ra[i, lane, j] = ta[row, column]
+        for i in range(2):
+            for j in range(2):
+                rb[i, lane, j] = tb[2 * member + j + 8 * i, group]
+        for i in range(4):
+            rc[i, lane] = c[group + 8 * (i >= 2), 2 * member + i % 2]
+    out = torch.zeros(4, 32, device=DEVICE)
+    kernel = ptx_kernels.multiply(dtype)
+    kernel.launch((1,), tensor(ra.view(np.int32)), tensor(rb.view(np.int32)), tensor(rc), out)
+    got = out.cpu().numpy()
+    expected = a @ b + c
+    for lane in range(32):
+        for i in range(4):
+            assert got[i, lane] == expected[lane // 4 + 8 * (i >= 2), 2 * (lane % 4) + i % 2]

@@ -1,0 +1,1 @@
+"""The inference engine: configuration, weights, tokenizer, forward graph, sampling, generation."""

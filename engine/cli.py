@@ -1,0 +1,348 @@
+"""The command `afs`: generate, chat, check-gpu, inspect.
+
+Heavy modules are imported inside the commands, so that `afs --help` answers at once.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from engine.config import ModelConfig
+    from engine.llm import LLM, Completion
+    from engine.sampling import SamplingParams
+
+app = typer.Typer(
+    help="Run and look at language models with the from-scratch engine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+DEFAULT_MODEL = Path("data/models/olmo2-tiny")
+F = TypeVar("F", bound=Callable[..., None])
+
+ModelOption = Annotated[Path, typer.Option("--model", help="Checkpoint folder.")]
+BackendOption = Annotated[str, typer.Option(help="cuda (our kernels), reference (torch), or auto: cuda on a GPU.")]
+DtypeOption = Annotated[str, typer.Option(help="bfloat16 or float32.")]
+CacheOption = Annotated[str, typer.Option(help="contiguous, or none: recompute the whole text at every token.")]
+LengthOption = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer; default: the model's.")]
+NewTokensOption = Annotated[int, typer.Option(help="Most tokens to generate.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 takes the most likely token each time.")]
+TopKOption = Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 = all.")]
+TopPOption = Annotated[float, typer.Option(help="Keep the most likely tokens that make up this probability.")]
+MinPOption = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
+PenaltyOption = Annotated[float, typer.Option(help="Above 1 makes tokens already in the text less likely.")]
+SeedOption = Annotated[int | None, typer.Option(help="Repeats the same draw; default: a fresh one.")]
+
+
+def _one_line_errors(command: F) -> F:
+    """What the user got wrong, or the machine lacks, is one line on stderr and exit status 2."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except BrokenPipeError:  # the reader of stdout has gone; the command line library ends quietly
+            raise
+        except (ValueError, ArithmeticError, OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+                raise
+            typer.echo("error: " + " ".join((str(error) or type(error).__name__).split()), err=True)
+            raise typer.Exit(2) from None
+
+    return wrapper  # type: ignore[return-value]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def _load(model: Path, backend: str, dtype: str, kv_cache: str, max_model_len: int | None) -> "LLM":
+    import torch
+
+    from engine.llm import LLM, EngineConfig
+
+    if backend not in ("auto", "reference", "cuda"):
+        raise ValueError(f"backend = {backend!r}; it must be auto, reference or cuda")
+    gpu = torch.cuda.is_available()
+    engine = EngineConfig(
+        backend="cuda" if backend == "cuda" or (backend == "auto" and gpu) else "reference",
+        device="cuda" if gpu or backend == "cuda" else "cpu",
+        dtype=dtype,  # type: ignore[arg-type]
+        kv_cache=kv_cache,  # type: ignore[arg-type]
+        max_batch=1,
+        max_model_len=max_model_len,
+    )
+    return LLM(model, engine)
+
+
+def _print_stream(pieces: Iterator[str]) -> "Completion":
+    """Write pieces to stdout as they come; the finished completion."""
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            return end.value
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+
+def _print_timing(done: "Completion") -> None:
+    rest = done.itl_ms
+    speed = f", then {1e3 * len(rest) / sum(rest):.1f} tokens/s" if rest else ""
+    typer.echo(
+        f"{len(done.prompt_token_ids)} prompt tokens, first token after {done.ttft_ms:.0f} ms{speed}; "
+        f"{len(done.token_ids)} tokens in {done.e2e_ms:.0f} ms, ended by {done.finish_reason}",
+        err=True,
+    )
+
+
+@app.command()
+@_one_line_errors
+def generate(
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    model: ModelOption = DEFAULT_MODEL,
+    max_new_tokens: NewTokensOption = 64,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: PenaltyOption = 1.0,
+    seed: SeedOption = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given more than once.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not end at end-of-sequence tokens.")] = False,
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "bfloat16",
+    kv_cache: CacheOption = "contiguous",
+    max_model_len: LengthOption = None,
+) -> None:
+    """Continue a text: the continuation goes to stdout as it is generated, a line of timings to stderr."""
+    from engine.sampling import SamplingParams
+
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+    )
+    llm = _load(model, backend, dtype, kv_cache, max_model_len)
+    _print_timing(_print_stream(llm.stream(prompt, params)))
+
+
+@app.command()
+@_one_line_errors
+def chat(
+    model: ModelOption = DEFAULT_MODEL,
+    system: Annotated[str | None, typer.Option(help="A system message that opens the conversation.")] = None,
+    max_new_tokens: NewTokensOption = 512,
+    temperature: TemperatureOption = 0.7,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 0.95,
+    min_p: MinPOption = 0.0,
+    repetition_penalty: PenaltyOption = 1.0,
+    seed: SeedOption = None,
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "bfloat16",
+    max_model_len: LengthOption = None,
+) -> None:
+    """Talk with a model that has a chat template. An empty line is skipped; end with Ctrl-D or /exit."""
+    from engine.sampling import SamplingParams
+
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    llm = _load(model, backend, dtype, "contiguous", max_model_len)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    while True:
+        sys.stderr.write("> ")
+        sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/exit":
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.rstrip("\n")})
+        done = _reply(llm, messages, params)
+        messages.append({"role": "assistant", "content": done.text})
+        _print_timing(done)
+
+
+def _reply(llm: "LLM", messages: list[dict[str, Any]], params: "SamplingParams") -> "Completion":
+    if llm.tokenizer is None:
+        raise ValueError("this model has no tokenizer.json")
+    prompt = llm.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    return _print_stream(llm.stream(llm.tokenizer.encode(prompt, add_special_tokens=False), params))
+
+
+@app.command("check-gpu")
+@_one_line_errors
+def check_gpu() -> None:
+    """Show the driver, each GPU and the kernels it can run. Exit status 1 and the reason when there is none."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    driver, reason = _driver()
+    if reason is None and torch.version.cuda is None:
+        reason = f"torch {torch.__version__} was built without CUDA; install a CUDA build of torch"
+    if reason is None and not torch.cuda.is_available():
+        reason = f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no usable GPU under driver {driver}"
+    if reason is not None:
+        typer.echo(f"no GPU: {reason}", err=True)
+        raise typer.Exit(1)
+
+    from kernels.launch import ARCHITECTURES
+
+    table = Table(title=f"driver {driver}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    for heading in ("GPU", "name", "sm", "SMs", "memory", "kernels"):
+        table.add_column(heading)
+    usable = False
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        paths = _kernel_paths((device.major, device.minor), ARCHITECTURES)
+        usable |= bool(paths)
+        table.add_row(
+            str(index),
+            device.name,
+            f"sm_{device.major}{device.minor}",
+            str(device.multi_processor_count),
+            f"{device.total_memory / 2**30:.1f} GiB",
+            ", ".join(paths) or "none: older than sm_80",
+        )
+    Console().print(table)
+    if not usable:
+        typer.echo("no GPU here can run the kernels; they need sm_80 (Ampere) or newer", err=True)
+        raise typer.Exit(1)
+
+
+def _driver() -> tuple[str, str | None]:
+    """The driver's version, and why there is none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return "", f"no NVIDIA driver answers ({error})"
+    try:
+        if not pynvml.nvmlDeviceGetCount():
+            return "", "the NVIDIA driver is there, but it lists no GPU"
+        return pynvml.nvmlSystemGetDriverVersion(), None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _kernel_paths(capability: tuple[int, int], architectures: tuple[str, ...]) -> list[str]:
+    """Which of the architectures we compile for a GPU of compute `capability` can run, best first.
+
+    A cubin runs on the same major version with the same or a later minor; one marked "a" only on exactly its own.
+    """
+    found = []
+    for name in architectures:
+        digits = name.removeprefix("sm_").rstrip("a")
+        major, minor = int(digits[:-1]), int(digits[-1])
+        exact = name.endswith("a")
+        if capability == (major, minor) or (not exact and capability[0] == major and capability[1] >= minor):
+            found.append(name)
+    return found[::-1]
+
+
+@app.command()
+@_one_line_errors
+def inspect(directory: Annotated[Path, typer.Argument(help="Checkpoint folder.")] = DEFAULT_MODEL) -> None:
+    """Show a checkpoint's architecture: parameters and bytes by role, and what a token takes in the KV cache."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from engine.config import ModelConfig
+    from engine.cost import kv_bytes_per_token, weight_bytes
+
+    config = ModelConfig.from_file(directory)
+    console = Console()
+    facts = Table(title=f"{directory}: {config.architecture}", show_header=False)
+    kv_heads = config.num_key_value_heads
+    for name, value in {
+        "layers": str(config.num_hidden_layers),
+        "hidden size": str(config.hidden_size),
+        "intermediate size": str(config.intermediate_size),
+        "heads": f"{config.num_attention_heads} query, {kv_heads} key/value, of {config.head_dim}",
+        "vocabulary": f"{config.vocab_size}, {'tied to' if config.tie_word_embeddings else 'apart from'} the head",
+        "positions": str(config.max_position_embeddings),
+        "norms": f"{config.norm_placement}, rounded {config.norm_rounding}; q and k: {config.qk_norm}",
+        "rotary embedding": f"{config.rope.type}, theta {config.rope.theta:g}",
+        "window": str(config.sliding_window or "none"),
+        "end of sequence": ", ".join(map(str, config.eos_token_ids)) or "none",
+    }.items():
+        facts.add_row(name, value)
+    console.print(facts)
+
+    table = Table(title="parameters by role")
+    for heading in ("role", "parameters", "share", "bytes (bfloat16)"):
+        table.add_column(heading, justify="left" if heading == "role" else "right")
+    total = config.parameter_count()
+    for role, count in _parameters_by_role(config).items():
+        table.add_row(role, f"{count:,}", f"{count / total:.1%}", f"{2 * count:,}")
+    table.add_section()
+    table.add_row("all", f"{total:,}", "", f"{2 * total:,}")
+    console.print(table)
+    console.print(f"weight bytes read a token (bfloat16, batch 1): {weight_bytes(config, 'bfloat16'):,}")
+    console.print(f"KV cache bytes a token (bfloat16): {kv_bytes_per_token(config, 'bfloat16'):,}")
+    console.print(_stored(directory, config))
+
+
+def _parameters_by_role(config: "ModelConfig") -> dict[str, int]:
+    import math
+
+    roles = {"embedding": 0, "attention": 0, "mlp": 0, "norms": 0, "head": 0}
+    for name, shape in config.tensor_shapes().items():
+        if len(shape) == 1:
+            role = "norms"
+        elif "self_attn" in name:
+            role = "attention"
+        elif "mlp" in name:
+            role = "mlp"
+        else:
+            role = "head" if name.startswith("lm_head") else "embedding"
+        roles[role] += math.prod(shape)
+    return roles
+
+
+def _stored(directory: Path, config: "ModelConfig") -> str:
+    """One line on the checkpoint's tensors, or that there are none."""
+    from engine.safetensors_io import INDEX_NAME, SINGLE_NAME, read_index
+
+    if not any((directory / name).exists() for name in (INDEX_NAME, SINGLE_NAME)):
+        return "no weights in this folder"
+    entries = read_index(directory)
+    expected = config.tensor_shapes()
+    wrong = [name for name in entries.keys() | expected.keys() if name not in entries or name not in expected]
+    wrong += [name for name, entry in entries.items() if entry.shape != expected.get(name, entry.shape)]
+    if wrong:
+        raise ValueError(f"{directory}: tensors do not match config.json: {', '.join(sorted(wrong)[:5])}")
+    shards = len({entry.shard for entry in entries.values()})
+    stored = sum(entry.nbytes for entry in entries.values())
+    dtypes = ", ".join(sorted({entry.dtype for entry in entries.values()}))
+    return f"stored: {len(entries)} tensors, {stored:,} bytes, {dtypes}, {shards} file{'s' if shards > 1 else ''}"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,91 @@
+"""What a step must move and compute at least, so that a measured time can be set against the machine's limit."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Bytes that must cross the memory bus and floating-point operations of one forward pass (2 per multiply-add)."""
+
+    weight_bytes: int  # every weight once, and of the embedding only the tokens' rows
+    kv_bytes: int  # keys and values read and written
+    flops: int  # matrix products and attention
+
+    @property
+    def bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes
+
+
+def matrix_parameters(config: ModelConfig) -> int:
+    """Weights of the layers' matrix products: each token takes 2 operations with each of them."""
+    attention = (2 * config.q_size + 2 * config.kv_size) * config.hidden_size
+    return config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+
+
+def _size(dtype: torch.dtype | str) -> int:
+    """Bytes an element; `dtype` also by its name, as in "bfloat16"."""
+    return (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype | str) -> int:
+    """Bytes of weights that a step of any size reads: all but the embedding table (which a tied head is)."""
+    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return (config.parameter_count() - looked_up) * _size(dtype)
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype | str) -> int:
+    """Bytes that one token's keys and values take in the cache, all layers together."""
+    return 2 * config.num_hidden_layers * config.kv_size * _size(dtype)
+
+
+def step_cost(
+    config: ModelConfig, dtype: torch.dtype | str, tokens: int | Sequence[int], contexts: Sequence[int]
+) -> StepCost:
+    """Cost of one forward pass that gives logits for the last token of every sequence.
+
+    Args:
+        config: The model.
+        dtype: Of weights and cache.
+        tokens: New tokens in this pass: of all sequences together, each having as many, or a list with each one's.
+        contexts: Length of each sequence after the pass, the new tokens included.
+
+    Raises:
+        ValueError: `tokens` cannot be shared equally, the lists differ in length, or a sequence has fewer tokens than
+            are new.
+    """
+    if isinstance(tokens, int):
+        if tokens % len(contexts):
+            raise ValueError(f"{tokens} tokens cannot be shared equally by {len(contexts)} sequences; list each one's")
+        tokens = [tokens // len(contexts)] * len(contexts)
+    if len(tokens) != len(contexts):
+        raise ValueError(f"{len(tokens)} token counts for {len(contexts)} contexts; one of each a sequence is needed")
+    for new, context in zip(tokens, contexts, strict=True):
+        if not 0 < new <= context:
+            raise ValueError(f"{new} new tokens in a context of {context}; 1 to {context} can be new")
+    total = sum(tokens)
+    cached = kv_bytes_per_token(config, dtype) // config.num_hidden_layers
+    moved = scores = 0
+    for layer in range(config.num_hidden_layers):
+        window = config.window(layer)
+        for new, context in zip(tokens, contexts, strict=True):
+            first = max(0, context - new - window + 1) if window else 0  # earliest key that any new token sees
+            moved += (context - first + new) * cached
+            scores += _keys_seen(context, window) - _keys_seen(context - new, window)
+    head = config.vocab_size * config.hidden_size
+    return StepCost(
+        weight_bytes=weight_bytes(config, dtype) + total * config.hidden_size * _size(dtype),
+        kv_bytes=moved,
+        flops=2 * (total * matrix_parameters(config) + len(tokens) * head) + 4 * config.q_size * scores,
+    )
+
+
+def _keys_seen(length: int, window: int) -> int:
+    """Query-key pairs of a whole causal sequence: 1 + 2 + … + length, each at most `window`."""
+    if not window or length <= window:
+        return length * (length + 1) // 2
+    return window * (window + 1) // 2 + (length - window) * window

@@ -1,0 +1,69 @@
+"""How the next token is chosen."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+TOP_K_MAX = 2**31 - 1
+
+
+def _number(name: str, value: object, right: str, low: float, high: float, open_low: bool = False) -> None:
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or not (low < value <= high if open_low else low <= value <= high):  # type: ignore[operator]
+        raise ValueError(f"{name} = {value!r}; it must be {right}")
+
+
+def _integer(name: str, value: object, right: str, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name} = {value!r}; it must be {right}")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """One request's settings. Filters apply in this order: repetition penalty, temperature, top-k, top-p, min-p.
+
+    temperature 0 takes the most likely token. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 switch that filter
+    off. A seed makes the request repeatable whatever it is batched with; None draws a fresh one. Generation ends at
+    an end-of-sequence token of the model (unless ignore_eos), at one of stop_token_ids, before any of the stop
+    strings, or after max_new_tokens.
+
+    Raises:
+        ValueError: A value is of the wrong type or outside its range; names the field, the value and the range.
+    """
+
+    max_new_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _integer("max_new_tokens", self.max_new_tokens, "an integer of at least 1", 1, TOP_K_MAX)
+        _number("temperature", self.temperature, "a finite number, 0 or more", 0.0, math.inf)
+        _integer("top_k", self.top_k, "an integer, 0 (off) or more", 0, TOP_K_MAX)
+        _number("top_p", self.top_p, "a number above 0 and up to 1", 0.0, 1.0, open_low=True)
+        _number("min_p", self.min_p, "a number from 0 to 1", 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, "a finite number above 0", 0.0, math.inf, True)
+        if self.seed is not None:
+            _integer("seed", self.seed, "None or an integer from 0 to 2^63 - 1", 0, 2**63 - 1)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) and text for text in stop):
+            raise ValueError(f"stop = {self.stop!r}; it must be a string or a list of strings, none of them empty")
+        if not isinstance(self.stop_token_ids, (list, tuple)):
+            raise ValueError(f"stop_token_ids = {self.stop_token_ids!r}; it must be a list of token ids")
+        for token in self.stop_token_ids:
+            _integer("stop_token_ids", token, "a list of token ids, integers of at least 0", 0, TOP_K_MAX)
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos = {self.ignore_eos!r}; it must be True or False")
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+    def draw_seed(self) -> int:
+        """The seed, or a fresh one from the operating system."""
+        return int.from_bytes(os.urandom(8), "little") >> 1 if self.seed is None else self.seed

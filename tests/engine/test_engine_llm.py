@@ -1,0 +1,303 @@
+"""Generation: equal to transformers' greedy decoding, independent of batching, and checked before any work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_checkpoints import Reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.config import ConfigError, ModelConfig
+from engine.llm import LLM, Completion, EngineConfig, _Text
+from engine.sampling import SamplingParams
+from engine.tokenizer import Tokenizer
+from engine.weights import random_weights
+
+GREEDY = SamplingParams(max_new_tokens=20, temperature=0, ignore_eos=True)
+PROMPTS = [[5, 6, 7], list(range(10, 60)), [100], list(range(300, 417)), [9, 9, 9, 9]]
+
+
+@pytest.fixture(scope="module")
+def llm(olmo2: Reference) -> LLM:
+    return LLM(olmo2.path, EngineConfig(dtype="float32"))
+
+
+def transformers_greedy(reference: Reference, ids: list[int], count: int) -> list[int]:
+    inputs = torch.tensor([ids])
+    with torch.inference_mode():
+        out = reference.model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=count, do_sample=False, eos_token_id=None
+        )
+    return out[0, len(ids) :].tolist()
+
+
+def same(found: Sequence[Completion], expected: Sequence[Completion]) -> None:
+    assert [(c.token_ids, c.text, c.finish_reason) for c in found] == [
+        (c.token_ids, c.text, c.finish_reason) for c in expected
+    ]
+
+
+def test_greedy_equals_transformers(reference: Reference):
+    llm = LLM(reference.path, EngineConfig(dtype="float32", max_batch=3))
+    for ids, completion in zip(PROMPTS, llm.generate(PROMPTS, GREEDY), strict=True):
+        assert completion.prompt_token_ids == ids
+        assert completion.token_ids == transformers_greedy(reference, ids, 20)
+        assert completion.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [{"kv_cache": "none"}, {"max_batch": 1}, {"max_batch": 2, "max_step_tokens": 33}, {"max_step_tokens": 1},
+     {"kv_cache": "none", "max_step_tokens": 7}],
+    ids=str,
+)  # fmt: skip
+def test_engine_settings_change_no_token(llm: LLM, olmo2: Reference, engine: dict[str, Any]):
+    params = [
+        SamplingParams(max_new_tokens=4, temperature=t, top_p=0.9, repetition_penalty=p, seed=i, ignore_eos=True)
+        for i, (t, p) in enumerate([(0, 1.0), (1.0, 1.0), (0.8, 1.3), (0, 1.2), (1.5, 1.0)])
+    ]
+    same(
+        LLM(olmo2.path, EngineConfig(dtype="float32", **engine)).generate(PROMPTS, params),
+        llm.generate(PROMPTS, params),
+    )
+
+
+def test_batch_changes_no_token(olmo2: Reference):
+    llm = LLM(olmo2.path, EngineConfig(dtype="bfloat16", max_batch=5))
+    params = [SamplingParams(max_new_tokens=6 + i, temperature=i % 2, seed=i) for i in range(5)]
+    together = llm.generate(PROMPTS, params)
+    same([llm.generate([ids], p)[0] for ids, p in zip(PROMPTS, params, strict=True)], together)
+    same(llm.generate(PROMPTS[::-1], params[::-1])[::-1], together)
+
+
+def test_seeds(llm: LLM):
+    def draw(seed: int | None) -> list[int]:
+        return llm.generate([[5, 6, 7]], SamplingParams(max_new_tokens=12, seed=seed, ignore_eos=True))[0].token_ids
+
+    assert draw(1) == draw(1) != draw(2)
+    assert draw(None) != draw(None)
+    first, second = llm.generate([[5, 6, 7]] * 2, SamplingParams(max_new_tokens=12, ignore_eos=True))
+    assert first.token_ids != second.token_ids
+
+
+def test_end_of_sequence(llm: LLM):
+    free = llm.generate([[5, 6, 7]], GREEDY)[0].token_ids
+    stop = next(t for i, t in enumerate(free) if i >= 3 and t not in free[:i])
+    at = free.index(stop)
+    params = SamplingParams(max_new_tokens=20, temperature=0, stop_token_ids=[stop], ignore_eos=True)
+    done = llm.generate([[5, 6, 7]], params)[0]
+    assert (done.token_ids, done.finish_reason) == (free[: at + 1], "stop")
+    assert llm.tokenizer is not None
+    assert done.text == llm.tokenizer.decode(free[:at])
+    last = llm.generate([[5, 6, 7]], SamplingParams(max_new_tokens=at + 1, temperature=0, stop_token_ids=[stop]))[0]
+    assert last.finish_reason == "stop"
+
+
+def test_eos_of_the_model_and_of_generation_config(llm: LLM, olmo2: Reference, tmp_path: Path):
+    token = llm.generate([[5, 6, 7]], GREEDY)[0].token_ids[2]
+    for file in olmo2.path.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    params = SamplingParams(max_new_tokens=20, temperature=0)
+
+    def run() -> Completion:
+        return LLM(tmp_path, EngineConfig(dtype="float32")).generate([[5, 6, 7]], params)[0]
+
+    config = json.loads((olmo2.path / "config.json").read_text()) | {"eos_token_id": [0, token]}
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run().token_ids[-1] == token and run().finish_reason == "stop"
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    assert run().finish_reason == "length"
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 512}))
+    with pytest.raises(ConfigError, match="eos_token_id 512"):
+        run()
+
+
+def test_text_and_stop_strings(llm: LLM):
+    free = llm.generate("the quick", GREEDY)[0]
+    assert llm.tokenizer is not None
+    assert free.prompt_token_ids == llm.tokenizer.encode("the quick")
+    assert free.text == llm.tokenizer.decode(free.token_ids, skip_special_tokens=True)
+    for begin, end in ((3, 5), (4, 9), (len(free.text) - 2, len(free.text))):
+        stop = free.text[begin:end]
+        done = llm.generate(
+            "the quick", SamplingParams(max_new_tokens=20, temperature=0, stop=["never", stop], ignore_eos=True)
+        )[0]
+        assert done.text == free.text[: free.text.index(stop)] and done.finish_reason == "stop"
+        assert done.token_ids == free.token_ids[: len(done.token_ids)]
+        pieces = list(
+            llm.stream("the quick", SamplingParams(max_new_tokens=20, temperature=0, stop=stop, ignore_eos=True))
+        )
+        assert "".join(pieces) == done.text
+
+
+def test_stream_equals_generate(llm: LLM):
+    pieces = llm.stream("the quick", GREEDY)
+    shown: list[str] = []
+    while True:
+        try:
+            shown.append(next(pieces))
+        except StopIteration as end:
+            done = end.value
+            break
+    same([done], llm.generate("the quick", GREEDY))
+    assert "".join(shown) == done.text and all(shown) and len(shown) > 3
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    pieces=st.lists(st.text("ab", max_size=3), max_size=8),
+    stop=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+)
+def test_stop_strings_across_pieces(pieces: list[str], stop: list[str]):
+    text = _Text(None, tuple(stop))  # type: ignore[arg-type]
+    whole, shown = "".join(pieces), ""
+    for index, piece in enumerate(pieces):
+        if not text.stopped:
+            shown += text.push(piece, last=index == len(pieces) - 1)
+    cuts = [whole.index(s) for s in stop if s in whole]
+    # The stop string that is complete first ends the text, at its own beginning.
+    assert text.stopped == bool(cuts)
+    if not cuts:
+        assert shown == whole
+    else:
+        assert shown in {whole[:cut] for cut in cuts}
+        assert not any(s in shown for s in stop)
+    assert text.emitted == shown
+
+
+def test_repetition_penalty_equals_transformers(llm: LLM, olmo2: Reference):
+    ids = PROMPTS[1]
+    found = llm.generate(
+        [ids], SamplingParams(max_new_tokens=15, temperature=0, repetition_penalty=1.7, ignore_eos=True)
+    )
+    inputs = torch.tensor([ids])
+    with torch.inference_mode():
+        out = olmo2.model.generate(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=15, do_sample=False,
+                                   eos_token_id=None, repetition_penalty=1.7)  # fmt: skip
+    assert found[0].token_ids == out[0, len(ids) :].tolist()
+
+
+def test_timings(llm: LLM):
+    done = llm.generate([[5, 6, 7]], GREEDY)[0]
+    assert len(done.itl_ms) == 19 and done.ttft_ms > 0 and min(done.itl_ms) > 0
+    assert done.e2e_ms == pytest.approx(done.ttft_ms + sum(done.itl_ms))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "message"),
+    [
+        ([[1, 2], []], GREEDY, "prompt 1 is empty"),
+        ("", GREEDY, "prompt 0 is empty"),
+        ([[1, 512]], GREEDY, "prompt 0 holds token id 512; ids are 0 to 511"),
+        ([[1], [-1]], GREEDY, "prompt 1 holds token id -1"),
+        ([[1, "2"]], GREEDY, "prompt 0 = .* must be text or a list of token ids"),
+        ([1, 2], GREEDY, "prompt 0 = 1; it must be text"),
+        ([[1.0]], GREEDY, "prompt 0"),
+        ([[1] * 493], GREEDY, "prompt 0 has 493 tokens and max_new_tokens = 20: 513 is above the limit of 512"),
+        ([[1], [2]], [GREEDY], "1 SamplingParams for 2 prompts"),
+        ("a\ud800", GREEDY, "surrogate"),
+    ],
+)
+def test_refused_before_any_work(llm: LLM, monkeypatch: pytest.MonkeyPatch, prompts: Any, params: Any, message: str):
+    monkeypatch.setattr(llm.model, "forward", None)
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompts, params)
+    if isinstance(prompts, str):
+        with pytest.raises(ValueError, match=message):
+            llm.stream(prompts, params)
+
+
+def test_longest_prompt_fits(llm: LLM):
+    assert len(llm.generate([[7] * 492], GREEDY)[0].token_ids) == 20
+    assert llm.generate([], GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backend": "triton"}, "backend = 'triton'; it must be one of reference, cuda"), ({"dtype": "f2"}, "dtype"),
+        ({"kv_cache": "paged"}, "kv_cache"), ({"attention": "flash"}, "attention"), ({"linear": "x"}, "linear"),
+        ({"device": "tpu"}, "device"), ({"max_batch": 0}, "max_batch = 0"), ({"max_model_len": 0}, "max_model_len = 0"),
+        ({"max_step_tokens": 1.5}, "max_step_tokens"),
+    ],
+)  # fmt: skip
+def test_engine_config_is_checked(change: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**change)
+
+
+def test_model_length(olmo2: Reference):
+    with pytest.raises(ValueError, match="max_model_len = 513 is above the model's 512"):
+        LLM(olmo2.path, EngineConfig(max_model_len=513))
+    short = LLM(olmo2.path, EngineConfig(dtype="float32", max_model_len=10))
+    with pytest.raises(ValueError, match="above the limit of 10"):
+        short.generate([[1, 2, 3]], SamplingParams(max_new_tokens=8))
+    assert len(short.generate([[1, 2, 3]], SamplingParams(max_new_tokens=7, ignore_eos=True))[0].token_ids) == 7
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(olmo2: Reference):
+    with pytest.raises(ValueError, match="finds no CUDA GPU"):
+        LLM(olmo2.path, EngineConfig(device="cuda"))
+
+
+def test_random_weights_and_no_tokenizer(olmo2: Reference):
+    config = ModelConfig.from_file(olmo2.path)
+    llm = LLM((config, random_weights(config, "cpu", torch.bfloat16, 0)))
+    assert len(llm.generate([[1, 2]], GREEDY)[0].token_ids) == 20
+    assert llm.generate([[1, 2]], GREEDY)[0].text == ""
+    with pytest.raises(ValueError, match="prompt 0 is text, but"):
+        llm.generate("hello", GREEDY)
+    with pytest.raises(ValueError, match=r"stop = \['x'\] needs a tokenizer"):
+        llm.generate([[1]], SamplingParams(stop="x"))
+    with pytest.raises(ValueError, match=r"weights are torch.bfloat16 on cpu; the engine is set to float32"):
+        LLM((config, llm.weights), EngineConfig(dtype="float32"))
+    assert LLM((config, llm.weights), tokenizer=Tokenizer(olmo2.path)).generate("the", GREEDY)[0].text
+
+
+def test_nan_logits_are_an_error(olmo2: Reference):
+    config = ModelConfig.from_file(olmo2.path)
+    weights = random_weights(config, "cpu", torch.float32, 0)
+    weights.norm.fill_(torch.nan)
+    with pytest.raises(ArithmeticError, match="every logit after token 2"):
+        LLM((config, weights), EngineConfig(dtype="float32")).generate([[1, 2]], GREEDY)
+
+
+def test_streams_at_the_same_time(llm: LLM):
+    texts = ["the quick", "def main"]
+    streams = [llm.stream(text, GREEDY) for text in texts]
+    shown, open_ones = ["", ""], {0, 1}
+    while open_ones:
+        for index in sorted(open_ones):
+            piece = next(streams[index], None)
+            if piece is None:
+                open_ones.remove(index)
+            else:
+                shown[index] += piece
+    assert shown == [completion.text for completion in llm.generate(texts, GREEDY)]
+
+
+def test_an_abandoned_stream_leaves_the_engine_usable(llm: LLM):
+    pieces = llm.stream("the quick", GREEDY)
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert llm.generate("the quick", GREEDY)[0].finish_reason == "length"
+
+
+def test_cache_grows_and_is_kept(olmo2: Reference):
+    llm = LLM(olmo2.path, EngineConfig(dtype="float32", max_batch=4))
+    llm.generate([[1, 2, 3]], GREEDY)
+    small = llm._cache
+    assert small is not None and (small.slots, small.capacity) == (1, 256)
+    llm.generate([[1, 2]], GREEDY)
+    assert llm._cache is small
+    llm.generate([[1] * 300, [2]], GREEDY)
+    assert llm._cache is not None and (llm._cache.slots, llm._cache.capacity) == (2, 512)

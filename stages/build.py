@@ -1,0 +1,116 @@
+"""Compiles every kernel for every supported architecture and says what each needs; no GPU takes part.
+
+Rows: registers, spills, stack and shared memory, theoretical occupancy and the PTX instruction mix, one case a kernel
+and architecture. A kernel that spills registers to memory fails the stage unless EXPLAINED_SPILLS says why it may.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from stages.host import read_host, stopwatch
+from stages.metrics import Rows
+from stages.params import Gpu, Weeks
+from stages.stage import Run, StageError, stage, write_whole
+
+if TYPE_CHECKING:
+    from kernels.launch import Build, Kernel
+
+# Kernel name -> why spilling costs less than not doing so.
+EXPLAINED_SPILLS: dict[str, str] = {}
+
+HEADLINE = ("registers", "spill_bytes", "theoretical_occupancy")
+RESOURCES = {
+    "registers": ("registers", "1"),
+    "spill_bytes": ("spills", "B"),
+    "stack_bytes": ("stack", "B"),
+    "shared_bytes_static": ("static_shared", "B"),
+    "shared_bytes_dynamic": ("dynamic_shared", "B"),
+}
+
+
+def build_kernels(kernels: Sequence[Kernel], archs: Sequence[str]) -> list[Build]:
+    """All kernels for all architectures, in processes; a progress bar where there is a terminal."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from kernels.launch import build_all
+
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("kernels", total=len(kernels) * len(archs))
+        return build_all(
+            kernels,
+            archs,
+            progress=lambda done, total, build: progress.update(
+                task, completed=done, total=total, description=f"{build.kernel} {build.arch}"
+            ),
+        )
+
+
+def add_build(rows: Rows, build: Build) -> str | None:
+    """The rows of one kernel on one architecture; what is wrong with it, if something is."""
+    case = f"{build.kernel} {build.arch}"
+    shared: dict[str, Any] = {"case": case, "backend": "cuda"}
+    problem = None
+    for metric, (attribute, unit) in RESOURCES.items():
+        value = getattr(build, attribute)
+        verdict: dict[str, Any] = {}
+        if metric == "spill_bytes" and value:
+            reason = EXPLAINED_SPILLS.get(build.kernel)
+            if reason is None:
+                problem = f"{case} spills {value} bytes a thread"
+            verdict: dict[str, Any] = {"status": "ok" if reason else "failed", "note": reason or problem}
+        rows.add(suite="resources", metric=metric, value=value, unit=unit, better="lower", **verdict, **shared)
+    rows.add(suite="resources", metric="threads", value=build.threads, unit="1", better=None, **shared)
+    rows.add(
+        suite="resources", metric="theoretical_occupancy", value=build.occupancy, unit="1", better="higher", limit=1.0,
+        limit_kind="all of an SM's threads", **shared,
+    )  # fmt: skip
+    for family, count in sorted(build.instructions.items()):
+        rows.add(suite="instructions", metric=f"instructions.{family}", value=count, unit="1", better=None, **shared)
+    return problem
+
+
+def describe_weeks(weeks: Weeks, kernels: Sequence[Kernel]) -> dict[str, Any]:
+    """The engine manifest: which version of each operation a week runs, and the kernels there are."""
+    manifest = {}
+    for name, week in weeks.weeks.items():
+        engine = week.engine
+        manifest[name] = None if engine is None else {
+            "attention": engine.attention, "linear": engine.linear, "kv_cache": engine.kv_cache, "dtype": engine.dtype
+        }  # fmt: skip
+    return {"weeks": manifest, "kernels": sorted({kernel.name for kernel in kernels})}
+
+
+@stage(Gpu, Weeks)
+def main(run: Run, gpu: Gpu, weeks: Weeks) -> None:
+    from kernels import catalogue
+    from kernels.launch import ARCHITECTURES, BuildError
+
+    kernels = catalogue()
+    rows = Rows("build", None, None, read_host())
+    target = run.out("reports/metrics/build.parquet")
+    failed = target.with_suffix(".failed.parquet")
+    failed.unlink(missing_ok=True)
+    try:
+        with stopwatch() as seconds:
+            builds = build_kernels(kernels, ARCHITECTURES)
+    except BuildError as error:
+        raise StageError(str(error)) from None
+    print(f"{len(kernels)} kernels for {len(ARCHITECTURES)} architectures in {seconds[0]:.1f} s")
+    problems = [problem for build in builds if (problem := add_build(rows, build))]
+    if problems:
+        rows.write_parquet(failed)
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise StageError(f"{problems[0]}{more}: all rows are in {failed}")
+    manifest = describe_weeks(weeks, kernels)
+    write_whole(run.out("reports/metrics/engine_manifest.json"), json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    rows.write(target, headline=lambda row: row["metric"] in HEADLINE)
+
+
+if __name__ == "__main__":
+    main()

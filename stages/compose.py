@@ -1,0 +1,97 @@
+"""Composes `conf/` with Hydra. `python -m stages.compose` writes params.yaml (`make params`), `--check` compares it."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from stages.params import CONF, PARAMS, Gpu, Model, ParamsError, Weeks, Workload, check_choice, select
+
+GROUPS = ("gpu", "model", "workload")
+
+
+def compose_conf(overrides: list[str] | None = None) -> DictConfig:
+    """`conf/config.yaml` of the working directory with Hydra `overrides`, resolved and read-only.
+
+    No run directory, no change of directory, no logging. Raises ParamsError on one line for an unknown choice or key
+    and for a group file that lacks `name:` or says another name than its own.
+    """
+    for override in overrides or []:
+        group, _, value = override.partition("=")
+        if group in GROUPS:
+            check_choice(group, value)
+    try:
+        with initialize_config_dir(str(CONF.resolve()), version_base=None):
+            composed = compose("config", overrides=overrides or [], return_hydra_config=True)
+        choices = dict(composed.hydra.runtime.choices)
+        with open_dict(composed):
+            del composed["hydra"]
+        OmegaConf.resolve(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ParamsError(" ".join(str(error).split())) from None
+    for group, choice in choices.items():
+        key = group.partition("@")[2] or group
+        if key.startswith("hydra"):
+            continue
+        name = OmegaConf.select(composed, f"{key}.name")
+        file = CONF / group.partition("@")[0] / f"{choice}.yaml"
+        if name is None:
+            raise ParamsError(f"{file} has no `name:`")
+        if name != choice:
+            raise ParamsError(f"{file} says `name: {name}`; it should be `{choice}`")
+    OmegaConf.set_readonly(composed, True)
+    return composed
+
+
+def as_dict(composed: DictConfig) -> dict[str, Any]:
+    """The composed configuration as plain dicts and lists."""
+    plain = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def dump(composed: DictConfig) -> str:
+    """The text of params.yaml, the same that `dvc exp run` writes."""
+    return OmegaConf.to_yaml(composed)
+
+
+def read_params(path: Path = PARAMS) -> dict[str, Any]:
+    """params.yaml as plain dicts and lists; ParamsError where it is absent or not YAML."""
+    try:
+        params = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ParamsError(f"{path} is not here: run from the repository's root, `make params` writes it") from None
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(params, dict):
+        raise ParamsError(f"{path} holds no sections")
+    return params
+
+
+def main(arguments: list[str]) -> int:
+    """Writes params.yaml; with `--check` returns 1 and names the remedy where it is not what `conf/` composes to."""
+    try:
+        composed = compose_conf()
+        for section in (Gpu, Model, Workload, Weeks):
+            select(section, as_dict(composed), None)
+    except ParamsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    text = dump(composed)
+    current = PARAMS.read_text(encoding="utf-8") if PARAMS.exists() else None
+    if "--check" in arguments:
+        if current != text:
+            print(f"error: {PARAMS} is not what {CONF}/ composes to; run `make params`", file=sys.stderr)
+        return int(current != text)
+    if current != text:
+        PARAMS.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

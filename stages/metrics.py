@@ -1,0 +1,240 @@
+"""The one tidy table of measurements: a Parquet file a stage and week, and the small JSON that `dvc metrics` reads.
+
+Parquet is the source of truth; the JSON is derived from its rows.
+"""
+
+import functools
+import json
+import math
+import statistics
+import subprocess
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.host import Host
+from stages.stage import write_whole
+
+COLUMNS: dict[str, pa.DataType] = {
+    "stage": pa.string(),
+    "week": pa.string(),
+    "suite": pa.string(),
+    "case": pa.string(),
+    "metric": pa.string(),
+    "value": pa.float64(),
+    "unit": pa.string(),
+    "better": pa.string(),
+    "status": pa.string(),
+    "samples": pa.list_(pa.float64()),
+    "limit": pa.float64(),
+    "limit_kind": pa.string(),
+    "model": pa.string(),
+    "dtype": pa.string(),
+    "quantization": pa.string(),
+    "backend": pa.string(),
+    "batch": pa.int64(),
+    "prompt_tokens": pa.int64(),
+    "new_tokens": pa.int64(),
+    "context": pa.int64(),
+    "tensor_parallel": pa.int64(),
+    "kernel_versions": pa.string(),
+    "gpu": pa.string(),
+    "driver": pa.string(),
+    "cuda": pa.string(),
+    "packages": pa.string(),
+    "commit": pa.string(),
+    "note": pa.string(),
+}
+REQUIRED = frozenset({"stage", "suite", "case", "metric", "unit", "status", "gpu"})
+SCHEMA = pa.schema([pa.field(name, kind, nullable=name not in REQUIRED) for name, kind in COLUMNS.items()])
+KNOBS = (
+    "dtype", "quantization", "backend", "batch", "prompt_tokens", "new_tokens", "context", "tensor_parallel",
+    "kernel_versions",
+)  # fmt: skip
+IDENTITY = ("stage", "week", "suite", "case", "metric", "model", "gpu", *KNOBS)
+PLOTTED = ("baseline", "bench")
+STATUSES = ("ok", "not_measured", "failed")
+
+
+class MetricsError(ValueError):
+    """A row or a file that breaks the schema."""
+
+
+class Rows:
+    """Collects the rows of one stage (and week) on one host for one model.
+
+    `kernel_versions` may be given as a dict from operation to version; it is stored as JSON with sorted keys.
+    """
+
+    def __init__(self, stage: str, week: str | None, model: str | None, host: Host) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.common = {
+            "stage": stage,
+            "week": week,
+            "model": model,
+            "gpu": host.gpu,
+            "driver": host.driver,
+            "cuda": host.cuda,
+            "packages": json.dumps(host.packages, sort_keys=True),
+            "commit": read_commit(),
+        }
+
+    def add(
+        self,
+        *,
+        suite: str,
+        case: str,
+        metric: str,
+        value: float | None,
+        unit: str,
+        better: str | None,
+        samples: Sequence[float] | None = None,
+        limit: float | None = None,
+        limit_kind: str | None = None,
+        status: Literal["ok", "failed"] = "ok",
+        note: str | None = None,
+        **knobs: Any,
+    ) -> None:
+        """Adds a measurement; `better` is "higher", "lower" or None; `value` is the samples' median where it is None.
+        `failed` says in `note` what is wrong with it.
+
+        Raises MetricsError for an unknown knob, a value that is not finite, a limit without its kind, a row that is
+        already there.
+        """
+        if value is None and samples:
+            value = statistics.median(samples)
+        value = None if value is None else float(value)
+        self._append(
+            suite=suite, case=case, metric=metric, value=value, unit=unit, better=better, status=status,
+            samples=None if samples is None else [float(sample) for sample in samples],
+            limit=limit, limit_kind=limit_kind, note=note, **knobs,
+        )  # fmt: skip
+
+    def missing(
+        self, *, suite: str, case: str, metric: str, unit: str, better: str | None, reason: str, **knobs: Any
+    ) -> None:
+        """Adds a row that says what could not be measured on this host, and why; its value is null, never zero."""
+        self._append(
+            suite=suite, case=case, metric=metric, value=None, unit=unit, better=better, status="not_measured",
+            note=reason, **knobs,
+        )  # fmt: skip
+
+    def _append(self, **fields: Any) -> None:
+        unknown = set(fields) - set(COLUMNS)
+        if unknown:
+            raise MetricsError(f"no such column: {', '.join(sorted(unknown))}")
+        versions = fields.get("kernel_versions")
+        if isinstance(versions, Mapping):
+            fields["kernel_versions"] = json.dumps(versions, sort_keys=True)
+        self.rows.append(dict.fromkeys(COLUMNS) | self.common | fields)
+
+    def write(self, path: Path, headline: Callable[[Mapping[str, Any]], bool] | None = None) -> None:
+        """Writes the rows as Parquet at `path`, each file whole or not at all, and beside it what DVC can read of them:
+        `.json` for `dvc metrics` (only the rows `headline` picks, where there are too many to read) and, of the stages
+        in PLOTTED, `.csv` for `dvc plots`, a line a case and a column a metric.
+
+        Raises MetricsError where a row breaks the schema or two rows are the same measurement.
+        """
+        self.write_parquet(path)
+        picked = [row for row in self.rows if headline is None or headline(row)]
+        write_whole(path.with_suffix(".json"), json.dumps(summarize(picked), indent=2) + "\n")
+        if self.common["stage"] in PLOTTED:
+            write_whole(path.with_suffix(".csv"), tabulate(self.rows))
+
+    def write_parquet(self, path: Path) -> None:
+        """Only `write`'s Parquet file."""
+        check(self.rows)
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(self.rows, schema=SCHEMA), sink, compression="zstd")
+        write_whole(path, sink.getvalue().to_pybytes())
+
+
+def check(rows: Iterable[Mapping[str, Any]]) -> None:
+    """Raises MetricsError for a row that breaks the schema's rules, naming the row."""
+    seen = set()
+    for row in rows:
+        place = "/".join(str(row[key]) for key in ("stage", "week", "suite", "case", "metric"))
+        empty = sorted(name for name in REQUIRED if row[name] in (None, ""))
+        if empty:
+            raise MetricsError(f"{place}: {', '.join(empty)} must be given")
+        if row["status"] not in STATUSES:
+            raise MetricsError(f"{place}: status '{row['status']}' is none of {', '.join(STATUSES)}")
+        if row["better"] not in ("higher", "lower", None):
+            raise MetricsError(f"{place}: better '{row['better']}' is neither higher nor lower")
+        numbers = [row["value"], row["limit"], *(row["samples"] if row["samples"] is not None else [])]
+        if any(number is not None and not math.isfinite(number) for number in numbers):
+            raise MetricsError(f"{place}: a number is not finite")
+        if row["status"] == "ok" and row["value"] is None:
+            raise MetricsError(f"{place}: a measured row has a value")
+        if row["status"] == "not_measured" and row["value"] is not None:
+            raise MetricsError(f"{place}: what was not measured has no value")
+        if row["status"] != "ok" and not row["note"]:
+            raise MetricsError(f"{place}: status {row['status']} says why in `note`")
+        if row["limit"] is not None and not row["limit_kind"]:
+            raise MetricsError(f"{place}: a limit says in `limit_kind` why it is one")
+        identity = tuple(row[name] for name in IDENTITY)
+        if identity in seen:
+            raise MetricsError(f"{place}: the same measurement twice; a knob or the case must tell them apart")
+        seen.add(identity)
+
+
+def read(path: str | Path) -> pd.DataFrame:
+    """A metrics file as a frame with exactly `COLUMNS`, integers nullable. Raises MetricsError for another schema."""
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise MetricsError(f"{path} is not Parquet: {error}") from None
+    if table.schema.names != SCHEMA.names or table.schema.types != SCHEMA.types:
+        raise MetricsError(f"{path} does not have the columns of the metrics' schema")
+    integers = {pa.int64(): pd.Int64Dtype()}
+    return table.to_pandas(types_mapper=integers.get)
+
+
+def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """suite → case → metric → value, for `dvc metrics`; null where there is no value.
+
+    Where several rows share suite, case and metric, the case's name gets the knobs by which they differ.
+    """
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["suite"], row["case"], row["metric"]].append(row)
+    summary: dict[str, Any] = {}
+    for (suite, case, metric), members in groups.items():
+        varying = [knob for knob in KNOBS if len({row[knob] for row in members}) > 1]
+        for row in members:
+            knobs = ",".join(f"{knob}={row[knob]}" for knob in varying if row[knob] is not None)
+            value = row["value"]
+            value = int(value) if value is not None and value == int(value) else value
+            summary.setdefault(suite, {}).setdefault(f"{case}[{knobs}]" if knobs else case, {})[metric] = value
+    return summary
+
+
+def tabulate(rows: Sequence[Mapping[str, Any]]) -> str:
+    """`summarize`'s values as CSV: suite, case, then a column a metric; empty where there is no value."""
+    lines = [
+        {"suite": suite, "case": case} | metrics
+        for suite, cases in summarize(rows).items()
+        for case, metrics in cases.items()
+    ]
+    columns = ["suite", "case", *dict.fromkeys(row["metric"] for row in rows)]
+    return pd.DataFrame(lines, columns=columns, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
+@functools.cache
+def read_commit() -> str | None:
+    """The commit of the working directory, with `-dirty` where code differs from it; None outside a git repository."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        dirty = _git("status", "--porcelain", "--untracked-files=no", "--", "stages", "engine", "kernels", "conf")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}-dirty" if dirty else head
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()

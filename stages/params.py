@@ -1,0 +1,200 @@
+"""The typed sections of params.yaml: what a stage can declare, and the strict reading of it.
+
+Each section is one group of `conf/` (`gpu`, `model`, `workload`) or one week of `weeks`. Unknown, missing and mistyped
+keys are refused by name; what a stage gets is resolved and read-only.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+CONF = Path("conf")
+PARAMS = Path("params.yaml")
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ParamsError(ValueError):
+    """The parameters are wrong: found before any work, reported on one line, exit status 2."""
+
+
+def freeze(value: Any) -> Any:
+    """A read-only copy of nested dicts (mapping proxies) and lists (tuples)."""
+    if isinstance(value, Mapping):
+        return MappingProxyType({key: freeze(item) for key, item in value.items()})
+    return tuple(freeze(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def thaw(value: Any) -> Any:
+    """The plain dicts and lists of what `freeze` made, for JSON."""
+    if isinstance(value, Mapping):
+        return {key: thaw(item) for key, item in value.items()}
+    return [thaw(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+ReadOnly = Annotated[Mapping[str, Any], AfterValidator(freeze)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Gpu:
+    """The GPU that is wanted, by its datasheet; null for `auto` (what there is) and `cpu` (none, even if there is)."""
+
+    name: Name
+    sm: Annotated[str, Field(pattern=r"^sm_\d+a?$")] | None
+    memory_gb: Positive | None
+    bandwidth_gbs: Positive | None
+    """GB/s (10^9 bytes) of one GPU's memory."""
+    bf16_tflops: Positive | None
+    """Dense bf16 with fp32 accumulation, without sparsity, of one GPU."""
+    count: Annotated[int, Field(ge=0)] | None
+
+
+@dataclass(frozen=True, config=STRICT)
+class Model:
+    """A model and where its weights come from."""
+
+    name: Name
+    hub_id: str | None
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
+    """The commit on the hub, 40 hexadecimal digits; a branch name would not pin anything."""
+    weights: Literal["hub", "path", "bundled", "random"]
+    path: str | None
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    force: bool
+    architecture: ReadOnly
+    """The fields of config.json."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Engine:
+    """What a week switches on in the engine: `engine.llm.EngineConfig` with `auto` for what depends on the host."""
+
+    backend: Literal["auto", "reference", "cuda"]
+    device: Literal["auto", "cpu", "cuda"]
+    dtype: Literal["bfloat16", "float32"]
+    attention: str
+    linear: str
+    kv_cache: str
+    max_batch: Count
+    max_model_len: Count | None
+    """Tokens of prompt and answer together; null is the model's own maximum."""
+
+    def settings(self, gpu: bool, max_positions: int) -> dict[str, Any]:
+        """`EngineConfig`'s arguments on a host with or without a GPU, for a model of `max_positions` positions."""
+        fields = dataclasses.asdict(self)
+        if self.device == "auto":
+            fields["device"] = "cuda" if gpu else "cpu"
+        if self.backend == "auto":
+            fields["backend"] = "cuda" if fields["device"] == "cuda" else "reference"
+        if self.max_model_len is None:
+            fields["max_model_len"] = max_positions
+        return fields
+
+
+@dataclass(frozen=True, config=STRICT)
+class Week:
+    """One week: a configuration of the same code, what is checked of it and what is measured of it."""
+
+    name: Name
+    title: str
+    milestone: str
+    engine: Engine | None
+    parity: tuple[str, ...]
+    bench: tuple[str, ...]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Weeks:
+    """All weeks, in order, for a stage that joins them."""
+
+    weeks: dict[str, Week]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Workload:
+    """What is generated when something is measured or compared."""
+
+    name: Name
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    batch_sizes: tuple[Count, ...]
+    prompt_tokens: tuple[Count, ...]
+    new_tokens: Count
+    repeats: Count
+    warmup: Annotated[int, Field(ge=0)]
+
+
+Section = TypeVar("Section")
+SECTIONS: dict[type, str] = {Gpu: "gpu", Model: "model", Workload: "workload", Week: "week", Weeks: "weeks"}
+
+
+def list_choices(group: str) -> list[str]:
+    """The names a group of `conf/` offers; none where there is no `conf/`."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def check_choice(group: str, value: object) -> None:
+    """Raises ParamsError naming `value` and the choices unless `conf/<group>/<value>.yaml` exists."""
+    choices = list_choices(group)
+    if value not in choices:
+        raise ParamsError(f"unknown {group} '{value}'; there are: {', '.join(choices)}")
+
+
+def parse(section: type[Section], value: Any, where: str) -> Section:
+    """`value` (plain dicts and lists) as the frozen dataclass `section`.
+
+    Raises ParamsError naming each unknown, missing or mistyped key by its full path under `where`.
+    """
+    try:
+        # JSON's strictness: a list may become a tuple, but neither "8" a number nor 1 a truth value.
+        return TypeAdapter(section).validate_json(json.dumps(value))
+    except (ValidationError, TypeError) as error:
+        if not isinstance(error, ValidationError):
+            raise ParamsError(f"{where}: {error}") from None
+        raise ParamsError("; ".join(_explain(item, where) for item in error.errors())) from None
+
+
+def _explain(error: Any, where: str) -> str:
+    key = ".".join([where, *(str(part) for part in error["loc"])])
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{key}: unknown key"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{key} is missing"
+    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def select(section: type, params: Mapping[str, Any], week: str | None) -> Any:
+    """The section of composed `params`; `week` names the one a `Week` is.
+
+    Raises ParamsError for a missing section, an unknown name, and what `parse` refuses.
+    """
+    if section is Week:
+        weeks = params.get("weeks") or {}
+        if week is None:
+            raise ParamsError(f"which week? say week=NAME with one of: {', '.join(weeks)}")
+        if week not in weeks:
+            raise ParamsError(f"unknown week '{week}'; there are: {', '.join(weeks)}")
+        return _named(parse(Week, weeks[week], f"weeks.{week}"), week, f"weeks.{week}")
+    group = SECTIONS[section]
+    if group not in params:
+        raise ParamsError(f"{group} is missing from the parameters")
+    if section is Weeks:
+        weeks = params[group] or {}
+        return Weeks({name: select(Week, params, name) for name in weeks})
+    parsed = parse(section, params[group], group)
+    check_choice(group, parsed.name)
+    return parsed
+
+
+def _named(week: Week, name: str, where: str) -> Week:
+    if week.name != name:
+        raise ParamsError(f"{where}.name = '{week.name}': should be '{name}'")
+    return week

@@ -1,0 +1,319 @@
+"""dvc.yaml against the code it runs, and what DVC does with it: run, skip, experiment, compare, go on after a kill."""
+
+import ast
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.params import SECTIONS, Model, Week, list_choices
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("stages", "engine", "kernels")
+# What of the model decides a stage's result beyond the files that download's manifest covers.
+MODEL_PARAMS = {"model.name"}
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+KINDS = ("outs", "metrics", "plots")
+
+
+def pipeline() -> dict:
+    return yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+
+def paths(stage: dict, *kinds: str) -> list[str]:
+    """The paths of a stage's deps, outs, metrics or plots, whether plain or with flags."""
+    entries = [entry for kind in kinds for entry in stage.get(kind, [])]
+    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+
+
+# --- the file against the code ----------------------------------------------------------------------------------------
+
+
+def find_module(name: str) -> Path | None:
+    """The file of one of our modules, relative to the root."""
+    path = Path(*name.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()), None)
+
+
+def list_imports(path: Path) -> set[str]:
+    """Our modules that a file imports at any place, but for type checkers only."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+                continue
+            if isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom) and child.module and not child.level:
+                found.update([child.module, *(f"{child.module}.{alias.name}" for alias in child.names)])
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return {name for name in found if name.split(".")[0] in PACKAGES}
+
+
+def import_graph(module: str) -> set[str]:
+    """Every file of ours that importing and running `module` can load."""
+    files: set[Path] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        file = find_module(name)
+        if file is None or file in files:
+            continue
+        files.add(file)
+        parts = name.split(".")
+        waiting += [".".join(parts[:length]) for length in range(1, len(parts))]
+        waiting += list_imports(file)
+    return {file.as_posix() for file in files}
+
+
+def stage_modules() -> dict[str, str]:
+    """Stage → its module, of the stages that are run by name."""
+    found = {name: re.findall(r"python -m (\S+)", str(stage["cmd"])) for name, stage in pipeline().items()}
+    return {name: modules[0] for name, modules in found.items() if name != "train_tiny"}
+
+
+def test_the_stages_are_there_in_order():
+    assert list(pipeline()) == [
+        "provision", "download", "inventory", "baseline", "build", "parity", "bench", "report", "train_tiny",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["provision", "download", "inventory", "baseline", "build", "parity", "bench", "report"]
+)
+def test_every_imported_module_is_a_dependency(name):
+    deps = paths(pipeline()[name], "deps")
+    loaded = import_graph(stage_modules()[name])
+    missing = sorted(file for file in loaded if not any(file == dep or file.startswith(f"{dep}/") for dep in deps))
+    assert not missing, f"dvc.yaml, {name}: deps lack {missing}"
+    ours = {dep for dep in deps if dep.split("/")[0] in PACKAGES and dep.endswith(".py")}
+    assert not ours - loaded, f"dvc.yaml, {name}: deps it does not import: {sorted(ours - loaded)}"
+
+
+def test_dependencies_exist_or_are_made():
+    made = {out for stage in pipeline().values() for out in paths(stage, *KINDS)}
+    made |= {out.replace("${item.week}", week) for out in made for week in list_choices("week")}
+    for name, stage in pipeline().items():
+        for dep in paths(stage, "deps"):
+            assert dep in made or (ROOT / dep).exists(), f"dvc.yaml, {name}: nothing makes {dep}"
+
+
+@pytest.mark.parametrize(
+    "name", ["provision", "download", "inventory", "baseline", "build", "parity", "bench", "report"]
+)
+def test_params_are_what_the_stage_declares(name):
+    declared = importlib.import_module(stage_modules()[name]).main.sections
+    expected = set()
+    for section in declared:
+        if section is Week:
+            expected.add("weeks.${item.week}")
+        elif section is Model and name != "download":
+            expected |= MODEL_PARAMS
+        else:
+            expected.add(SECTIONS[section])
+    assert set(pipeline()[name].get("params", [])) == expected
+
+
+def test_matrix_stages_run_every_week():
+    for name in ("parity", "bench"):
+        assert pipeline()[name]["matrix"] == {"week": list_choices("week")}
+        assert pipeline()[name]["cmd"].endswith("week=${item.week}")
+
+
+def test_the_report_reads_every_metrics_file_and_no_folder_of_them():
+    made = {
+        out.replace("${item.week}", week)
+        for name, stage in pipeline().items()
+        for out in paths(stage, "outs")
+        if out.startswith("reports/metrics/") and out.endswith(".parquet")
+        for week in list_choices("week")
+    }
+    deps = paths(pipeline()["report"], "deps")
+    assert {dep for dep in deps if dep.startswith("reports/metrics")} == made
+
+
+def test_what_measures_depends_on_the_host():
+    for name in ("inventory", "baseline", "build", "parity", "bench"):
+        assert "data/host.json" in paths(pipeline()[name], "deps")
+
+
+def test_what_is_cached_is_ignored_by_git_and_the_rest_is_not():
+    for stage in pipeline().values():
+        for entry in stage.get("outs", []) + stage.get("metrics", []) + stage.get("plots", []):
+            path = next(iter(paths({"outs": [entry]}, "outs"))).replace("${item.week}", "w01")
+            in_git = isinstance(entry, dict) and next(iter(entry.values())).get("cache") is False
+            ignored = subprocess.run(["git", "check-ignore", "-q", path], check=False).returncode == 0
+            assert ignored != in_git, path
+
+
+def test_nothing_turns_the_run_cache_off_but_the_report():
+    for name, stage in pipeline().items():
+        uncached = [out for out in stage.get("outs", []) if isinstance(out, dict)]
+        assert not uncached or name in ("report", "train_tiny"), (
+            f"dvc.yaml, {name}: {uncached} under outs, not metrics or plots"
+        )
+
+
+def test_dvc_s_settings():
+    config = (ROOT / ".dvc/config").read_text()
+    for line in ("analytics = false", "check_update = false", "autostage = false", "enabled = true"):
+        assert line in config
+
+
+def test_only_provision_and_download_always_run():
+    assert [name for name, stage in pipeline().items() if stage.get("always_changed")] == ["provision", "download"]
+    assert [name for name, stage in pipeline().items() if stage.get("frozen")] == ["train_tiny"]
+
+
+# --- what DVC does with it --------------------------------------------------------------------------------------------
+
+STUB = '''
+"""Stands in for a stage: writes every output dvc.yaml declares, a function of params.yaml's gpu."""
+import os, re, signal, sys, yaml
+from pathlib import Path
+
+name = Path(sys.argv[0]).stem
+week = dict(argument.split("=") for argument in sys.argv[1:]).get("week", "")
+params = yaml.safe_load(Path("params.yaml").read_text())
+stage = yaml.safe_load(Path("dvc.yaml").read_text())["stages"][name]
+seed = len(params["gpu"]["name"]) if name not in ("provision", "download") else 0
+for entry in stage.get("outs", []) + stage.get("metrics", []) + stage.get("plots", []):
+    path = entry if isinstance(entry, str) else next(iter(entry))
+    path = Path(path.replace("${item.week}", week).replace("${model.name}", params["model"]["name"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        path.write_text('{"decode": {"batch 1": {"ttft_ms": %d, "missing": null}}}' % seed)
+    elif path.suffix == ".csv":
+        path.write_text("case,role,num_parameters,ttft_ms,tpot_ms,output_throughput\\nbatch 1,a,1,%d,2,3\\n" % seed)
+    elif path.suffix:
+        path.write_text(str(seed))
+    else:
+        path.mkdir(exist_ok=True)
+        (path / "file").write_text(str(seed))
+    if os.environ.get("KILL") == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+'''
+
+
+class Checkout:
+    """A git repository with the project's dvc.yaml and conf/, stand-ins for its stages, and one week."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def run(self, *command: str, check: bool = True, **environment: str) -> str:
+        """stdout and stderr of a command in the repository, which has to succeed unless `check` is false."""
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        base = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "GIT_"))}
+        done = subprocess.run(
+            command, cwd=self.folder, env=base | {"PATH": path} | environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, check=False, timeout=240,
+        )  # fmt: skip
+        assert not check or done.returncode == 0, done.stdout
+        return done.stdout
+
+    def ran(self, output: str) -> list[str]:
+        return re.findall(r"^Running stage '(.+)':", output, re.MULTILINE)
+
+    def commit(self) -> None:
+        self.run("git", "add", "-A")
+        self.run("git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", "x")
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Checkout:
+    folder = tmp_path / "checkout"
+    (folder / ".dvc").mkdir(parents=True)
+    for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "params.yaml"):
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "conf", folder / "conf")
+    text = (ROOT / "dvc.yaml").read_text()
+    text = re.sub(r"week: \[.*\]", "week: [w04]", text)
+    text = re.sub(
+        r"^ +(- )?reports/metrics/(parity|bench)_w0[1-3]\.(parquet|csv: case)\n", "", text, flags=re.MULTILINE
+    )
+    (folder / "dvc.yaml").write_text(text)
+    for stage in yaml.safe_load(text)["stages"].values():
+        for dep in paths(stage, "deps"):
+            path = folder / dep
+            if dep.split("/")[0] in (*PACKAGES, "data") and "$" not in dep and path.suffix not in (".json", ".parquet"):
+                file = path if path.suffix else path / "file.txt"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text("")
+    for name in yaml.safe_load(text)["stages"]:
+        (folder / f"stages/{name}.py").write_text(STUB)
+    (folder / "reports/recorded").mkdir(parents=True)
+    (folder / "reports/recorded/README.md").write_text("")
+    made = Checkout(folder)
+    made.run("git", "init", "-q", "-b", "main")
+    made.run("git", "config", "user.name", "a")
+    made.run("git", "config", "user.email", "a@b")
+    made.commit()
+    return made
+
+
+@pytest.mark.slow
+def test_run_skip_experiment_compare(checkout):
+    every = [
+        "provision", "download", "inventory", "baseline", "build", "parity@w04", "bench@w04", "report",
+    ]  # fmt: skip
+    assert sorted(checkout.ran(checkout.run("dvc", "repro"))) == sorted(every)
+    checkout.commit()
+
+    again = checkout.run("dvc", "repro")
+    assert checkout.ran(again) == ["provision", "download"]
+    assert checkout.run("git", "status", "--porcelain") == ""
+
+    experiment = checkout.run("dvc", "exp", "run", "-S", "gpu=rtx5090")
+    assert {"baseline", "build", "parity@w04", "bench@w04", "report"} <= set(checkout.ran(experiment))
+    params = yaml.safe_load((checkout.folder / "params.yaml").read_text())
+    assert params["gpu"]["name"] == "rtx5090" and params["gpu"]["sm"] == "sm_120"
+
+    difference = checkout.run("dvc", "metrics", "diff", "main")
+    assert re.search(r"bench_w04\.json\s+decode\.batch 1\.ttft_ms\s+4\s+7\s+3", difference), difference
+    assert "file://" in checkout.run("dvc", "plots", "diff")
+    page = (checkout.folder / "dvc_plots/index.html").read_text()
+    assert "Time to first token" in page and "batch 1" in page
+    shown = checkout.run("dvc", "exp", "show", "--csv")
+    assert "rtx5090" in shown and "reports/metrics/bench_w04.json:decode.batch 1.ttft_ms" in shown
+
+    # Going back to what was measured before restores it.
+    back = checkout.run("dvc", "exp", "run")
+    assert checkout.ran(back) == ["provision", "download", "report"], back
+    assert '"ttft_ms": 4' in (checkout.folder / "reports/metrics/bench_w04.json").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_stage_is_run_again_and_a_fresh_clone_just_runs(checkout, tmp_path):
+    killed = checkout.run("dvc", "repro", check=False, KILL="baseline")
+    assert "failed to reproduce 'baseline'" in killed
+    ran = checkout.ran(checkout.run("dvc", "repro"))
+    assert "inventory" not in ran and {"baseline", "bench@w04", "report"} <= set(ran)
+    checkout.commit()
+
+    checkout.run("git", "clone", "-q", ".", str(tmp_path / "clone"))
+    clone = Checkout(tmp_path / "clone")
+    clone.run("dvc", "repro")
+    assert (clone.folder / "reports/metrics/bench_w04.parquet").exists()
+
+
+def test_an_unknown_name_is_refused_before_anything_runs(checkout):
+    output = checkout.run("dvc", "exp", "run", "-S", "gpu=rtx6090", check=False)
+    assert checkout.ran(output) == []
+    assert "rtx6090" in output and "rtx5090" in output
+    assert checkout.run("git", "status", "--porcelain") == ""

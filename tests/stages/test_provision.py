@@ -1,0 +1,181 @@
+"""Provision: measures once a host, compares the `gpu` group, writes the same bytes again."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from stages import metrics, provision
+from stages.host import Device, Host
+from stages.provision import CEILINGS, HOST, METRICS, check_kernel, compare
+from stages.stage import Run
+
+CPU_HOST = Host("A CPU", 2, 24, "Linux x86_64", "3.11")
+H200_HOST = Host(
+    "A CPU", 16, 128, "Linux x86_64", "3.12", "580.95", "13.0", (Device("NVIDIA H200", "sm_90", 150_754_820_096),)
+)
+FILES = (HOST, CEILINGS, METRICS, METRICS.with_suffix(".json"))
+
+
+@pytest.fixture
+def host(workspace, monkeypatch):
+    """A host whose description a test sets, and a count of its measurements."""
+    state = {"host": CPU_HOST, "measured": 0}
+    monkeypatch.setattr(provision, "read_host", lambda: state["host"])
+    monkeypatch.setattr(provision, "gpu_available", lambda: bool(state["host"].gpus))
+    monkeypatch.setattr(provision, "check_kernel", lambda: {"value": 0.0, "status": "ok"})
+    monkeypatch.delenv("AFS_REMEASURE", raising=False)
+
+    def measure(device, **_):
+        state["measured"] += 1
+        yield "read_bandwidth", None, [4.0e12, 4.2e12, 4.1e12]
+        yield "copy_bandwidth", None, [4.0e12]
+        yield "matrix_rate", "bfloat16" if device == "cuda" else "float32", [7.0e14]
+
+    monkeypatch.setattr(provision, "measure_device", measure)
+    return state
+
+
+def group(name: str):
+    from stages.compose import as_dict, compose_conf
+    from stages.params import Gpu, select
+
+    return select(Gpu, as_dict(compose_conf([f"gpu={name}"])), None)
+
+
+def rows(path=METRICS, **where):
+    """The rows of a metrics file, as (case, metric) → row."""
+    frame: Any = metrics.read(Path("outputs/provision") / path)
+    for column, value in where.items():
+        frame = frame[frame[column] == value]
+    return {(row["case"], row["metric"]): row for row in frame.to_dict("records")}
+
+
+def content() -> list[bytes]:
+    return [(Path("outputs/provision") / file).read_bytes() for file in FILES]
+
+
+def test_a_cpu_host(host, capsys):
+    provision.main([])
+    measured = rows(CEILINGS, suite="ceilings")
+    assert measured["cpu", "read_bandwidth"]["value"] == 4.1e12
+    assert list(measured["cpu", "read_bandwidth"]["samples"]) == [4.0e12, 4.2e12, 4.1e12]
+    assert measured["cpu", "matrix_rate"]["dtype"] == "float32"
+    for metric in ("read_bandwidth", "copy_bandwidth", "matrix_rate"):
+        assert measured["gpu", metric]["status"] == "not_measured"
+    assert rows(suite="gpu_group")["auto", "matches_host"]["value"] == 1
+    assert "GB of disk free" in capsys.readouterr().out
+
+
+def test_the_second_run_measures_nothing_and_writes_the_same_bytes(host):
+    provision.main([])
+    before = content()
+    provision.main([])
+    assert host["measured"] == 1
+    assert content() == before
+
+
+def test_another_host_is_measured_and_going_back_restores(host):
+    provision.main([])
+    before = content()
+    host["host"] = H200_HOST
+    provision.main([])
+    assert host["measured"] == 3
+    assert rows(CEILINGS)["gpu", "matrix_rate"]["dtype"] == "bfloat16"
+    host["host"] = CPU_HOST
+    provision.main([])
+    assert host["measured"] == 3
+    assert content() == before
+
+
+def test_remeasure(host, monkeypatch):
+    provision.main([])
+    monkeypatch.setenv("AFS_REMEASURE", "1")
+    provision.main([])
+    assert host["measured"] == 2
+
+
+def test_damaged_memory_is_measured_again(host, tmp_path):
+    provision.main([])
+    (kept,) = (tmp_path / "cache/ceilings").iterdir()
+    kept.write_bytes(kept.read_bytes()[:100])
+    provision.main([])
+    assert host["measured"] == 2
+
+
+def test_the_wanted_gpu_gives_datasheet_limits(host):
+    host["host"] = H200_HOST
+    provision.main(["gpu=h200"])
+    found = rows(suite="ceilings")
+    assert (found["gpu", "copy_bandwidth"]["limit"], found["gpu", "matrix_rate"]["limit"]) == (4.8e12, 989.4e12)
+    assert found["gpu", "copy_bandwidth"]["limit_kind"] == "datasheet of h200"
+    assert found["cpu", "copy_bandwidth"]["limit"] != found["cpu", "copy_bandwidth"]["limit"]
+    assert rows(suite="gpu_group")["h200", "matches_host"]["value"] == 1
+
+
+def test_another_gpu_is_a_row_not_an_error(host):
+    host["host"] = H200_HOST
+    provision.main(["gpu=rtx5090"])
+    row = rows(suite="gpu_group")["rtx5090", "matches_host"]
+    assert (row["status"], row["value"]) == ("failed", 0)
+    assert "NVIDIA H200 is sm_90, rtx5090 is sm_120" in row["note"] and "built for sm_120" in row["note"]
+    ceiling = rows(suite="ceilings")["gpu", "copy_bandwidth"]
+    assert ceiling["status"] == "ok" and ceiling["limit"] != ceiling["limit"]
+
+
+def test_no_gpu_where_one_is_wanted_is_a_row_not_an_error(host):
+    provision.main(["gpu=rtx5090"])
+    row = rows(suite="gpu_group")["rtx5090", "matches_host"]
+    assert row["status"] == "not_measured" and row["value"] != row["value"]
+    assert "built for sm_120" in row["note"]
+
+
+def test_comparison(workspace):
+    assert (
+        compare(H200_HOST, group("h200")) == compare(H200_HOST, group("auto")) == compare(CPU_HOST, group("cpu")) == []
+    )
+    assert compare(H200_HOST, group("h100")) == ["NVIDIA H200 has 151 GB, h100 has 80"]
+    a100 = compare(H200_HOST, group("a100_80g"))
+    assert a100[0] == "NVIDIA H200 is sm_90, a100_80g is sm_80" and len(a100) == 2
+
+
+def test_under_dvc_the_pipeline_s_paths_are_written(host, monkeypatch):
+    monkeypatch.setenv("DVC_STAGE", "provision")
+    provision.main([])
+    assert all(path.exists() for path in FILES)
+    assert not Path("outputs").exists()
+
+
+def test_a_kernel_that_fails_is_a_row(monkeypatch):
+    broken = ModuleType("kernels.residual")
+    broken.add = lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel image\nfor this device"))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kernels.residual", broken)
+    monkeypatch.setattr("kernels.residual", broken, raising=False)
+    row = check_kernel()
+    assert row["status"] == "failed" and row["value"] is None and row["note"]
+
+
+@pytest.mark.gpu
+def test_a_kernel_runs_on_this_gpu():
+    assert check_kernel() == {"value": 0.0, "status": "ok"}
+
+
+@pytest.mark.gpu
+def test_ceilings_of_this_gpu_are_plausible():
+    found = {metric: samples for metric, _, samples in provision.measure_device("cuda", 1024, 4096, 5)}
+    assert all(min(found[metric]) > 1e11 for metric in ("read_bandwidth", "copy_bandwidth"))
+    assert min(found["matrix_rate"]) > 1e13
+
+
+def test_measuring_a_cpu():
+    found = {metric: samples for metric, _, samples in provision.measure_device("cpu", 4, 64, 2)}
+    assert set(found) == {"read_bandwidth", "copy_bandwidth", "matrix_rate"}
+    assert all(len(samples) == 2 and min(samples) > 0 for samples in found.values())
+
+
+def test_by_hand_and_pipeline_do_not_mix(host):
+    provision.main([])
+    assert Run("bench", by_hand=True).find(HOST) == Path("outputs/provision") / HOST
+    assert not HOST.exists()

@@ -5,6 +5,7 @@ Every function here runs on the GPU (inlined) and under the simulator.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from kernels import ptx
-from kernels.cuda import SIMULATED, cuda, device_function
+from kernels.cuda import SIMULATED, cuda, device_function, float32
 
 DTYPES = ("bf16", "f32")
+CHAINS = 8
 
 
 @device_function
@@ -67,6 +69,36 @@ if SIMULATED:
     exp, log, log1p = np.exp, np.log, np.log1p
 else:
     exp, log, log1p = math.exp, math.log, math.log1p
+
+
+@functools.cache
+def dot(first: str, second: str) -> Callable[[Any, int, Any, int, int], Any]:
+    """`dot(first, second)(a, i, b, j, length)`: the sum of a[i + n] * b[j + n] over n < length, in float32.
+
+    a and b hold elements of the dtypes `first` and `second`. Order of summation: CHAINS chains of fused multiply-adds,
+    chain c over n = c, c + CHAINS, c + 2 CHAINS, … from 0, added by a tree, the upper half onto the lower. A single
+    chain loses up to five times as much to rounding as torch's sums on a GPU (docs/decisions.md).
+    """
+    load_first, load_second = load(first), load(second)
+
+    @device_function
+    def dot(a, i, b, j, length):
+        chains = cuda.local.array(CHAINS, float32)
+        for c in range(CHAINS):
+            chains[c] = float32(0.0)
+        n = 0
+        while n + CHAINS <= length:
+            for c in range(CHAINS):
+                chains[c] = ptx.fma_rn_f32(load_first(a, i + n + c), load_second(b, j + n + c), chains[c])
+            n += CHAINS
+        for c in range(CHAINS):
+            if n + c < length:
+                chains[c] = ptx.fma_rn_f32(load_first(a, i + n + c), load_second(b, j + n + c), chains[c])
+        for c in range(4):
+            chains[c] = ptx.add_rn_f32(chains[c], chains[c + 4])
+        return ptx.add_rn_f32(ptx.add_rn_f32(chains[0], chains[2]), ptx.add_rn_f32(chains[1], chains[3]))
+
+    return dot
 
 
 @device_function

@@ -3,7 +3,7 @@
 Order of operations, all in fp32, for the token at position p that attends to positions begin … p:
 1. The chunks are positions 64 c … 64 c + 63 for c = begin // 64 … p // 64, in that order; of a chunk only the positions
    from begin to p take part.
-2. score_j = q · k_j: a chain of fused multiply-adds over d = 0 … D - 1 from 0; factor = scale * log2 e in fp32.
+2. score_j = q · k_j, the eight chains of `device.dot`; factor = scale * log2 e in fp32.
 3. For a chunk, by itself: m_c = the largest score * factor; w_j = 2 ** fma(score_j, factor, -m_c) (ex2.approx); l_c =
    the sum of w_j and o_c[d] = the chain of fused multiply-adds of w_j and v_j[d], both over j in order from 0.
 4. Combined into m, l, o (which start as -inf, 0, 0): m' = max(m, m_c), a = 2 ** (m - m'), b = 2 ** (m_c - m'),
@@ -30,7 +30,7 @@ THREADS = 64
 def naive(dtype: str, head_dim: int) -> Kernel:
     """q, k_cache, v_cache, slots, positions, out, query heads a KV head, Hk, C, token strides of q and out, factor,
     window; grid (T, Hq)."""
-    load, store = device.load(dtype), device.store(dtype)
+    load, store, dot = device.load(dtype), device.store(dtype), device.dot("f32", dtype)
     owned = -(-head_dim // THREADS)
 
     def attention(
@@ -67,10 +67,7 @@ def naive(dtype: str, head_dim: int) -> Kernel:
             high = min(position + 1, chunk + CHUNK)
             j = chunk + thread
             if low <= j < high:
-                score = float32(0.0)
-                for d in range(head_dim):
-                    score = ptx.fma_rn_f32(query[d], load(k_cache, base + j * step + d), score)
-                scores[thread] = score
+                scores[thread] = dot(query, 0, k_cache, base + j * step, head_dim)
             cuda.syncthreads()
 
             chunk_largest = float32(-math.inf)

@@ -58,11 +58,7 @@ def test_linear(dtype, model, count):
         x, weight = randn(count, depth, dtype=dtype), randn(columns, depth, dtype=dtype, scale=0.02)
         out = linear.linear(x, weight, poisoned(count, columns, dtype=dtype))
         exact = linear_reference(x.double(), weight.double())
-        if dtype == torch.float32:
-            bound = linear_reference(x.double().abs(), weight.double().abs()) * depth * 2.0**-24
-            assert ((out.double() - exact).abs() <= bound).all()
-        else:
-            assert_as_good_as_torch(out, linear_reference(x, weight), exact)
+        assert_as_good_as_torch(out, linear_reference(x, weight), exact)
         assert torch.equal(linear.linear(x[:1], weight, poisoned(1, columns, dtype=dtype)), out[:1])
 
 

@@ -15,11 +15,13 @@ env: $(VENV)/installed ## make .venv from requirements.lock
 $(VENV)/installed: requirements.lock pyproject.toml
 	@command -v git >/dev/null || { echo "error: git is not here: apt-get install git" >&2; exit 1; }
 	@for python in python3.12 python3.11 python3; do \
-	  if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then found=$$python; break; fi; \
+	  $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || continue; \
+	  here=$$python; \
+	  if $$python -c 'import ensurepip, venv' 2>/dev/null; then found=$$python; break; fi; \
 	done; \
-	if [ -z "$$found" ]; then echo "error: needs Python 3.11 or 3.12: apt-get install python3 python3-venv" >&2; exit 1; fi; \
-	if ! $$found -c 'import ensurepip, venv' 2>/dev/null; then \
-	  echo "error: $$found cannot make virtual environments: apt-get install $$($$found -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')" >&2; exit 1; \
+	if [ -z "$$here" ]; then echo "error: needs Python 3.11 or 3.12: apt-get install python3 python3-venv" >&2; exit 1; fi; \
+	if [ -z "$$found" ]; then \
+	  echo "error: $$here cannot make virtual environments: apt-get install python3-venv" >&2; exit 1; \
 	fi; \
 	echo "$(VENV) with $$($$found --version)"; $$found -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock

@@ -34,6 +34,7 @@ else:
 # Any: what these are to the compiler is not what their stubs say.
 cuda: Any = _cuda
 float32: Any = _scalars.float32
+float64: Any = _scalars.float64
 int32: Any = _scalars.int32
 int64: Any = _scalars.int64
 uint8: Any = _scalars.uint8
@@ -48,6 +49,7 @@ __all__ = [
     "cuda",
     "device_function",
     "float32",
+    "float64",
     "int32",
     "int64",
     "intrinsic",

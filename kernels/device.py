@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kernels import ptx
-from kernels.cuda import SIMULATED, cuda, device_function, float32
+from kernels.cuda import SIMULATED, cuda, device_function, float32, float64
 
 DTYPES = ("bf16", "f32")
 CHAINS = 8
@@ -73,13 +73,23 @@ else:
 
 @functools.cache
 def dot(first: str, second: str) -> Callable[[Any, int, Any, int, int], Any]:
-    """`dot(first, second)(a, i, b, j, length)`: the sum of a[i + n] * b[j + n] over n < length, in float32.
+    """`dot(first, second)(a, i, b, j, length)`: the sum of a[i + n] * b[j + n] over n < length, as float32.
 
-    a and b hold elements of the dtypes `first` and `second`. Order of summation: CHAINS chains of fused multiply-adds,
-    chain c over n = c, c + CHAINS, c + 2 CHAINS, … from 0, added by a tree, the upper half onto the lower. A single
-    chain loses up to five times as much to rounding as torch's sums on a GPU (docs/decisions.md).
+    a and b hold elements of the dtypes `first` and `second`. Where both are "f32": one float64 chain over n = 0, 1, 2 …,
+    rounded once. Else: CHAINS float32 chains of fused multiply-adds, chain c over n = c, c + CHAINS, c + 2 CHAINS …
+    from 0, added by a tree, the upper half onto the lower. Why: docs/decisions.md.
     """
     load_first, load_second = load(first), load(second)
+
+    @device_function
+    def dot_wide(a, i, b, j, length):
+        total = float64(0.0)
+        for n in range(length):
+            total = total + float64(load_first(a, i + n)) * float64(load_second(b, j + n))
+        return float32(total)
+
+    if first == second == "f32":
+        return dot_wide
 
     @device_function
     def dot(a, i, b, j, length):

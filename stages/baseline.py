@@ -10,7 +10,17 @@ import zlib
 from statistics import mean
 from typing import Any
 
-from stages.hf import exact_fp32, greedy, has_tokenizer, load_model, load_tokenizer, observe, score, timed_generate
+from stages.hf import (
+    exact_fp32,
+    greedy,
+    has_tokenizer,
+    load_model,
+    load_tokenizer,
+    observe,
+    score,
+    set_threads,
+    timed_generate,
+)
 from stages.host import Sampler, read_host, use_gpu
 from stages.metrics import Rows
 from stages.params import Gpu, Model, Workload
@@ -138,6 +148,7 @@ def main(run: Run, gpu: Gpu, model: Model, workload: Workload) -> None:
     device = "cuda" if use_cuda else "cpu"
     no_memory = None if use_cuda else NO_GPU
     config = ModelConfig.from_file(path)
+    set_threads(config.parameter_count())
     ceilings = read_ceilings(run, use_cuda)
     rows = Rows("baseline", "w01", model.name, read_host())
     knobs: dict[str, Any] = {

@@ -70,7 +70,7 @@ class Context:
 
 def bench_baseline(context: Context) -> None:
     """The baseline stage's measurements of transformers, so that every week is one table."""
-    frame = read(context.run.find("reports/metrics/baseline.parquet"))
+    frame: Any = read(context.run.find("reports/metrics/baseline.parquet"))
     kept = [name for name in COLUMNS if name not in context.rows.common]
     for record in frame[frame["suite"].isin([PREFILL, DECODE, PROMPTS, "utilisation"])].to_dict("records"):
         fields = {name: plain(record[name]) for name in kept}
@@ -229,8 +229,10 @@ def measure_standard(context: Context, settings: dict[str, Any], cases: list[Any
     """Generation through `LLM`, greedy, from token ids."""
     from engine.llm import LLM, EngineConfig
     from engine.sampling import SamplingParams
+    from stages.hf import set_threads
     from stages.timing import measurement_lock
 
+    set_threads(context.config.parameter_count())
     ceilings = read_ceilings(context.run, context.gpu)
     with measurement_lock():
         llm = LLM(context.path, EngineConfig(**settings))

@@ -198,20 +198,32 @@ def read(path: str | Path) -> pd.DataFrame:
 def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """suite → case → metric → value, for `dvc metrics`; null where there is no value.
 
-    Where several rows share suite, case and metric, the case's name gets the knobs by which they differ.
+    Where several rows share suite, case and metric, the case's name gets the fewest knobs that tell them apart.
     """
     groups = defaultdict(list)
     for row in rows:
         groups[row["suite"], row["case"], row["metric"]].append(row)
     summary: dict[str, Any] = {}
     for (suite, case, metric), members in groups.items():
-        varying = [knob for knob in KNOBS if len({row[knob] for row in members}) > 1]
+        needed = find_needed_knobs(members)
         for row in members:
-            knobs = ",".join(f"{knob}={row[knob]}" for knob in varying if row[knob] is not None)
+            knobs = ",".join(f"{knob}={row[knob]}" for knob in needed if row[knob] is not None)
             value = row["value"]
             value = int(value) if value is not None and value == int(value) else value
             summary.setdefault(suite, {}).setdefault(f"{case}[{knobs}]" if knobs else case, {})[metric] = value
     return summary
+
+
+def find_needed_knobs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The first knobs, backend before all, that tell the rows apart; none for a single row."""
+    needed: list[str] = []
+    kinds = 1
+    for knob in sorted(KNOBS, key=lambda knob: knob != "backend"):
+        more = len({tuple(row[name] for name in (*needed, knob)) for row in rows})
+        if more > kinds:
+            needed.append(knob)
+            kinds = more
+    return needed
 
 
 def tabulate(rows: Sequence[Mapping[str, Any]]) -> str:

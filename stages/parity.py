@@ -10,8 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +30,7 @@ from stages.checks import (
     observe_engine,
 )
 from stages.corpus import INVALID_UTF8, TEXTS
-from stages.hf import exact_fp32, has_tokenizer, load_model, load_tokenizer, observe
+from stages.hf import exact_fp32, has_tokenizer, load_model, load_tokenizer, observe, set_threads
 from stages.host import read_host, stopwatch, use_gpu
 from stages.metrics import Rows
 from stages.params import Gpu, Model, ParamsError, Week, Workload
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from engine.config import ModelConfig
-    from engine.llm import EngineConfig
+    from engine.llm import LLM, EngineConfig
     from engine.model import Model as EngineModel
 
 FP32_LIMIT = 1e-3
@@ -68,6 +67,7 @@ class Context:
     gpu: bool
     findings: Findings
     simulations: dict[str, Any] = field(default_factory=dict)
+    loaded: LLM | None = None
 
     @cached_property
     def path(self) -> Path:
@@ -98,6 +98,21 @@ class Context:
         settings: dict[str, Any] = self.settings | {"dtype": dtype}
         return EngineConfig(**settings)
 
+    def llm(self, dtype: str) -> LLM:
+        """The model of the run in `dtype`. One is kept: both may not fit in memory, and loading takes a while."""
+        from engine.llm import LLM
+
+        if self.loaded is None or self.loaded.engine.dtype != dtype:
+            self.loaded = None
+            free(self.gpu)
+            self.loaded = LLM(self.path, self.engine(dtype))
+        return self.loaded
+
+    @property
+    def dtype(self) -> str:
+        """The week's own."""
+        return self.settings["dtype"]
+
     @property
     def backend(self) -> str:
         return self.settings["backend"]
@@ -107,10 +122,8 @@ class Context:
         return self.settings["device"]
 
 
-@contextmanager
-def freed(gpu: bool) -> Iterator[None]:
-    """Gives the block's memory back to the GPU at its end: two models in fp32 may not fit side by side."""
-    yield
+def free(gpu: bool) -> None:
+    """Gives memory that nothing refers to any more back to the GPU."""
     gc.collect()
     if gpu:
         import torch
@@ -369,17 +382,17 @@ def check_layers(context: Context) -> None:
     """Every layer and the logits: the model of the run, then Llama and Mistral shapes."""
     observed = [index for index, prompt in enumerate(context.bundle.prompts) if prompt.observed]
     for dtype in DTYPES:
-        with freed(context.gpu):
-            engine = load_engine(context.path, context.engine(dtype))
-            ours = [observe_engine(engine, context.bundle.prompts[index].token_ids) for index in observed]
-            exact, theirs = (
-                [context.bundle.activations(kind, index, context.device) for index in observed] for kind in DTYPES
-            )
-            compare_layers(context.findings, "layers", dtype, ours, exact, theirs, backend=context.backend)
-            if dtype == "bfloat16":
-                compare_norm(context.findings, engine, theirs, backend=context.backend)
-            check_greedy(context, engine, dtype)
-            del engine, ours, exact, theirs
+        engine = context.llm(dtype).model
+        ours = [observe_engine(engine, context.bundle.prompts[index].token_ids) for index in observed]
+        exact, theirs = (
+            [context.bundle.activations(kind, index, context.device) for index in observed] for kind in DTYPES
+        )
+        compare_layers(context.findings, "layers", dtype, ours, exact, theirs, backend=context.backend)
+        if dtype == "bfloat16":
+            compare_norm(context.findings, engine, theirs, backend=context.backend)
+        check_greedy(context, engine, dtype)
+        # Or the next dtype's weights would not find this one's memory free.
+        del engine, ours, exact, theirs
     for name, architecture in SHAPES.items():
         compare_shape(context.findings, name, architecture, context.engine)
 
@@ -490,12 +503,8 @@ def micro_mode(context: Context) -> str:
 
 def start_simulator(context: Context, folder: Path) -> None:
     """Starts the simulator's processes, which then run beside the other checks; nothing on a host with a GPU."""
-    import torch
-
     make_checkpoint(micro.ARCHITECTURE, folder)
     if not context.gpu:
-        # torch's threads spin while they wait: beside busy processes they would mostly wait for each other.
-        torch.set_num_threads(max(1, torch.get_num_threads() - len(DTYPES)))
         for dtype in DTYPES:
             out = folder / f"{dtype}.out"
             context.simulations[dtype] = micro.start_simulation(folder, dtype, micro_mode(context), out)
@@ -569,12 +578,12 @@ REPEATS = 20
 
 def check_invariance(context: Context) -> None:
     """Design section 5 on the target backend: the same token's logits are the same bits however they were computed."""
-    engine = load_engine(context.path, context.engine(context.settings["dtype"]))
+    engine = context.llm(context.dtype).model
     prompts = random_prompts(LENGTHS, context.config.vocab_size)
     for case, count in count_unequal(engine, prompts).items():
         context.findings.check(
             suite="invariance", case=case, metric="unequal_logits", value=count, limit=0.0, limit_kind=ORDER,
-            dtype=context.settings["dtype"], backend=context.backend,
+            dtype=context.dtype, backend=context.backend,
         )  # fmt: skip
 
 
@@ -623,25 +632,23 @@ def count_unequal(engine: EngineModel, prompts: list[list[int]]) -> dict[str, in
 
 def check_text(context: Context) -> None:
     """`generate` gives transformers' greedy text for every prompt, all of them in one batch."""
-    for dtype in DTYPES:
-        with freed(context.gpu):
-            compare_text(context.findings, context.path, context.engine(dtype), context.bundle)
+    # The week's dtype first: it is the one that the checks before this left loaded.
+    for dtype in sorted(DTYPES, key=lambda dtype: dtype != context.dtype):
+        compare_text(context.findings, context.llm(dtype), context.bundle)
 
 
-def compare_text(findings: Findings, path: Path, config: EngineConfig, bundle: Bundle) -> None:
-    """Greedy completions of the bundle's prompts by an LLM against the bundle's."""
-    from engine.llm import LLM
+def compare_text(findings: Findings, llm: LLM, bundle: Bundle) -> None:
+    """Greedy completions of the bundle's prompts by `llm` against the bundle's."""
     from engine.sampling import SamplingParams
 
-    llm = LLM(path, config)
-    dtype, tokenizer = config.dtype, llm.tokenizer
+    dtype, tokenizer = llm.engine.dtype, llm.tokenizer
     references = [prompt.greedy[dtype] for prompt in bundle.prompts]
     # A prompt that was cut for the bundle, or made without a tokenizer, can only be given as ids.
     whole = tokenizer is not None and all(tokenizer.encode(p.text) == p.token_ids for p in bundle.prompts)
     prompts = [p.text for p in bundle.prompts] if whole else [p.token_ids for p in bundle.prompts]
     params = SamplingParams(temperature=0.0, max_new_tokens=max(len(r.token_ids) for r in references))
     completions = llm.generate(prompts, params)
-    shared: dict[str, Any] = {"suite": "text", "dtype": dtype, "backend": config.backend}
+    shared: dict[str, Any] = {"suite": "text", "dtype": dtype, "backend": llm.engine.backend}
     equal = 0
     for index, (done, reference) in enumerate(zip(completions, references, strict=True)):
         ours = done.token_ids[: len(reference.token_ids)]
@@ -746,12 +753,10 @@ def draw(ops: Any, logits: Tensor, seeds: Tensor, positions: Tensor, **filters: 
 
 def check_sampling(context: Context) -> None:
     """Draws follow transformers' distribution, and are the same for the same seed whatever they are batched with."""
-    from engine.llm import LLM, make_ops
     from engine.sampling import SamplingParams
 
-    config = context.engine(context.settings["dtype"])
-    compare_distributions(context.findings, make_ops(config), config.device, config.backend)
-    llm = LLM(context.path, config)
+    llm = context.llm(context.dtype)
+    compare_distributions(context.findings, llm.model.ops, context.device, context.backend)
     prompts = random_prompts((5, 17, 9), context.config.vocab_size)
     params = [
         SamplingParams(max_new_tokens=8, temperature=0.9, top_k=100, top_p=0.95, seed=seed, ignore_eos=True)
@@ -764,7 +769,7 @@ def check_sampling(context: Context) -> None:
         context.findings.check(
             suite="sampling", case=case, metric="differing_tokens",
             value=sum(unequal(a, b) for a, b in zip(together, other, strict=True)), limit=0.0,
-            limit_kind="a seed decides its tokens", dtype=config.dtype, backend=config.backend,
+            limit_kind="a seed decides its tokens", dtype=context.dtype, backend=context.backend,
         )  # fmt: skip
 
 
@@ -813,14 +818,15 @@ def compare_distributions(findings: Findings, ops: Any, device: str, backend: st
     )  # fmt: skip
 
 
+# In the order they run: checks of one dtype together, and last the simulator, whose processes run beside the others.
 CHECKS: dict[str, Callable[..., None]] = {
     "tokenizer": check_tokenizer,
     "tensors": check_tensors,
     "layers": check_layers,
-    "simulator": check_simulator,
     "invariance": check_invariance,
-    "text": check_text,
     "sampling": check_sampling,
+    "text": check_text,
+    "simulator": check_simulator,
 }
 
 
@@ -835,13 +841,14 @@ def main(run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload) -> No
     target = run.out(f"reports/metrics/parity_{week.name}.parquet")
     failed = target.with_suffix(".failed.parquet")
     failed.unlink(missing_ok=True)
+    if week.parity:
+        set_threads(context.config.parameter_count())
     with tempfile.TemporaryDirectory() as folder:
         try:
             if "simulator" in week.parity:
                 start_simulator(context, Path(folder))
-            # The simulator's processes run beside the other checks, so theirs are collected last.
-            for name in sorted(week.parity, key=lambda name: name == "simulator"):
-                with freed(context.gpu), stopwatch() as seconds:
+            for name in [name for name in CHECKS if name in week.parity]:
+                with stopwatch() as seconds:
                     if name == "simulator":
                         check_simulator(context, Path(folder))
                     else:

@@ -14,6 +14,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.stage import StageError
+
 if TYPE_CHECKING:
     import torch
 
@@ -21,7 +23,7 @@ FORMAT = 1
 DTYPES = ("float32", "bfloat16")
 
 
-class BundleError(RuntimeError):
+class BundleError(StageError):
     """The bundle is absent, incomplete, or was made from other weights."""
 
 

@@ -13,16 +13,23 @@ def test_against_float64(dtype, count, columns, depth):
     assert_as_good_as_torch(out, reference(x, weight), exact)
 
 
-def test_sums_in_eight_chains(dtype):
-    x, weight = randn(2, 45, dtype=dtype), randn(3, 45, dtype=dtype)
+def test_bf16_sums_in_eight_chains():
+    x, weight = randn(2, 45, dtype=torch.bfloat16), randn(3, 45, dtype=torch.bfloat16)
     chains = torch.zeros(8, 2, 3)
     for k in range(45):
-        # A product of two float32 is exact in float64, so this rounds once, as a fused multiply-add does.
-        product = x[:, k].double()[:, None] * weight[:, k].double()
-        chains[k % 8] = (chains[k % 8].double() + product.cpu()).float()
+        # A product of two bf16 is exact in float32, so this rounds once, as a fused multiply-add does.
+        chains[k % 8] += (x[:, k].float()[:, None] * weight[:, k].float()).cpu()
     halves = chains[:4] + chains[4:]
-    expected = ((halves[0] + halves[2]) + (halves[1] + halves[3])).to(dtype)
-    assert torch.equal(naive.linear(x, weight, poisoned(2, 3, dtype=dtype)).cpu(), expected)
+    expected = ((halves[0] + halves[2]) + (halves[1] + halves[3])).bfloat16()
+    assert torch.equal(naive.linear(x, weight, poisoned(2, 3, dtype=torch.bfloat16)).cpu(), expected)
+
+
+def test_f32_sums_in_float64():
+    x, weight = randn(2, 45), randn(3, 45)
+    total = torch.zeros(2, 3, dtype=torch.float64)
+    for k in range(45):
+        total += (x[:, k].double()[:, None] * weight[:, k].double()).cpu()
+    assert torch.equal(naive.linear(x, weight, poisoned(2, 3, dtype=torch.float32)).cpu(), total.float())
 
 
 def test_rows_alone(dtype):

@@ -85,6 +85,12 @@ def test_the_groups_the_project_promises():
 
 
 @pytest.mark.parametrize("model", list(PARAMETERS))
+def test_what_the_hub_has_is_pinned(model):
+    fields = load("model", model)
+    assert fields["weights"] == "hub" and len(fields["revision"]) == 40
+
+
+@pytest.mark.parametrize("model", list(PARAMETERS))
 def test_architectures_have_their_published_sizes(model):
     assert ModelConfig.from_dict(architecture(model)).parameter_count() == PARAMETERS[model]
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 from stages import download, sources
 from stages.compose import read_params
-from stages.params import Model, ParamsError, select
+from stages.params import Model, ParamsError, parse
 from stages.sources import BUNDLED, Random, make_source
 from stages.stage import StageError
 
@@ -417,15 +418,9 @@ def test_no_such_repository(hub, tmp_path):
 
 
 def test_hub_needs_a_pinned_commit():
-    model = select(Model, {"model": read_hub_model()}, None)
+    fields = yaml.safe_load((ROOT / "conf/model/olmo2_7b.yaml").read_text()) | {"revision": None}
     with pytest.raises(ParamsError, match="40-digit commit of allenai/OLMo-2-1124-7B"):
-        make_source(model, Path("cache"), gpu=False)
-
-
-def read_hub_model() -> dict:
-    import yaml
-
-    return yaml.safe_load((ROOT / "conf/model/olmo2_7b.yaml").read_text())
+        make_source(parse(Model, fields, "model"), Path("cache"), gpu=False)
 
 
 def test_random_shard_does_not_depend_on_those_before_it(checkout, tmp_path):

@@ -118,6 +118,14 @@ def test_json_for_dvc_metrics(rows, tmp_path):
     }
 
 
+def test_json_names_only_the_knobs_it_needs(rows, tmp_path):
+    rows.add(**ROW, value=1, backend="cuda", dtype="bfloat16", kernel_versions={"attention": "naive"})
+    rows.add(**ROW, value=2, backend="transformers", dtype="float32", kernel_versions={"attention": "sdpa"})
+    rows.write(tmp_path / "bench.parquet")
+    cases = json.loads((tmp_path / "bench.json").read_text())["decode"]
+    assert list(cases) == ["batch 1[backend=cuda]", "batch 1[backend=transformers]"]
+
+
 def test_json_holds_only_the_headline(rows, tmp_path):
     rows.add(**ROW, value=2.5)
     rows.add(**(ROW | {"metric": "itl_ms"}), value=3.0)

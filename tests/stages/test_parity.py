@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from stages import micro, parity
 from stages.checks import Findings, bf16_step, divergence, errors, forward_order
 from stages.host import read_host
 from stages.metrics import Rows
-from stages.params import ParamsError
+from stages.params import Gpu, ParamsError
 from stages.reference import GreedyReference
 from stages.stage import Run, StageError
 
@@ -43,8 +44,8 @@ def make_engine(dtype: Any) -> llm.EngineConfig:
     return llm.EngineConfig(dtype=dtype)
 
 
-def run_parity(*checks: str) -> None:
-    parity.main.__wrapped__(Run("parity"), tiny.GPU, tiny.MODEL, tiny.make_week(checks), tiny.WORKLOAD)  # type: ignore[attr-defined]
+def run_parity(*checks: str, gpu: Gpu = tiny.GPU) -> None:
+    parity.main.__wrapped__(Run("parity"), gpu, tiny.MODEL, tiny.make_week(checks), tiny.WORKLOAD)  # type: ignore[attr-defined]
 
 
 def break_ops(monkeypatch: pytest.MonkeyPatch, ops: Callable[[], Any]) -> None:
@@ -262,6 +263,14 @@ def test_the_micro_models_wrong_results_are_named(findings: Findings, tmp_path: 
     again = Findings(Rows("parity", "w04", "tiny", read_host()))
     parity.compare_micro(again, "float32", wrong, reference, "cuda simulator")
     assert [re.split(r"[:(]", failure)[1].strip() for failure in again.failures] == ["layers.1", "cache v.1", "argmax"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_cuda_backend_passes_every_check_on_a_gpu(here: Path):
+    run_parity("tensors", "layers", "invariance", "sampling", "text", "simulator", gpu=replace(tiny.GPU, name="auto"))
+    frame = tiny.read(PASSED)
+    assert set(frame.status) == {"ok"} and "reference" not in set(frame.backend) and "cuda" in set(frame.backend)
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """A pipeline directory with a tiny random OLMo-2 as the download stage leaves it, and the stages' sections for it."""
 
+import atexit
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,7 @@ def pipeline() -> Path:
     from stages import baseline
 
     directory = Path(tempfile.mkdtemp(prefix="tiny-pipeline-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     write_snapshot(directory)
     before = Path.cwd()
     os.chdir(directory)

@@ -75,7 +75,7 @@ else:
 def dot(first: str, second: str) -> Callable[[Any, int, Any, int, int], Any]:
     """`dot(first, second)(a, i, b, j, length)`: the sum of a[i + n] * b[j + n] over n < length, as float32.
 
-    a and b hold elements of the dtypes `first` and `second`. Where both are "f32": one float64 chain over n = 0, 1, 2 …,
+    a and b hold elements of the dtypes `first` and `second`. Where both are "f32": one float64 chain over n from 0 up,
     rounded once. Else: CHAINS float32 chains of fused multiply-adds, chain c over n = c, c + CHAINS, c + 2 CHAINS …
     from 0, added by a tree, the upper half onto the lower. Why: docs/decisions.md.
     """

@@ -1,16 +1,17 @@
 """Composes `conf/` with Hydra. `python -m stages.compose` writes params.yaml (`make params`), `--check` compares it."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 from stages.params import CONF, PARAMS, Gpu, Model, ParamsError, Weeks, Workload, check_choice, select
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 GROUPS = ("gpu", "model", "workload")
 
@@ -21,6 +22,12 @@ def compose_conf(overrides: list[str] | None = None) -> DictConfig:
     No run directory, no change of directory, no logging. Raises ParamsError on one line for an unknown choice or key
     and for a group file that lacks `name:` or says another name than its own.
     """
+    # Hydra takes a third of a second to import, and a stage run by DVC needs none of it.
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import OmegaConfBaseException
+
     for override in overrides or []:
         group, _, value = override.partition("=")
         if group in GROUPS:
@@ -50,6 +57,8 @@ def compose_conf(overrides: list[str] | None = None) -> DictConfig:
 
 def as_dict(composed: DictConfig) -> dict[str, Any]:
     """The composed configuration as plain dicts and lists."""
+    from omegaconf import OmegaConf
+
     plain = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
@@ -57,6 +66,8 @@ def as_dict(composed: DictConfig) -> dict[str, Any]:
 
 def dump(composed: DictConfig) -> str:
     """The text of params.yaml, the same that `dvc exp run` writes."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(composed)
 
 

@@ -5,6 +5,7 @@ shards, names and shapes against the config, and each tensor's bytes, extracted 
 what the `safetensors` library reads.
 """
 
+import json
 import math
 import re
 from collections import Counter
@@ -38,6 +39,7 @@ def main(run: Run, model: Model) -> None:
     wrong.
     """
     folder = run.find(f"data/hf/hf_snapshot/{model.name}")
+    source = json.loads(run.find(f"data/hf/{model.name}.manifest.json").read_bytes())["source"]
     try:
         config = ModelConfig.from_file(folder)
         tensors = read_index(folder)
@@ -52,7 +54,7 @@ def main(run: Run, model: Model) -> None:
     write_whole(path.with_suffix(".csv"), inventory.to_csv(index=False, lineterminator="\n"))
     write_whole(run.out(ARCHITECTURE), summary.to_csv(index=False, lineterminator="\n"))
     rows = Rows("inventory", None, model.name, Host.from_file(run.find(HOST)))
-    add_metrics(rows, inventory)
+    add_metrics(rows, inventory, source)
     rows.write(run.out(METRICS))
     show(model.name, summary, inventory)
 
@@ -149,10 +151,11 @@ def summarize_architecture(config: ModelConfig, inventory: Any) -> pd.DataFrame:
     return pd.DataFrame({"property": list(facts), "value": [str(value) for value in facts.values()]})
 
 
-def add_metrics(rows: Rows, inventory: pd.DataFrame) -> None:
-    """Adds what the checkpoint weighs, in all and by role."""
+def add_metrics(rows: Rows, inventory: pd.DataFrame, source: dict[str, Any]) -> None:
+    """Adds what the checkpoint weighs, in all and by role. source: the manifest's, so that random weights say so."""
     shared: dict[str, Any] = {"suite": "inventory", "better": None}
-    rows.add(**shared, case="checkpoint", metric="tensors_verified", value=len(inventory), unit="1")
+    note = f"random weights, seed {source['seed']}" if source["weights"] == "random" else None
+    rows.add(**shared, case="checkpoint", metric="tensors_verified", value=len(inventory), unit="1", note=note)
     groups: list[tuple[Any, Any]] = [("checkpoint", inventory), *inventory.groupby("role", sort=True)]
     for case, group in groups:
         rows.add(**shared, case=str(case), metric="parameters", value=int(group["num_parameters"].sum()), unit="1")

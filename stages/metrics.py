@@ -3,6 +3,8 @@
 Parquet is the source of truth; the JSON is derived from its rows.
 """
 
+from __future__ import annotations
+
 import functools
 import json
 import math
@@ -11,14 +13,16 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages.host import Host
 from stages.stage import write_whole
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS: dict[str, pa.DataType] = {
     "stage": pa.string(),
@@ -183,16 +187,23 @@ def check(rows: Iterable[Mapping[str, Any]]) -> None:
         seen.add(identity)
 
 
-def read(path: str | Path) -> pd.DataFrame:
-    """A metrics file as a frame with exactly `COLUMNS`, integers nullable. Raises MetricsError for another schema."""
+def read_table(path: str | Path) -> pa.Table:
+    """A metrics file as an Arrow table of exactly `SCHEMA`. Raises MetricsError for any other file."""
     try:
-        table = pq.read_table(path)
+        table = pq.ParquetFile(path).read()
     except pa.ArrowInvalid as error:
         raise MetricsError(f"{path} is not Parquet: {error}") from None
     if table.schema.names != SCHEMA.names or table.schema.types != SCHEMA.types:
         raise MetricsError(f"{path} does not have the columns of the metrics' schema")
+    return table
+
+
+def read(path: str | Path) -> pd.DataFrame:
+    """A metrics file as a frame with exactly `COLUMNS`, integers nullable. Raises MetricsError for another schema."""
+    import pandas as pd
+
     integers = {pa.int64(): pd.Int64Dtype()}
-    return table.to_pandas(types_mapper=integers.get)
+    return read_table(path).to_pandas(types_mapper=integers.get)
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -228,6 +239,8 @@ def find_needed_knobs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def tabulate(rows: Sequence[Mapping[str, Any]]) -> str:
     """`summarize`'s values as CSV: suite, case, then a column a metric; empty where there is no value."""
+    import pandas as pd
+
     lines = [
         {"suite": suite, "case": case} | metrics
         for suite, cases in summarize(rows).items()

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -42,7 +41,7 @@ def main(run: Run, gpu: Gpu) -> None:
     write_whole(run.out(HOST), host.as_json())
     measured = recall_ceilings(host)
     write_whole(run.out(CEILINGS), measured)
-    rows = build_rows(host, gpu, pq.read_table(run.out(CEILINGS)).to_pylist())
+    rows = build_rows(host, gpu, metrics.read_table(run.out(CEILINGS)).to_pylist())
     rows.write(run.out(METRICS))
     show(host, rows)
 
@@ -53,7 +52,7 @@ def recall_ceilings(host: Host) -> bytes:
     kept = folder / f"{hashlib.sha256(host.as_json().encode()).hexdigest()[:32]}.parquet"
     if os.environ.get("AFS_REMEASURE", "0") == "0":
         with contextlib.suppress(OSError, metrics.MetricsError):
-            metrics.read(kept)
+            metrics.read_table(kept)
             return kept.read_bytes()
     rows = Rows("provision", None, None, host)
     measure_ceilings(rows)

@@ -43,6 +43,7 @@ def snapshot(workspace, monkeypatch) -> Path:
     monkeypatch.setattr("stages.sources.SHARD_BYTES", 40_000)
     source = Random(architecture, 0, False)
     assert len(list(source.place(source.names(), folder))) == 5
+    Run("download").out("data/hf/olmo2_tiny.manifest.json").write_text(json.dumps({"source": source.describe()}))
     monkeypatch.setenv("DVC_STAGE", "inventory")
     return folder
 
@@ -105,6 +106,8 @@ def test_a_tensor_can_be_extracted_by_the_list(snapshot):
 
 def test_architecture_and_metrics(snapshot):
     inventory.main([])
+    rows = metrics.read("reports/metrics/inventory.parquet").set_index("metric")
+    assert rows.loc["tensors_verified", "note"] == "random weights, seed 0"
     facts = pd.read_csv("reports/architecture.csv", dtype=str).set_index("property")["value"]
     assert (facts["layers"], facts["norm_placement"], facts["qk_norm"], facts["shards"]) == ("2", "post", "full", "2")
     frame = metrics.read("reports/metrics/inventory.parquet").set_index(["case", "metric"])

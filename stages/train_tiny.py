@@ -294,13 +294,13 @@ def build_config(settings: Settings) -> dict[str, Any]:
     }
 
 
-def add_dropout(model: Olmo2ForCausalLM, rate: float) -> None:
+def add_dropout(model: Any, rate: float) -> None:
     """Drops elements of the embeddings and of every block's contribution to the residual stream while training."""
 
     def drop(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
         return F.dropout(output, rate, training=module.training)
 
-    places = [model.model.embed_tokens]
+    places: list[torch.nn.Module] = [model.model.embed_tokens]
     for layer in model.model.layers:
         places += [layer.post_attention_layernorm, layer.post_feedforward_layernorm]
     for place in places:
@@ -335,7 +335,8 @@ def repeated_next(rows: torch.Tensor, n: int, window: int) -> torch.Tensor:
     2020) on these keeps a model this small from looping when it samples below temperature 1.
     """
     base = 1 << 20  # above any vocabulary, and three such digits fit 63 bits
-    keys = sum(rows[:, i : rows.shape[1] - n + i] * base**i for i in range(n))  # keys[:, j] precede the token at j + n
+    # keys[:, j] are the tokens that precede the one at j + n
+    keys = torch.stack([rows[:, i : rows.shape[1] - n + i] * base**i for i in range(n)]).sum(dim=0)
     keys, order = keys.sort(dim=1, stable=True)
     earlier, later = order[:, :-1] + n, order[:, 1:] + n
     near = (keys[:, 1:] == keys[:, :-1]) & (later - earlier <= window)
@@ -352,7 +353,7 @@ def learning_rate(step: int, steps: int, settings: Settings) -> float:
     return low + (high - low) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def mean_loss(model: Olmo2ForCausalLM, rows: torch.Tensor) -> float:
+def mean_loss(model: Any, rows: torch.Tensor) -> float:
     """Mean loss in nats a token over rows [rows, context + 1] of ids, each read without what came before it."""
     model.eval()
     losses = []
@@ -364,7 +365,7 @@ def mean_loss(model: Olmo2ForCausalLM, rows: torch.Tensor) -> float:
     return torch.cat(losses).mean().item()
 
 
-def save_model(model: Olmo2ForCausalLM, settings: Settings, folder: Path) -> None:
+def save_model(model: Any, settings: Settings, folder: Path) -> None:
     """Writes the weights in bf16 as two shards with their index, and config.json and generation_config.json."""
     state = {
         name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()
@@ -393,8 +394,10 @@ def train_model(work: Path, folder: Path, settings: Settings, device: str, compi
     started = time.time()
     set_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
-    config = Olmo2Config(**build_config(settings))
-    model = Olmo2ForCausalLM(config).to(device, torch.float32)
+    # Any: transformers' own annotations contradict each other.
+    config: Any = Olmo2Config(**build_config(settings))
+    model: Any = Olmo2ForCausalLM(config)
+    model.to(device, torch.float32)
     add_dropout(model, settings.dropout)
     model.train()
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
@@ -482,7 +485,7 @@ def round_int4(weight: torch.Tensor, group: int) -> torch.Tensor:
     return (torch.clamp(torch.round(grouped / scale), -8, 7) * scale).flatten(1).to(weight.dtype)
 
 
-def document_loss(model: Olmo2ForCausalLM, tokens: list[int], eos: int, window: int) -> float:
+def document_loss(model: Any, tokens: list[int], eos: int, window: int) -> float:
     """The summed loss in nats of a text's tokens, predicted after an end-of-text token.
 
     Windows overlap by half and only what a window newly reveals counts, so a token sees at least window / 2 before it.
@@ -499,7 +502,7 @@ def document_loss(model: Olmo2ForCausalLM, tokens: list[int], eos: int, window: 
     return total
 
 
-def heldout_loss(model: Olmo2ForCausalLM, texts: list[list[int]], size: int, eos: int) -> dict[str, float]:
+def heldout_loss(model: Any, texts: list[list[int]], size: int, eos: int) -> dict[str, float]:
     """The loss over texts of token ids that are `size` UTF-8 bytes together: nats a token and bits a byte."""
     window = model.config.max_position_embeddings
     losses = [
@@ -508,9 +511,7 @@ def heldout_loss(model: Olmo2ForCausalLM, texts: list[list[int]], size: int, eos
     return {"loss": sum(losses) / sum(map(len, texts)), "bits_per_byte": sum(losses) / math.log(2) / size}
 
 
-def continue_prompts(
-    model: Olmo2ForCausalLM, prompts: list[list[int]], settings: Settings, sample: bool
-) -> list[list[int]]:
+def continue_prompts(model: Any, prompts: list[list[int]], settings: Settings, sample: bool) -> list[list[int]]:
     """Exactly `new_tokens` ids after every prompt, drawn at `temperature` from the whole vocabulary or greedily."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[model.config.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts])

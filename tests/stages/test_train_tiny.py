@@ -3,12 +3,13 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, Olmo2ForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.train_tiny import (
     EOS,
@@ -35,16 +36,16 @@ def read_json(name: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def model() -> Olmo2ForCausalLM:
+def model() -> Any:
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
+def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(MODEL)
 
 
-def test_config_is_the_recipes_and_leaves_nothing_to_defaults(model: Olmo2ForCausalLM) -> None:
+def test_config_is_the_recipes_and_leaves_nothing_to_defaults(model: Any) -> None:
     written = read_json("config.json")
     assert written == build_config(SETTINGS)
     assert written["hidden_size"] == 128 * written["num_attention_heads"]
@@ -55,7 +56,7 @@ def test_config_is_the_recipes_and_leaves_nothing_to_defaults(model: Olmo2ForCau
     assert model.config.max_position_embeddings >= 1024
 
 
-def test_shards_hold_exactly_what_the_index_says(model: Olmo2ForCausalLM) -> None:
+def test_shards_hold_exactly_what_the_index_says(model: Any) -> None:
     index = read_json("model.safetensors.index.json")
     shards = sorted(path.name for path in MODEL.glob("*.safetensors"))
     assert len(shards) >= 2
@@ -75,7 +76,7 @@ def test_folder_is_small_enough_to_be_bundled() -> None:
     assert sum(path.stat().st_size for path in MODEL.iterdir()) <= 25e6
 
 
-def test_training_was_long_enough(model: Olmo2ForCausalLM) -> None:
+def test_training_was_long_enough(model: Any) -> None:
     training = read_json("training.json")
     assert training["parameters"] == model.num_parameters()
     assert training["tokens"] >= 50 * training["parameters"]
@@ -93,13 +94,13 @@ def test_readme_is_what_the_records_render_to() -> None:
     assert (MODEL / "README.md").read_text() == render_readme(read_json("evaluation.json"), read_json("training.json"))
 
 
-def test_heldout_text_is_predicted_well(model: Olmo2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_heldout_text_is_predicted_well(model: Any, tokenizer: Any) -> None:
     text = max((MODEL / "heldout.txt").read_bytes().decode().split(EOS), key=len)[:6000]
     nats = document_loss(model, tokenizer(text)["input_ids"], model.config.eos_token_id, 1024)
     assert nats / math.log(2) / len(text.encode()) <= 1.2
 
 
-def test_windows_only_shorten_the_context(model: Olmo2ForCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_windows_only_shorten_the_context(model: Any, tokenizer: Any) -> None:
     tokens = tokenizer((MODEL / "heldout.txt").read_text()[:1500])["input_ids"]
     whole, windowed = (document_loss(model, tokens, model.config.eos_token_id, w) for w in (2048, 128))
     ids = torch.tensor([[model.config.eos_token_id, *tokens]])
@@ -110,19 +111,19 @@ def test_windows_only_shorten_the_context(model: Olmo2ForCausalLM, tokenizer: Pr
 @pytest.mark.parametrize(
     "text", ["def f(x):\n\treturn  x\n", "naïve café 😀👩‍💻", "日本語と中文。", " 12345\r\n\n\n  end ", ""]
 )
-def test_tokenizer_round_trips(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+def test_tokenizer_round_trips(tokenizer: Any, text: str) -> None:
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
     assert all(0 <= token < 4094 for token in ids)
 
 
-def test_special_tokens_are_the_last_ids(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_special_tokens_are_the_last_ids(tokenizer: Any) -> None:
     assert len(tokenizer) == 4096
     assert tokenizer(f"a{EOS}b")["input_ids"][1] == tokenizer.eos_token_id == 4094
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id) == (4095, None)
 
 
-def test_chat_template_renders(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_chat_template_renders(tokenizer: Any) -> None:
     chat = [
         {"role": "system", "content": "S"},
         {"role": "user", "content": "A"},

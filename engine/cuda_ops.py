@@ -18,7 +18,7 @@ class CudaOps:
     """`engine.ops.Ops` over the launchers in `kernels/`, which say what each computes.
 
     Args:
-        device: A CUDA device; or the CPU when NUMBA_ENABLE_CUDASIM=1, where the same kernels run in Numba's simulator.
+        device: A CUDA device; or the CPU when NUMBA_ENABLE_CUDASIM=1, where the same kernels run in the simulator.
         attention, linear: Versions of those two operations.
 
     Raises:

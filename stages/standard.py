@@ -248,6 +248,12 @@ def limits(
     return found
 
 
+def describe_row(case: Case, metric: str) -> dict[str, Any]:
+    """What a row of the case says whether or not it has a value."""
+    unit, better = UNITS[metric]
+    return {"suite": case.suite, "case": case.name, "metric": metric, "unit": unit, "better": better}
+
+
 def add_latency(
     rows: Rows,
     case: Case,
@@ -258,14 +264,7 @@ def add_latency(
 ) -> None:
     """One row a metric of the case's suite; `no_memory` says why there is no peak_memory_bytes, if there is none."""
     for metric in METRICS[case.suite]:
-        unit, better = UNITS[metric]
-        shared: dict[str, Any] = {
-            "suite": case.suite,
-            "case": case.name,
-            "metric": metric,
-            "unit": unit,
-            "better": better,
-        }
+        shared = describe_row(case, metric)
         samples = getattr(latency, metric)
         if metric == "peak_memory_bytes" and no_memory is not None:
             rows.missing(**shared, reason=no_memory, **case.knobs, **knobs)
@@ -280,12 +279,5 @@ def add_latency(
 def add_missing(rows: Rows, case: Case, reason: str, **knobs: Any) -> None:
     """The case's rows without values, saying why."""
     for metric in METRICS[case.suite]:
-        unit, better = UNITS[metric]
-        shared: dict[str, Any] = {
-            "suite": case.suite,
-            "case": case.name,
-            "metric": metric,
-            "unit": unit,
-            "better": better,
-        }
+        shared = describe_row(case, metric)
         rows.missing(reason=reason, **shared, **case.knobs, **knobs)

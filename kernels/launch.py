@@ -61,7 +61,7 @@ class LaunchOptions:
     cluster: blocks of a thread block cluster in x, y, z (sm_90 and later); the grid still counts blocks.
     cooperative: all blocks resident at once, so that they may wait for each other.
     programmatic: programmatic dependent launch: may start before the kernel ahead of it in the stream has finished, and
-    must itself wait (griddepcontrol.wait) before it reads what that kernel wrote.
+    must itself wait (griddepcontrol.wait) before it reads what that kernel wrote. Before sm_90 an ordinary launch.
     """
 
     cluster: tuple[int, int, int] | None = None
@@ -135,6 +135,11 @@ LIMITS = {
     "sm_100": Limits(threads=2048, blocks=32, shared=228 << 10, shared_block=227 << 10),
     "sm_120": Limits(threads=1536, blocks=24, shared=100 << 10, shared_block=99 << 10),
 }
+
+
+def has_dependent_launch(arch: str) -> bool:
+    """Whether programmatic dependent launch and the bulk tensor copy are there: sm_90 and later."""
+    return int(re.sub(r"\D", "", arch)) >= 90
 
 
 def architecture_of(capability: tuple[int, int]) -> str:
@@ -366,7 +371,8 @@ class Kernel:
     name: unique, as "rms_norm_naive_bf16". fn: the Python function. args: the kinds of its arguments, pointers
     "bf16*", "f32*", "i32*", "i64*", "u8*" and scalars "u64", "i64", "i32", "f32". threads: of a block. dynamic_shared:
     bytes of a block. blocks_per_sm: blocks an SM must be able to hold (bounds the registers; 0: the assembler decides).
-    options: of a launch that names none. Raises ValueError for an unknown argument kind or a block size no GPU takes.
+    options: of a launch that names none. architectures: what it can be built for. Raises ValueError for an unknown
+    argument kind or a block size no GPU takes.
     """
 
     def __init__(
@@ -378,6 +384,7 @@ class Kernel:
         dynamic_shared: int = 0,
         blocks_per_sm: int = 0,
         options: LaunchOptions | None = None,
+        architectures: tuple[str, ...] = ARCHITECTURES,
     ):
         if not re.fullmatch(r"[A-Za-z]\w*", name):
             raise ValueError(f"kernel name {name!r}: letters, digits and underscores needed, as it names the PTX entry")
@@ -394,6 +401,7 @@ class Kernel:
         self.dynamic_shared = dynamic_shared
         self.blocks_per_sm = blocks_per_sm
         self.options = options or LaunchOptions()
+        self.architectures = architectures
         self.recipe: tuple[str, str, tuple[Any, ...]] | None = None
         self._plan = tuple((kind in _POINTERS, _POINTERS.get(kind), kind) for kind in args)
         self._loaded: dict[int, Any] = {}
@@ -431,6 +439,8 @@ class Kernel:
         entry = re.search(r"\.entry\s+(\S+?)\(", ptx)
         if entry is None:
             raise BuildError(f"{self.name}: the PTX has no entry:\n{ptx}")
+        if not has_dependent_launch(arch):
+            ptx = re.sub(r"^\s*griddepcontrol\.\w+;\n", "\n", ptx, flags=re.MULTILINE)
         # Numba's symbols count what the process compiled before: without them the same kernel is the same cubin.
         ptx = re.sub(r"^\.common \.global .*NumbaEnv.*;\n", "", ptx, flags=re.MULTILINE)
         return ptx.replace(entry[1], self.name)
@@ -458,6 +468,8 @@ class Kernel:
         """
         if arch not in LIMITS:
             raise BuildError(f"{self.name}: architecture {arch!r} is unknown: known are {', '.join(ARCHITECTURES)}")
+        if arch not in self.architectures:
+            raise BuildError(f"{self.name}: is for {', '.join(self.architectures)}, not for {arch}")
         folder = cache_directory()
         entry = folder / f"{self.name}-{arch}-{self.key(arch)}.json"
         kept = _read_entry(entry)
@@ -585,7 +597,7 @@ class Kernel:
             block=(self.threads, 1, 1),
             shmem_size=self.dynamic_shared,
             is_cooperative=options.cooperative,
-            programmatic_stream_serialization=options.programmatic,
+            programmatic_stream_serialization=options.programmatic and torch.cuda.get_device_capability()[0] >= 9,
         )
 
     def _simulate(self, grid: tuple[int, ...], args: Sequence[Any]) -> None:
@@ -616,6 +628,85 @@ def _simulated_pointer(tensor: torch.Tensor) -> Any:
     if flat.dtype == torch.bool:
         return simulator.Pointer(flat.view(torch.uint8).numpy())
     return simulator.Pointer(flat.numpy())
+
+
+def tensor_map(matrix: torch.Tensor, rows: int) -> torch.Tensor:
+    """uint8 [128] on the matrix's device: how the bulk tensor copy reads boxes of `rows` rows and 64 columns of it.
+
+    matrix [R, C] bf16, rows contiguous and at multiples of 16 bytes. A box lies in shared memory row after row of 128
+    bytes, the 16-byte chunk j of row i at place j ^ (i % 8) (CUDA's 128-byte swizzle). The map is valid as long as the
+    matrix is where it was. Raises ValueError for a matrix or a box that the copy engine cannot read.
+    """
+    if matrix.dtype != torch.bfloat16 or matrix.dim() != 2 or matrix.stride(1) != 1:
+        raise ValueError(f"tensor_map: a {matrix.dtype} tensor of shape {tuple(matrix.shape)}: bf16 [R, C] needed")
+    if matrix.data_ptr() % 16 or matrix.stride(0) % 8:
+        raise ValueError(f"tensor_map: rows {matrix.stride(0)} elements apart: multiples of 16 bytes needed")
+    if not 1 <= rows <= 256:
+        raise ValueError(f"tensor_map: boxes of {rows} rows: 1 to 256 needed")
+    if cuda.SIMULATED:
+        from kernels import simulator
+
+        elements = _simulated_pointer(matrix).array
+        count, columns = matrix.shape
+        strides = (matrix.stride(0) * 2, 2)
+        view = simulator.np.lib.stride_tricks.as_strided(elements, (count, columns), strides)
+        words = [simulator.add_tensor_map(simulator.TensorMap(view, rows))] + [0] * 15
+    else:
+        from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
+
+        status, encoded = driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2,
+            matrix.data_ptr(),
+            [driver.cuuint64_t(matrix.shape[1]), driver.cuuint64_t(matrix.shape[0])],
+            [driver.cuuint64_t(matrix.stride(0) * 2)],
+            [driver.cuuint32_t(64), driver.cuuint32_t(rows)],
+            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise ValueError(f"tensor_map: {tuple(matrix.shape)} in boxes of {rows} rows: {status.name}")
+        words = [int(word) for word in encoded.opaque]
+    content = b"".join(word.to_bytes(8, "little") for word in words)
+    return _keep_map(torch.frombuffer(bytearray(content), dtype=torch.uint8), matrix.device)
+
+
+_MAPS = 4096
+
+
+class _MapRoom:
+    """Places for tensor maps on one device, and the way there: pinned memory and a stream of its own, so that a stream
+    capture does not contain the copy."""
+
+    def __init__(self, device: torch.device):
+        self.free = list(torch.empty((_MAPS, 128), dtype=torch.uint8, device=device))
+        self.pinned = torch.empty((_MAPS, 128), dtype=torch.uint8, pin_memory=True)
+        self.stream = torch.cuda.Stream(device)
+
+
+_map_rooms: dict[torch.device, _MapRoom] = {}
+
+
+def _keep_map(content: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The 128 bytes on `device`, kept as long as the process, as graphs hold their address."""
+    if device.type == "cpu":
+        return content
+    room = _map_rooms.get(device)
+    if room is None or not room.free:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("tensor_map: no room for a new map in a stream capture: run the work once before it")
+        room = _map_rooms[device] = _MapRoom(device)
+    place = room.free.pop()
+    source = room.pinned[len(room.free)]
+    source.copy_(content)
+    with torch.cuda.stream(room.stream):
+        place.copy_(source, non_blocking=True)
+    if not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).wait_stream(room.stream)
+    return place
 
 
 @functools.cache
@@ -666,14 +757,14 @@ def build_all(
     workers: int | None = None,
     progress: Callable[[int, int, Build], None] | None = None,
 ) -> list[Build]:
-    """Build every kernel for every architecture, in processes: kernels outermost in the result.
+    """Build every kernel for every architecture that it is for, in processes: kernels outermost in the result.
 
     workers: processes (default: one a CPU). progress(done, total, build) is called as each finishes.
     Raises BuildError at the first that fails.
     """
     from multiprocessing import get_context
 
-    work = [(kernel, arch) for kernel in kernels for arch in archs]
+    work = [(kernel, arch) for kernel in kernels for arch in archs if arch in kernel.architectures]
     count = min(workers or len(os.sched_getaffinity(0)), len(work))
     builds: list[Build | None] = [None] * len(work)
     done = 0

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from kernels.cuda import SIMULATED, cgutils, intrinsic, ir, types
-from kernels.simulator import SimulationError, current, shared_bytes
+from kernels.simulator import SimulationError, current, shared_bytes, simulated_tensor_map
 from kernels.simulator import shared_address as shared_address_of
 
 FULL_MASK = 0xFFFFFFFF
@@ -259,6 +259,15 @@ cp_async_ca_8 = _cp_async(8, "ca")
 cp_async_cg_16 = _cp_async(16, "cg")
 
 
+@instruction("cp.async.cg.shared.global [$0], [$1], 16, $2;", None, "u32", "p", "u32", memory=True)
+def cp_async_cg_16_zfill(target: Any, pointer: Any, index: Any, size: Any) -> None:
+    """As cp_async_cg_16, but only the first `size` bytes are read and the others become 0."""
+    source = np.zeros(16, np.uint8)
+    if size:
+        source[:size] = pointer.bytes(index, 16)[:size]
+    current().copies[-1].append((shared_bytes(int(target), 16), source))
+
+
 @instruction("cp.async.commit_group;", None, memory=True)
 def cp_async_commit_group() -> None:
     """Close the group of copies this thread started since the last commit."""
@@ -277,6 +286,167 @@ def cp_async_wait_group(pending: int) -> Any:
 
     wait.__name__ = f"cp_async_wait_group_{pending}"
     return instruction(f"cp.async.wait_group {pending};", None, memory=True)(wait)
+
+
+@instruction("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", ("u32", "u32", "u32", "u32"), "p", memory=True)
+def ld_global_v4(pointer: Any, index: Any) -> Any:
+    """The 16 bytes at pointer[index], at a multiple of 16, as four uint32."""
+    return tuple(pointer.bytes(index, 16).view(np.uint32))
+
+
+@instruction("st.global.v4.b32 [$0], {$1, $2, $3, $4};", None, "p", "u32", "u32", "u32", "u32", memory=True)
+def st_global_v4(pointer: Any, index: Any, a: Any, b: Any, c: Any, d: Any) -> None:
+    """Four uint32 to the 16 bytes at pointer[index], at a multiple of 16."""
+    pointer.bytes(index, 16).view(np.uint32)[:] = (a, b, c, d)
+
+
+@instruction("st.global.b32 [$0], $1;", None, "p", "u32", memory=True)
+def st_global_b32(pointer: Any, index: Any, value: Any) -> None:
+    """A uint32, such as a pair of bf16, to the 4 bytes at pointer[index], at a multiple of 4."""
+    pointer.bytes(index, 4).view(np.uint32)[0] = value
+
+
+@instruction("ld.global.b32 $0, [$1];", "u32", "p", memory=True)
+def ld_global_b32(pointer: Any, index: Any) -> Any:
+    """The 4 bytes at pointer[index], at a multiple of 4, such as a pair of bf16, as a uint32."""
+    return pointer.bytes(index, 4).view(np.uint32)[0]
+
+
+@instruction("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", ("u32", "u32", "u32", "u32"), "u32", memory=True)
+def ld_shared_v4(address: Any) -> Any:
+    """The 16 bytes at a shared address, a multiple of 16, as four uint32."""
+    return tuple(shared_bytes(int(address), 16).view(np.uint32))
+
+
+@instruction("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", None, "u32", "u32", "u32", "u32", "u32", memory=True)
+def st_shared_v4(address: Any, a: Any, b: Any, c: Any, d: Any) -> None:
+    """Four uint32 to the 16 bytes at a shared address, a multiple of 16."""
+    shared_bytes(int(address), 16).view(np.uint32)[:] = (a, b, c, d)
+
+
+@instruction("st.shared.b32 [$0], $1;", None, "u32", "u32", memory=True)
+def st_shared_b32(address: Any, value: Any) -> None:
+    """A uint32 to the 4 bytes at a shared address, a multiple of 4."""
+    shared_bytes(int(address), 4).view(np.uint32)[0] = value
+
+
+@instruction("prefetch.global.L2 [$0];", None, "p", memory=True)
+def prefetch_global_l2(pointer: Any, index: Any) -> None:
+    """Fetch the line around pointer[index] to L2: no value is read, so others may still write it."""
+
+
+@instruction("atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;", "u32", "p", "u32", memory=True)
+def atom_add_acq_rel_u32(pointer: Any, index: Any, value: Any) -> Any:
+    """Add to pointer[index] and return what was there. What the thread wrote before is visible to whoever sees the sum,
+    and the other way round; a block's other threads need a barrier before it, or after it."""
+    old = np.uint32(pointer[index])
+    pointer[index] = old + value
+    return old
+
+
+@instruction("red.relaxed.gpu.global.add.u32 [$0], $1;", None, "p", "u32", memory=True)
+def red_add_relaxed_u32(pointer: Any, index: Any, value: Any) -> None:
+    """Add to pointer[index] in one step, in no order with other accesses."""
+    pointer[index] = np.uint32(pointer[index]) + value
+
+
+@instruction("griddepcontrol.wait;", None, memory=True)
+def griddepcontrol_wait() -> None:
+    """Wait until the kernels ahead of a programmatic launch have finished and what they wrote is visible.
+
+    Before sm_90, and in a launch that is not programmatic, nothing.
+    """
+
+
+@instruction("griddepcontrol.launch_dependents;", None, memory=True)
+def griddepcontrol_launch_dependents() -> None:
+    """Let the kernel behind this one start once every block has said so or ended. Before sm_90 nothing."""
+
+
+# --- memory barriers and the bulk tensor copy ------------------------------------------------------------------------
+
+
+@instruction("mbarrier.init.shared.b64 [$0], $1;", None, "u32", "u32", memory=True)
+def mbarrier_init(address: Any, count: Any) -> None:
+    """Make the 8 bytes at a shared address a barrier whose phase 0 ends after `count` arrivals (and their bytes)."""
+    current().block.phases.init(int(address), int(count))
+
+
+@instruction("fence.mbarrier_init.release.cluster;", None, memory=True)
+def fence_mbarrier_init() -> None:
+    """Make initialised barriers visible to the copy engine (sm_90 and later)."""
+
+
+@instruction("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [$0]; }", None, "u32", memory=True)
+def mbarrier_arrive(address: Any) -> None:
+    """One arrival."""
+    current().block.phases.arrive(int(address))
+
+
+@instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", None, "u32", "u32", memory=True)
+def mbarrier_arrive_expect_tx(address: Any, size: Any) -> None:
+    """One arrival, after which the phase also waits for `size` bytes of bulk copies (sm_90 and later)."""
+    current().block.phases.arrive(int(address), expected=int(size))
+
+
+@instruction("cp.async.mbarrier.arrive.noinc.shared.b64 [$0];", None, "u32", memory=True)
+def cp_async_mbarrier_arrive(address: Any) -> None:
+    """One arrival, made when all cp.async that this thread has started are done."""
+    worker = current()
+    for group in worker.copies:
+        for place, source in group:
+            place[:] = source
+        group.clear()
+    worker.block.phases.arrive(int(address))
+
+
+def _mbarrier_wait(mode: str) -> Any:
+    asm = f"{{ .reg .pred p; mbarrier.{mode}.parity.shared.b64 p, [$1], $2; selp.u32 $0, 1, 0, p; }}"
+
+    def mbarrier_wait(address: Any, parity: Any) -> Any:
+        return current().wait_for_phase(int(address), int(parity))
+
+    mbarrier_wait.__name__ = f"mbarrier_{mode}"
+    return instruction(asm, "u32", "u32", "u32", memory=True)(mbarrier_wait)
+
+
+# mbarrier_<test|try>_wait(address, parity): 1 once the phase of this parity has ended, else 0, to be asked again; try
+# (sm_90 and later) may first wait a while. The twins wait until it is 1.
+mbarrier_test_wait = _mbarrier_wait("test_wait")
+mbarrier_try_wait = _mbarrier_wait("try_wait")
+
+
+@instruction(
+    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+    " [$0], [$1, {$3, $4}], [$2], $5;",
+    None, "u32", "p", "u32", "s32", "s32", "u64", memory=True,
+)  # fmt: skip
+def cp_async_bulk_tensor_2d(
+    target: Any, tensor_map: Any, map_index: Any, barrier: Any, column: Any, row: Any, policy: Any
+) -> None:
+    """Start copying the box of a tensor map (`kernels.launch.tensor_map`) whose first element is [row, column] to a
+    shared address at a multiple of 1024; its bytes count towards `barrier`. Beyond the tensor are zeros. From sm_90 on.
+
+    policy: how L2 keeps it, EVICT_FIRST or EVICT_LAST.
+    """
+    address = int.from_bytes(bytes(tensor_map.bytes(map_index, 16)[:8]), "little")
+    box = simulated_tensor_map(address).box(int(row), int(column))
+    if int(target) % 1024:
+        raise SimulationError(f"a box at shared address {target}, which is not a multiple of 1024")
+    for i, line in enumerate(box):
+        for j, chunk in enumerate(line.reshape(8, 16)):
+            shared_bytes(int(target) + i * 128 + (j ^ i & 7) * 16, 16)[:] = chunk
+    current().block.phases.complete(int(barrier), box.size)
+
+
+@instruction("bar.warp.sync 0xffffffff;", None, memory=True, collective=True)
+def bar_warp_sync() -> None:
+    """Meet the other lanes of the warp; what they wrote before is visible after."""
+    current().collective("bar.warp.sync", FULL_MASK, None, lambda lanes: dict.fromkeys(lanes))
+
+
+EVICT_FIRST = 0x12F0000000000000
+EVICT_LAST = 0x14F0000000000000
 
 
 # --- tensor cores ----------------------------------------------------------------------------------------------------

@@ -168,6 +168,14 @@ class _Worker(threading.Thread):
         self._park()
         return self.result
 
+    def wait_for_phase(self, address: int, parity: int) -> int:
+        """Give way until the phase of this parity of the memory barrier at `address` has ended; 1."""
+        phases = self.block.phases
+        if not phases.ended(address, parity):
+            phases.waiting.setdefault((address, parity), []).append(self)
+            self._park()
+        return 1
+
     def collective(self, name: str, mask: int, value: Any, compute: Callable[[dict[int, Any]], Any]) -> Any:
         """Meet the lanes of `mask` in this warp; `compute` maps their values {lane: value} to each lane's result."""
         warp, lane = divmod(self.thread_id, WARP)
@@ -190,6 +198,55 @@ class _Worker(threading.Thread):
         return results[lane]
 
 
+class _Phases:
+    """The memory barriers of a block: by shared address how many arrivals and bytes the running phase still waits for.
+
+    A phase ends when both are 0; whoever waited for it runs again.
+    """
+
+    def __init__(self, ready: deque[_Worker]) -> None:
+        self.ready = ready
+        self.barriers: dict[int, list[int]] = {}  # address: [arrivals of a phase, arrivals pending, bytes, phase]
+        self.waiting: dict[tuple[int, int], list[_Worker]] = {}  # by address and parity
+
+    def init(self, address: int, count: int) -> None:
+        shared_bytes(address, 8)
+        if count < 1:
+            raise SimulationError(f"mbarrier.init at {address} for {count} arrivals: at least 1 needed")
+        self.barriers[address] = [count, count, 0, 0]
+
+    def _at(self, address: int) -> list[int]:
+        if address not in self.barriers:
+            raise SimulationError(f"no memory barrier was made at shared address {address}")
+        return self.barriers[address]
+
+    def arrive(self, address: int, expected: int = 0) -> None:
+        barrier = self._at(address)
+        if barrier[1] == 0:
+            raise SimulationError(f"more than {barrier[0]} arrivals at the memory barrier {address} in one phase")
+        barrier[1] -= 1
+        barrier[2] += expected
+        self._end_phase(address, barrier)
+
+    def complete(self, address: int, size: int) -> None:
+        barrier = self._at(address)
+        barrier[2] -= size
+        self._end_phase(address, barrier)
+
+    def ended(self, address: int, parity: int) -> bool:
+        """Whether the newest phase of this parity has ended; before phase 0 that of parity 1 has."""
+        return self._at(address)[3] & 1 != parity
+
+    def _end_phase(self, address: int, barrier: list[int]) -> None:
+        if barrier[1] or barrier[2]:
+            return
+        parity = barrier[3] & 1
+        barrier[1], barrier[3] = barrier[0], barrier[3] + 1
+        for worker in self.waiting.pop((address, parity), ()):
+            worker.result = 1
+            self.ready.append(worker)
+
+
 class _Block:
     """One thread block in flight."""
 
@@ -201,6 +258,7 @@ class _Block:
         self.ready: deque[_Worker] = deque()
         self.at_barrier: list[tuple[_Worker, bool]] = []
         self.meetings: dict[tuple[int, int], dict[int, tuple[_Worker, str, Any]]] = {}
+        self.phases = _Phases(self.ready)
         self.failure: BaseException | None = None
         self.control = threading.Lock()
         self.control.acquire()
@@ -233,6 +291,8 @@ class _Block:
             for (warp, mask), met in self.meetings.items():
                 name = next(iter(met.values()))[1]
                 parts.append(f"{len(met)} lanes of warp {warp} wait at {name} with mask {mask:#010x}")
+            for (address, parity), workers in self.phases.waiting.items():
+                parts.append(f"{len(workers)} threads wait at memory barrier {address} for parity {parity}")
             self.failure = SimulationError(f"block {tuple(self.index)} is stuck: " + "; ".join(parts))
             return
         count = sum(value for _, value in self.at_barrier)
@@ -245,6 +305,7 @@ class _Block:
         """Unwind the threads that wait, one at a time, and raise what went wrong."""
         waiting = [w for w, _ in self.at_barrier] + list(self.ready)
         waiting += [w for met in self.meetings.values() for w, _, _ in met.values()]
+        waiting += [w for workers in self.phases.waiting.values() for w in workers]
         for worker in dict.fromkeys(waiting):
             worker.wake.release()
             self.control.acquire()
@@ -337,3 +398,31 @@ def shared_bytes(address: int, size: int) -> np.ndarray:
     if address % size:
         raise SimulationError(f"{size} bytes at shared address {address} do not begin at a multiple of {size}")
     return cuda.shared.window[begin : begin + size]
+
+
+class TensorMap:
+    """What the bulk tensor copy sees of a matrix: boxes of `rows` rows and 128 bytes, zeros beyond its edges."""
+
+    def __init__(self, matrix: np.ndarray, rows: int) -> None:
+        self.matrix = matrix  # [R, C] of 2-byte elements
+        self.rows = rows
+
+    def box(self, row: int, column: int) -> np.ndarray:
+        """uint8 [rows, 128]: the box whose first element is [row, column]."""
+        found = np.zeros((self.rows, 64), np.uint16)
+        inside = self.matrix[max(row, 0) : row + self.rows, max(column, 0) : column + 64]
+        found[max(-row, 0) :, max(-column, 0) :][: inside.shape[0], : inside.shape[1]] = inside
+        return found.view(np.uint8)
+
+
+_tensor_maps: list[TensorMap] = []
+
+
+def add_tensor_map(tensor_map: TensorMap) -> int:
+    """A number that stands for the map in the 128 bytes a kernel is given; it is kept as long as the process."""
+    _tensor_maps.append(tensor_map)
+    return len(_tensor_maps) - 1
+
+
+def simulated_tensor_map(number: int) -> TensorMap:
+    return _tensor_maps[number]

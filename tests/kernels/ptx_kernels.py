@@ -1,7 +1,7 @@
 """One small kernel for each PTX instruction: run by test_ptx.py, compiled by test_launch.py."""
 
 from kernels import ptx
-from kernels.cuda import cuda, float32, int32, uint8, uint32
+from kernels.cuda import cuda, float32, int32, uint8, uint32, uint64
 from kernels.launch import Kernel, kernel_factory
 
 UNARY = {
@@ -187,6 +187,96 @@ def multiply(dtype):
     return Kernel(f"test_mma_{dtype}", kernel, ("i32*", "i32*", "f32*", "f32*"), 32)
 
 
+@kernel_factory
+def box(rows):
+    """Tensor map, out i32 of `rows` rows of 32, row, column: a box by the bulk tensor copy, sm_90; grid (1,)."""
+
+    def kernel(tensor_map, out, row, column):
+        memory = cuda.shared.array(0, uint8)
+        start = (ptx.shared_address(memory) + uint32(1023)) & uint32(0xFFFFFC00)
+        barrier = start + uint32(rows * 128)
+        lane = int32(cuda.threadIdx.x)
+        if lane == 0:
+            ptx.mbarrier_init(barrier, uint32(1))
+            ptx.fence_mbarrier_init()
+            ptx.mbarrier_arrive_expect_tx(barrier, uint32(rows * 128))
+            ptx.cp_async_bulk_tensor_2d(
+                start, tensor_map, 0, barrier, int32(column), int32(row), uint64(ptx.EVICT_FIRST)
+            )
+        ptx.bar_warp_sync()
+        while ptx.mbarrier_try_wait(barrier, uint32(0)) == 0:
+            pass
+        for i in range(rows // 4):
+            line, chunk = i * 4 + lane // 8, lane % 8
+            got = ptx.ld_shared_v4(start + uint32(line * 128 + ((chunk ^ (line & 7)) * 16)))
+            for j in range(4):
+                out[line * 32 + chunk * 4 + j] = int32(got[j])
+
+    kinds = ("u8*", "i32*", "i32", "i32")
+    return Kernel(
+        f"test_box_{rows}", kernel, kinds, 32, 1024 + rows * 128 + 8, architectures=("sm_90a", "sm_100", "sm_120")
+    )
+
+
+@kernel_factory
+def handover(rounds):
+    """x, out i32[32 * rounds]: one warp copies into shared memory by cp.async, another adds 1 and writes out, through a
+    ring of two places guarded by memory barriers; grid (1,)."""
+
+    def kernel(x, out):
+        memory = cuda.shared.array(0, uint8)
+        ring = ptx.shared_address(memory)
+        full, empty = ring + uint32(1024), ring + uint32(1040)
+        thread = int32(cuda.threadIdx.x)
+        lane = thread & 31
+        if thread == 0:
+            for s in range(2):
+                ptx.mbarrier_init(full + uint32(8 * s), uint32(8))
+                ptx.mbarrier_init(empty + uint32(8 * s), uint32(32))
+        cuda.syncthreads()
+        for i in range(rounds):
+            place, parity = i % 2, i // 2 % 2
+            if thread >= 32:
+                if lane < 8:
+                    while ptx.mbarrier_test_wait(empty + uint32(8 * place), uint32(parity ^ 1)) == 0:
+                        pass
+                    ptx.cp_async_cg_16(ring + uint32(place * 512 + lane * 16), x, i * 32 + lane * 4)
+                    ptx.cp_async_mbarrier_arrive(full + uint32(8 * place))
+            else:
+                while ptx.mbarrier_test_wait(full + uint32(8 * place), uint32(parity)) == 0:
+                    pass
+                got = ptx.ld_shared_v4(ring + uint32(place * 512 + lane // 4 * 16))
+                for j in range(4):
+                    if lane % 4 == j:
+                        out[i * 32 + lane] = int32(got[j]) + 1
+                ptx.mbarrier_arrive(empty + uint32(8 * place))
+
+    return Kernel(f"test_handover_{rounds}", kernel, ("i32*", "i32*"), 64, dynamic_shared=1056)
+
+
+@kernel_factory
+def wide_stores():
+    """x, out i32[128], counter i32[1]: through shared memory 16 bytes at a time; counter gets the sum of the lanes'
+    numbers; grid (1,)."""
+
+    def kernel(x, out, counter):
+        memory = cuda.shared.array(0, uint8)
+        start = ptx.shared_address(memory)
+        lane = int32(cuda.threadIdx.x)
+        ptx.griddepcontrol_launch_dependents()
+        ptx.prefetch_global_l2(x, lane * 4)
+        ptx.griddepcontrol_wait()
+        a = ptx.ld_global_v4(x, lane * 4)
+        ptx.st_shared_v4(start + uint32(lane * 16), a[0], a[1], a[2], a[3])
+        ptx.bar_warp_sync()
+        b = ptx.ld_shared_v4(start + uint32((31 - lane) * 16))
+        ptx.st_global_v4(out, lane * 4, b[0], b[1], b[2], b[3])
+        ptx.st_global_b32(out, lane * 4, b[0] + uint32(1))
+        ptx.atom_add_acq_rel_u32(counter, 0, uint32(lane))
+
+    return Kernel("test_wide_stores", kernel, ("i32*", "i32*", "i32*"), 32, dynamic_shared=512)
+
+
 SHUFFLES = [(mode, kind, 3) for mode in ("bfly", "down", "up", "idx") for kind in ("f32", "u32")]
 COPIES = [("cp_async_ca_4", 4), ("cp_async_ca_8", 8), ("cp_async_cg_16", 16)]
 MATRICES = [(count, transposed) for count in (1, 2, 4) for transposed in (False, True)]
@@ -206,4 +296,6 @@ def everything():
         *(load_matrices(*arguments) for arguments in MATRICES),
         multiply("bf16"),
         multiply("f16"),
+        handover(5),
+        wide_stores(),
     ]

@@ -7,6 +7,7 @@ import torch
 from kernel_numerics import DEVICE
 
 from kernels.cuda import SIMULATED
+from kernels.launch import tensor_map
 from kernels.simulator import SimulationError
 
 EDGES = [0.0, -0.0, 1.0, -1.5, 3.0e38, 1e-38, 1e-45, np.inf, -np.inf, 1.00390625, 1.01171875, 1.0078125, 3.3895314e38]
@@ -202,3 +203,47 @@ def test_multiply(dtype):
     for lane in range(32):
         for i in range(4):
             assert got[i, lane] == expected[lane // 4 + 8 * (i >= 2), 2 * (lane % 4) + i % 2]
+
+
+HAS_BULK = SIMULATED or torch.cuda.get_device_capability()[0] >= 9
+
+
+@pytest.mark.skipif(not HAS_BULK, reason="the bulk tensor copy needs sm_90")
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (3, 64), (16, 32), (-2, -8)])
+def test_boxes_of_a_tensor_map(row, column):
+    matrix = torch.arange(20 * 96, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(20, 96).to(DEVICE)
+    out = torch.full((8, 32), -1, dtype=torch.int32, device=DEVICE)
+    ptx_kernels.box(8).launch((1,), tensor_map(matrix, 8), out, row, column)
+    framed = torch.zeros(20 + 32, 96 + 128, dtype=torch.int16)
+    framed[16:36, 64:160] = matrix.cpu().view(torch.int16)
+    expected = framed[16 + row : 24 + row, 64 + column : 128 + column]
+    assert torch.equal(out.cpu().view(torch.int16), expected)
+
+
+def test_tensor_maps_refuse_what_cannot_be_copied():
+    matrix = torch.zeros(16, 64, dtype=torch.bfloat16, device=DEVICE)
+    for given, rows, message in (
+        (matrix.float(), 8, "a torch.float32 tensor"),
+        (matrix.t(), 8, "bf16 \\[R, C\\] needed"),
+        (matrix[:, 1:], 8, "multiples of 16 bytes needed"),
+        (matrix, 257, "boxes of 257 rows: 1 to 256 needed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tensor_map(given, rows)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_memory_barriers_hand_over(rounds):
+    x = torch.arange(32 * rounds, dtype=torch.int32, device=DEVICE)
+    out = torch.zeros_like(x)
+    ptx_kernels.handover(rounds).launch((1,), x, out)
+    assert torch.equal(out, x + 1)
+
+
+def test_wide_stores_and_atomics():
+    x = torch.arange(128, dtype=torch.int32, device=DEVICE)
+    out, counter = torch.zeros_like(x), torch.ones(1, dtype=torch.int32, device=DEVICE)
+    ptx_kernels.wide_stores().launch((1,), x, out, counter)
+    expected = x.view(32, 4).flip(0).contiguous()
+    expected[:, 0] += 1
+    assert torch.equal(out.view(32, 4), expected) and counter.item() == 1 + sum(range(32))

@@ -32,7 +32,7 @@ repro: env ## run the pipeline: whatever changed since it ran last
 	$(RUN) dvc repro
 
 test: env ## run the tests that need no GPU
-	$(RUN) python -m pytest -n 2 -m "not gpu"
+	$(RUN) python -m pytest -n 2 --dist loadgroup -m "not gpu"
 
 test-gpu: ## run the tests that need a GPU, with PYTHON
 	$(PYTHON) -m pytest -m gpu

@@ -15,10 +15,15 @@ __all__ = ["catalogue"]
 
 
 def catalogue(dtypes: Sequence[str] = ("bf16", "f32"), head_dims: Sequence[int] = (128,)) -> list[Kernel]:
-    """Every kernel of these dtypes ("bf16", "f32") and attention head dimensions, each once."""
-    from kernels import embedding, kv_write, residual, rms_norm, rope, sampling, swiglu
+    """Every kernel of these dtypes ("bf16", "f32") and attention head dimensions, each once.
+
+    Of kernels made for a shape those of OLMo-2 7B.
+    """
+    from kernels import add_norm, embedding, kv_write, residual, rms_norm, rope, rope_write, sampling, swiglu
+    from kernels.attention import flash
     from kernels.attention import naive as attention
     from kernels.linear import naive as linear
+    from kernels.linear import streamed
 
     kernels: list[Kernel] = []
     for dtype in dtypes:
@@ -35,5 +40,18 @@ def catalogue(dtypes: Sequence[str] = ("bf16", "f32"), head_dims: Sequence[int] 
             sampling.naive_argmax(dtype),
             sampling.naive_sample(dtype),
             sampling.naive_repetition_penalty(dtype),
+        ]
+    if "bf16" in dtypes:
+        kernels += [
+            embedding.vectors("bf16"),
+            *streamed.catalogue(12288, 4096, gated=False),
+            *streamed.catalogue(22016, 4096, gated=True),
+            *(add_norm.fused(2, kind, False) for kind in ("post", "pre", "norm")),
+            *(rope_write.fast(head_dim, "once", False) for head_dim in head_dims),
+            *(flash.flash(head_dim, 1, "once", paged) for head_dim in head_dims for paged in (False, True)),
+            sampling.split_argmax(),
+            sampling.split_floor(),
+            sampling.split_sample(),
+            sampling.step_advance(),
         ]
     return kernels

@@ -3,6 +3,9 @@
 | version | what it does |
 |---|---|
 | naive | one block a token, its threads copy the row side by side |
+| vectors | 16 bytes a load, four loads of a thread under way at once; rows of a multiple of 16 bytes |
+
+Both may be launched while the kernel that writes the tokens still runs (programmatic dependent launch).
 
 Measured shares of the copy bandwidth: `reports/REPORT.md`.
 """
@@ -11,11 +14,14 @@ from __future__ import annotations
 
 import torch
 
-from kernels import check
-from kernels.cuda import cuda, int64
-from kernels.launch import Kernel, kernel_factory
+from kernels import check, ptx
+from kernels.cuda import cuda, int64, uint32
+from kernels.launch import Kernel, LaunchOptions, kernel_factory
 
 THREADS = 128
+# Loads of a thread that are under way at once.
+BATCH = 4
+WORDS = 4 * BATCH
 
 
 def reference(tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -28,6 +34,9 @@ def naive(dtype: str) -> Kernel:
     """tokens i32[T], table [V, H], out [T, H], H; grid (T,)."""
 
     def embedding(tokens, table, out, width):
+        ptx.griddepcontrol_wait()
+        # Not before the wait: kernels further on count on all that was written before the step began.
+        ptx.griddepcontrol_launch_dependents()
         token = cuda.blockIdx.x
         source = int64(tokens[token]) * width
         target = int64(token) * width
@@ -36,7 +45,41 @@ def naive(dtype: str) -> Kernel:
             out[target + i] = table[source + i]
             i += THREADS
 
-    return Kernel(f"embedding_naive_{dtype}", embedding, ("i32*", f"{dtype}*", f"{dtype}*", "i32"), THREADS)
+    kinds = ("i32*", f"{dtype}*", f"{dtype}*", "i32")
+    return Kernel(f"embedding_naive_{dtype}", embedding, kinds, THREADS, options=LaunchOptions(programmatic=True))
+
+
+@kernel_factory
+def vectors(dtype: str) -> Kernel:
+    """tokens i32[T], table [V, H], out [T, H], H, a multiple of 16 bytes; grid (T,)."""
+    elements = {"bf16": 8, "f32": 4}[dtype]
+
+    def embedding(tokens, table, out, width):
+        words = cuda.local.array(WORDS, uint32)
+        count = int64(width) // elements
+        target = int64(cuda.blockIdx.x) * width
+        first = int64(cuda.threadIdx.x)
+        ptx.griddepcontrol_wait()
+        # Not before the wait: kernels further on count on all that was written before the step began.
+        ptx.griddepcontrol_launch_dependents()
+        source = int64(tokens[cuda.blockIdx.x]) * width
+        while first < count:
+            for b in range(BATCH):
+                vector = first + b * THREADS
+                if vector < count:
+                    loaded = ptx.ld_global_v4(table, source + vector * elements)
+                    for e in range(4):
+                        words[4 * b + e] = loaded[e]
+            for b in range(BATCH):
+                vector = first + b * THREADS
+                if vector < count:
+                    i = 4 * b
+                    place = target + vector * elements
+                    ptx.st_global_v4(out, place, words[i], words[i + 1], words[i + 2], words[i + 3])
+            first += BATCH * THREADS
+
+    kinds = ("i32*", f"{dtype}*", f"{dtype}*", "i32")
+    return Kernel(f"embedding_vectors_{dtype}", embedding, kinds, THREADS, options=LaunchOptions(programmatic=True))
 
 
 def embedding(tokens: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -51,5 +94,7 @@ def embedding(tokens: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> t
     check.tensor("embedding", "table", table, (vocabulary, width), table.dtype)
     check.tensor("embedding", "out", out, (count, width), table.dtype)
     if count:
-        naive(dtype).launch((count,), tokens, table, out, width)
+        wide = width * table.element_size() % 16 == 0 and table.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
+        version = vectors if wide else naive
+        version(dtype).launch((count,), tokens, table, out, width)
     return out

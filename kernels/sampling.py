@@ -3,11 +3,16 @@
 | version | what it does |
 |---|---|
 | naive | filters by a search for the threshold over the 32 bits of a logit, a pass over the row a bit |
+| split | bf16; many blocks a row, the last of them to finish ends it; filters by counting equal logits, in one pass |
 
 Measured times: `reports/REPORT.md`.
 
-Order of summation: thread i sums elements i, i + THREADS, … in order, then a tree over the threads (upper half onto the
-lower). Sums of subsets use the same tree, so that a larger subset never sums to less.
+Order of summation, naive: thread i sums elements i, i + THREADS, … in order, then a tree over the threads (upper half
+onto the lower). Sums of subsets use the same tree, so that a larger subset never sums to less.
+
+split: a bf16 logit is one of 65536, so the likelihoods of a row are added as (number of equal logits) * (likelihood in
+units of 2**-40, rounded down), in 64-bit integers. Such sums are exact: they depend on no order, nor on the number of
+blocks. A share of the mass (top_p) is compared with them in fp64. All else is as in naive, to the bit.
 """
 
 from __future__ import annotations
@@ -17,8 +22,8 @@ import math
 import torch
 
 from kernels import check, device, ptx
-from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint32, uint64
-from kernels.launch import Kernel, kernel_factory
+from kernels.cuda import SIMULATED, cuda, device_function, float32, float64, int32, int64, uint32, uint64
+from kernels.launch import Kernel, LaunchOptions, kernel_factory
 
 # The simulator pays for every thread at every barrier.
 THREADS = 8 if SIMULATED else 512
@@ -245,6 +250,378 @@ def naive_repetition_penalty(dtype: str) -> Kernel:
     return Kernel(f"repetition_penalty_naive_{dtype}", repetition_penalty, kinds, THREADS)
 
 
+# --- version split ---------------------------------------------------------------------------------------------------
+
+SPLIT_THREADS = 256
+WARPS = SPLIT_THREADS // 32
+# Of a row's workspace, in 32-bit words: blocks that have arrived, least logit kept (as `_ordered`), largest logit; then
+# from PLACES on the best value and token of each block. Behind this HEAD, which is all that argmax needs, the groups of
+# 256 bf16 (by their upper byte) that occur in the row, and how often each bf16 occurs. The first word and all behind
+# the head are zero between launches.
+ARRIVED, FLOOR, LARGEST, PLACES = 0, 1, 2, 4
+PARTIALS = 64
+HEAD = PLACES + 2 * PARTIALS
+GROUPS = 256
+COUNTS = HEAD + GROUPS
+ROW = COUNTS + (1 << 16)
+assert SPLIT_THREADS == GROUPS and SPLIT_THREADS >= PARTIALS  # a thread for each
+PROGRAMMATIC = LaunchOptions(programmatic=True)
+
+
+@device_function
+def _logit(word, half):
+    """float32 of the lower (half 0) or upper bf16 of a pair."""
+    return ptx.f32_from_bits(uint32(word & uint32(0xFFFF0000)) if half else uint32(word << uint32(16)))
+
+
+@device_function
+def _logit_at(place):
+    """float32 of the bf16 whose place in the order of all is 0 … 0xffff: the upper half of its `_ordered`."""
+    bits = uint32(place << uint32(16))
+    if bits & uint32(0x80000000):
+        return ptx.f32_from_bits(uint32(bits ^ uint32(0x80000000)))
+    return ptx.f32_from_bits(uint32(bits ^ uint32(0xFFFF0000)))
+
+
+@device_function
+def _times(value, inverse):
+    """The logit divided by the temperature; NaN counts as the least of logits."""
+    scaled = ptx.mul_rn_f32(value, inverse)
+    return scaled if scaled == scaled else float32(-math.inf)
+
+
+@device_function
+def _likelihood(value, largest):
+    """Probability relative to the likeliest token's; 1 for that one even where it is infinite."""
+    return float32(1.0) if value == largest else device.exp(value - largest)
+
+
+@device_function
+def _best_of_block(values, tokens, thread, value, token):
+    """In thread 0, (value, token) of the block's largest value, the lowest token of equal ones. One barrier.
+
+    values f32[WARPS], tokens u32[WARPS], shared: a barrier is needed before they are used again.
+    """
+    for step in range(5):
+        other = ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, value, uint32(16 >> step))
+        other_token = ptx.shfl_sync_bfly_u32(ptx.FULL_MASK, token, uint32(16 >> step))
+        if other > value or (other == value and other_token < token):
+            value, token = other, other_token
+    if thread & 31 == 0:
+        values[thread >> 5] = value
+        tokens[thread >> 5] = token
+    cuda.syncthreads()
+    if thread == 0:
+        for w in range(1, WARPS):
+            if values[w] > value or (values[w] == value and tokens[w] < token):
+                value, token = values[w], tokens[w]
+    return value, token
+
+
+@device_function
+def _is_last(workspace, base, thread, last):
+    """Whether this block is the last of its row to come here; what the others wrote before is then visible. Barriers.
+
+    last: i32[1], shared. The count starts from zero again.
+    """
+    cuda.syncthreads()
+    if thread == 0:
+        arrived = ptx.atom_add_acq_rel_u32(workspace, base + ARRIVED, uint32(1))
+        last[0] = int32(arrived) == int32(cuda.gridDim.x) - int32(1)
+        if last[0]:
+            workspace[base + ARRIVED] = 0
+    cuda.syncthreads()
+    return last[0] != 0
+
+
+@device_function
+def _finish(values, tokens, last, workspace, base, thread, value, token, out):
+    """Write the row's best token, once all its blocks have brought theirs."""
+    value, token = _best_of_block(values, tokens, thread, value, token)
+    if thread == 0:
+        place = base + PLACES + 2 * int64(cuda.blockIdx.x)
+        ptx.st_global_b32(workspace, place, ptx.bits_from_f32(value))
+        ptx.st_global_b32(workspace, place + 1, token)
+    if _is_last(workspace, base, thread, last):
+        value, token = float32(-math.inf), uint32(NOTHING)
+        if thread < cuda.gridDim.x:
+            place = base + PLACES + 2 * thread
+            value = ptx.f32_from_bits(ptx.ld_global_b32(workspace, place))
+            token = ptx.ld_global_b32(workspace, place + 1)
+        value, token = _best_of_block(values, tokens, thread, value, token)
+        if thread == 0:
+            out[cuda.blockIdx.y] = -1 if token == uint32(NOTHING) else int32(token)
+
+
+@kernel_factory
+def split_argmax() -> Kernel:
+    """logits bf16[B, V], out i32[B], workspace, V; grid (blocks a row, B)."""
+
+    def argmax(logits, out, workspace, vocabulary):
+        ptx.griddepcontrol_launch_dependents()
+        values = cuda.shared.array(WARPS, float32)
+        tokens = cuda.shared.array(WARPS, uint32)
+        last = cuda.shared.array(1, int32)
+        thread = int64(cuda.threadIdx.x)
+        row = int64(cuda.blockIdx.y) * vocabulary
+        vectors = int64(vocabulary) // 8
+        best, best_token = float32(-math.inf), uint32(NOTHING)
+        ptx.griddepcontrol_wait()
+        vector = int64(cuda.blockIdx.x) * SPLIT_THREADS + thread
+        while vector < vectors:
+            words = ptx.ld_global_v4(logits, row + vector * 8)
+            for e in range(4):
+                for half in range(2):
+                    value = _logit(words[e], half)
+                    if value > best or (value == best and best_token == uint32(NOTHING)):
+                        best, best_token = value, uint32(vector * 8 + 2 * e + half)
+            vector += int64(cuda.gridDim.x) * SPLIT_THREADS
+        _finish(values, tokens, last, workspace, int64(cuda.blockIdx.y) * HEAD, thread, best, best_token, out)
+
+    kinds = ("bf16*", "i32*", "i32*", "i32")
+    return Kernel("argmax_split_bf16", argmax, kinds, SPLIT_THREADS, options=PROGRAMMATIC)
+
+
+@device_function
+def _sum_in_warp(value):
+    """Sum of a uint64 over the warp."""
+    for step in range(5):
+        by = uint32(16 >> step)
+        lower = ptx.shfl_sync_bfly_u32(ptx.FULL_MASK, uint32(value & uint64(0xFFFFFFFF)), by)
+        upper = ptx.shfl_sync_bfly_u32(ptx.FULL_MASK, uint32(value >> uint64(32)), by)
+        value = value + (uint64(lower) | (uint64(upper) << uint64(32)))
+    return value
+
+
+@device_function
+def _sum_up_to(sums, thread, value):
+    """Sum of a uint64 over the threads up to this one, and over all. Barriers before and after.
+
+    sums: u64[WARPS], shared.
+    """
+    lane = thread & 31
+    for step in range(5):
+        by = 1 << step
+        lower = ptx.shfl_sync_up_u32(ptx.FULL_MASK, uint32(value & uint64(0xFFFFFFFF)), uint32(by))
+        upper = ptx.shfl_sync_up_u32(ptx.FULL_MASK, uint32(value >> uint64(32)), uint32(by))
+        if lane >= by:
+            value = value + (uint64(lower) | (uint64(upper) << uint64(32)))
+    if lane == 31:
+        sums[thread >> 5] = value
+    cuda.syncthreads()
+    total = uint64(0)
+    for w in range(WARPS):
+        if w < thread >> 5:
+            value = value + sums[w]
+        total = total + sums[w]
+    cuda.syncthreads()
+    return value, total
+
+
+@kernel_factory
+def split_floor() -> Kernel:
+    """logits bf16[B, V], temperature, top_k, top_p, min_p [B], workspace, V; grid (blocks a row, B).
+
+    For rows with filters: the largest logit and the least that top_k and top_p keep, to the workspace.
+    """
+
+    @device_function
+    def weigh(count, place, least, inverse, largest, by_mass):
+        """What `count` logits at `place` in the order of all bf16 weigh: 1 each or their likelihood; 0 below least."""
+        value = _times(_logit_at(place), inverse)
+        if count == 0 or _ordered(value) < least:
+            return uint64(0)
+        if not by_mass:
+            return uint64(count)
+        return uint64(count) * uint64(_likelihood(value, largest) * float32(2.0**40))
+
+    def floor(logits, temperatures, top_ks, top_ps, min_ps, workspace, vocabulary):
+        ptx.griddepcontrol_launch_dependents()
+        groups = cuda.shared.array(GROUPS, uint64)
+        sums = cuda.shared.array(WARPS, uint64)
+        found = cuda.shared.array(2, uint32)
+        above = cuda.shared.array(1, uint64)
+        last = cuda.shared.array(1, int32)
+        counts = cuda.local.array(8, int32)
+        thread = int64(cuda.threadIdx.x)
+        batch = int64(cuda.blockIdx.y)
+        base, row = batch * ROW, batch * vocabulary
+        vectors = int64(vocabulary) // 8
+        ptx.griddepcontrol_wait()
+        temperature, top_k, top_p = temperatures[batch], top_ks[batch], top_ps[batch]
+        by_count = 0 < top_k < vocabulary
+        if temperature > float32(0.0) and (by_count or top_p < float32(1.0) or min_ps[batch] > float32(0.0)):
+            groups[thread] = uint64(0)
+            cuda.syncthreads()
+            vector = int64(cuda.blockIdx.x) * SPLIT_THREADS + thread
+            while vector < vectors:
+                words = ptx.ld_global_v4(logits, row + vector * 8)
+                for e in range(4):
+                    for half in range(2):
+                        value = _logit(words[e], half)
+                        # Neither NaN nor -inf: they come last, weigh nothing, and may be most of the row.
+                        if value > float32(-math.inf):
+                            place = uint32(_ordered(value) >> uint32(16))
+                            ptx.red_add_relaxed_u32(workspace, base + COUNTS + int64(place), uint32(1))
+                            groups[place >> uint32(8)] = uint64(1)
+                vector += int64(cuda.gridDim.x) * SPLIT_THREADS
+            cuda.syncthreads()
+            if groups[thread] != uint64(0):
+                workspace[base + HEAD + thread] = 1
+            if _is_last(workspace, base, thread, last):
+                # From here on thread t has the groups and the places of a group in descending order.
+                mine = int64(GROUPS - 1) - thread
+                warp, lane = thread >> 5, thread & 31
+                if thread == 0:
+                    found[0] = uint32(0)
+                    found[1] = uint32(0)
+                occurs = workspace[base + HEAD + mine]
+                reached = _sum_up_to(sums, thread, uint64(occurs))[0]
+                if occurs != 0 and reached == uint64(1):
+                    found[0] = uint32(mine)
+                cuda.syncthreads()
+                highest = int64(found[0]) << 8
+                count = workspace[base + COUNTS + highest + mine]
+                reached = _sum_up_to(sums, thread, uint64(count))[0]
+                if count != 0 and reached == uint64(count):
+                    found[1] = uint32(highest + mine)
+                cuda.syncthreads()
+                inverse = ptx.div_rn_f32(float32(1.0), temperature)
+                largest = _times(_logit_at(found[1]), inverse)
+                if found[1] == uint32(0):
+                    largest = float32(-math.inf)
+
+                # Each filter finds the group, then in it the place, at which the sum from above reaches what it wants.
+                least = uint32(0)
+                for by_mass in range(2):
+                    if (by_mass == 0 and by_count) or (by_mass == 1 and top_p < float32(1.0)):
+                        group = warp
+                        while group < GROUPS:
+                            weight = uint64(0)
+                            if workspace[base + HEAD + group] != 0:
+                                for i in range(8):
+                                    counts[i] = workspace[base + COUNTS + group * 256 + i * 32 + lane]
+                                for i in range(8):
+                                    place = uint32(group * 256 + i * 32 + lane)
+                                    weight = weight + weigh(counts[i], place, least, inverse, largest, by_mass)
+                                weight = _sum_in_warp(weight)
+                            if lane == 0:
+                                groups[group] = weight
+                            group += WARPS
+                        if thread == 0:
+                            found[0] = uint32(GROUPS)
+                        cuda.syncthreads()
+                        reached, total = _sum_up_to(sums, thread, groups[mine])
+                        wanted = uint64(max(top_k, int32(1)))
+                        if by_mass == 1:
+                            share = float64(total) * float64(max(top_p, float32(2.0**-126)))
+                            wanted = uint64(share)
+                            if float64(wanted) < share:
+                                wanted = wanted + uint64(1)
+                        if reached >= wanted and reached - groups[mine] < wanted:
+                            found[0] = uint32(mine)
+                            above[0] = reached - groups[mine]
+                        cuda.syncthreads()
+                        # Fewer logits than top_k wants: all are kept.
+                        if found[0] < uint32(GROUPS):
+                            place = int64(found[0]) * 256 + mine
+                            count = workspace[base + COUNTS + place]
+                            weight = weigh(count, uint32(place), least, inverse, largest, by_mass)
+                            reached = above[0] + _sum_up_to(sums, thread, weight)[0]
+                            if reached >= wanted and reached - weight < wanted:
+                                found[1] = uint32(place)
+                            cuda.syncthreads()
+                            least = _ordered(_times(_logit_at(found[1]), inverse))
+                        cuda.syncthreads()
+
+                if thread == 0:
+                    ptx.st_global_b32(workspace, base + FLOOR, least)
+                    ptx.st_global_b32(workspace, base + LARGEST, ptx.bits_from_f32(largest))
+                group = warp
+                while group < GROUPS:
+                    if workspace[base + HEAD + group] != 0:
+                        for i in range(2):
+                            place = base + COUNTS + group * 256 + i * 128 + lane * 4
+                            ptx.st_global_v4(workspace, place, uint32(0), uint32(0), uint32(0), uint32(0))
+                    group += WARPS
+                cuda.syncthreads()
+                workspace[base + HEAD + thread] = 0
+
+    kinds = ("bf16*", "f32*", "i32*", "f32*", "f32*", "i32*", "i32")
+    return Kernel("sample_floor_split_bf16", floor, kinds, SPLIT_THREADS, options=PROGRAMMATIC)
+
+
+@kernel_factory
+def split_sample() -> Kernel:
+    """logits bf16[B, V], temperature, top_k, top_p, min_p, seed, position [B], out i32[B], workspace, V; grid (blocks a
+    row, B). After `split_floor` on the same workspace."""
+
+    def sample(logits, temperatures, top_ks, top_ps, min_ps, seeds, positions, out, workspace, vocabulary):
+        ptx.griddepcontrol_launch_dependents()
+        values = cuda.shared.array(WARPS, float32)
+        tokens = cuda.shared.array(WARPS, uint32)
+        last = cuda.shared.array(1, int32)
+        thread = int64(cuda.threadIdx.x)
+        batch = int64(cuda.blockIdx.y)
+        base, row = batch * ROW, batch * vocabulary
+        vectors = int64(vocabulary) // 8
+        best, best_token = float32(-math.inf), uint32(NOTHING)
+        ptx.griddepcontrol_wait()
+        temperature, min_p = temperatures[batch], min_ps[batch]
+        position, seed = positions[batch], uint64(seeds[batch])
+        greedy = temperature <= float32(0.0)
+        inverse = float32(1.0)
+        floor, largest = uint32(0), float32(0.0)
+        if not greedy:
+            inverse = ptx.div_rn_f32(float32(1.0), temperature)
+            if 0 < top_ks[batch] < vocabulary or top_ps[batch] < float32(1.0) or min_p > float32(0.0):
+                floor = ptx.ld_global_b32(workspace, base + FLOOR)
+                largest = ptx.f32_from_bits(ptx.ld_global_b32(workspace, base + LARGEST))
+        vector = int64(cuda.blockIdx.x) * SPLIT_THREADS + thread
+        while vector < vectors:
+            words = ptx.ld_global_v4(logits, row + vector * 8)
+            for e in range(4):
+                for half in range(2):
+                    logit = _logit(words[e], half)
+                    value = _times(logit, inverse)
+                    kept = greedy or _ordered(value) >= floor
+                    if kept and not greedy and min_p > float32(0.0):
+                        kept = _likelihood(value, largest) >= min_p
+                    if kept and logit == logit:
+                        token = vector * 8 + 2 * e + half
+                        if not greedy:
+                            value = ptx.add_rn_f32(value, _gumbel(token, position, seed))
+                        if value > best or (value == best and best_token == uint32(NOTHING)):
+                            best, best_token = value, uint32(token)
+            vector += int64(cuda.gridDim.x) * SPLIT_THREADS
+        _finish(values, tokens, last, workspace, base, thread, best, best_token, out)
+
+    kinds = ("bf16*", "f32*", "i32*", "f32*", "f32*", "i64*", "i32*", "i32*", "i32*", "i32")
+    return Kernel("sample_split_bf16", sample, kinds, SPLIT_THREADS, options=PROGRAMMATIC)
+
+
+@kernel_factory
+def step_advance() -> Kernel:
+    """chosen, tokens, positions i32[B], history i32[B, C], B, C; grid (B / SPLIT_THREADS,)."""
+
+    def advance(chosen, tokens, positions, history, count, capacity):
+        ptx.griddepcontrol_launch_dependents()
+        row = int64(cuda.blockIdx.x) * SPLIT_THREADS + int64(cuda.threadIdx.x)
+        ptx.griddepcontrol_wait()
+        if row < count:
+            position = positions[row]
+            if position >= 0:
+                token = chosen[row]
+                position += 1
+                positions[row] = position
+                tokens[row] = max(token, int32(0))
+                if position < capacity:
+                    history[row * capacity + position] = token
+
+    kinds = ("i32*", "i32*", "i32*", "i32*", "i32", "i32")
+    return Kernel("advance_i32", advance, kinds, SPLIT_THREADS, options=PROGRAMMATIC)
+
+
 def argmax(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out[b] = the token of the largest logit of row b: the lowest of equal ones, never a NaN, -1 where all are NaN.
 
@@ -293,6 +670,111 @@ def sample(
         kernel = naive_sample(dtype)
         kernel.launch((count,), logits, temperature, top_k, top_p, min_p, seed, position, out, vocabulary)
     return out
+
+
+def argmax_workspace_size(count: int) -> int:
+    """Elements of the i32 workspace `argmax_split` needs for up to `count` rows."""
+    return count * HEAD
+
+
+def sample_workspace_size(count: int) -> int:
+    """Elements of the i32 workspace `sample_split` needs for up to `count` rows: 258 KB each."""
+    return count * ROW
+
+
+def _chunks(count: int, vocabulary: int) -> int:
+    """Blocks that share a row: enough of them to fill a GPU, none without a vector for each thread."""
+    # Every block costs the simulator much, and small rows are to be shared too.
+    if SIMULATED:
+        return min(3, -(-vocabulary // 64))
+    return min(-(-vocabulary // (8 * SPLIT_THREADS)), PARTIALS, max(8, 2048 // count))
+
+
+def _check_split(operation: str, logits: torch.Tensor, out: torch.Tensor) -> tuple[int, int]:
+    """B and V. Raises TypeError or ValueError naming the argument."""
+    count, vocabulary = check.dimensions(operation, "logits", logits, "B, V")
+    check.tensor(operation, "logits", logits, (count, vocabulary), torch.bfloat16)
+    check.tensor(operation, "out", out, (count,), torch.int32)
+    if vocabulary % 8 or vocabulary == 0:
+        raise ValueError(f"{operation}: logits has rows of {vocabulary}: a multiple of 8 needed")
+    if logits.data_ptr() % 16:
+        raise ValueError(f"{operation}: logits does not begin at a multiple of 16 bytes")
+    if count > 65535:
+        raise ValueError(f"{operation}: logits has {count} rows: at most 65535 at a time")
+    return count, vocabulary
+
+
+def _check_workspace(operation: str, workspace: torch.Tensor, size: int) -> None:
+    check.dimensions(operation, "workspace", workspace, "N")
+    check.tensor(operation, "workspace", workspace, tuple(workspace.shape), torch.int32)
+    if len(workspace) < size:
+        raise ValueError(f"{operation}: workspace has {len(workspace)} elements: at least {size} needed")
+    if workspace.data_ptr() % 16:
+        raise ValueError(f"{operation}: workspace does not begin at a multiple of 16 bytes")
+
+
+def argmax_split(logits: torch.Tensor, out: torch.Tensor, workspace: torch.Tensor) -> torch.Tensor:
+    """`argmax`, by many blocks a row.
+
+    logits [B, V] bf16 contiguous, at a multiple of 16 bytes, V a multiple of 8; out i32[B]. workspace: i32 of at least
+    argmax_workspace_size(B), zero before its first use and of no other function's; what must be zero is so again
+    afterwards. Returns out. Raises TypeError or ValueError, naming the argument, where something does not fit.
+    """
+    count, vocabulary = _check_split("argmax_split", logits, out)
+    _check_workspace("argmax_split", workspace, argmax_workspace_size(count))
+    if count:
+        split_argmax().launch((_chunks(count, vocabulary), count), logits, out, workspace, vocabulary)
+    return out
+
+
+def sample_split(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+    out: torch.Tensor,
+    workspace: torch.Tensor,
+) -> torch.Tensor:
+    """`sample`, by many blocks a row: the same tokens, but for top_p where fp32 sums of the mass miss its threshold.
+
+    Arguments as of `sample`, but logits [B, V] bf16, at a multiple of 16 bytes, V a multiple of 8. workspace: i32 of at
+    least sample_workspace_size(B), zero before its first use and of no other function's; what must be zero is so again
+    afterwards. Returns out. Raises TypeError or ValueError, naming the argument, where something does not fit.
+    """
+    count, vocabulary = _check_split("sample_split", logits, out)
+    check.tensor("sample_split", "temperature", temperature, (count,), torch.float32)
+    check.tensor("sample_split", "top_k", top_k, (count,), torch.int32)
+    check.tensor("sample_split", "top_p", top_p, (count,), torch.float32)
+    check.tensor("sample_split", "min_p", min_p, (count,), torch.float32)
+    check.tensor("sample_split", "seed", seed, (count,), torch.int64)
+    check.tensor("sample_split", "position", position, (count,), torch.int32)
+    _check_workspace("sample_split", workspace, sample_workspace_size(count))
+    if count:
+        grid = (_chunks(count, vocabulary), count)
+        filters = (temperature, top_k, top_p, min_p)
+        split_floor().launch(grid, logits, *filters, workspace, vocabulary)
+        split_sample().launch(grid, logits, *filters, seed, position, out, workspace, vocabulary)
+    return out
+
+
+def advance(chosen: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, history: torch.Tensor) -> None:
+    """What a row has chosen becomes its next step's input: one launch between two steps of a CUDA graph.
+
+    positions[b] += 1, tokens[b] = chosen[b] (0 where that is -1), history[b, positions[b]] = chosen[b] where that is a
+    column of history. Rows of a negative position are idle: nothing of theirs changes. chosen, tokens, positions
+    i32[B], history i32[B, C], contiguous. Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
+    """
+    (count,) = check.dimensions("advance", "chosen", chosen, "B")
+    _, capacity = check.dimensions("advance", "history", history, "B, C")
+    check.tensor("advance", "chosen", chosen, (count,), torch.int32)
+    check.tensor("advance", "tokens", tokens, (count,), torch.int32)
+    check.tensor("advance", "positions", positions, (count,), torch.int32)
+    check.tensor("advance", "history", history, (count, capacity), torch.int32)
+    if count:
+        step_advance().launch((-(-count // SPLIT_THREADS),), chosen, tokens, positions, history, count, capacity)
 
 
 def repetition_penalty(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 | version | what it does |
 |---|---|
-| naive | one thread an output element, K in order in one fp32 accumulator |
+| naive | one thread an output element, eight fp32 chains over K |
+| streamed | bf16; weights once through a ring in shared memory, tensor cores, K in order; up to 128 tokens a pass |
 
 Measured shares of the limit (weight bytes over copy bandwidth, or the matrix rate): `reports/REPORT.md`.
 """

@@ -1,0 +1,421 @@
+"""Matrix product, version streamed: the weights flow once through a ring in shared memory; up to 128 tokens a pass.
+
+One warp of a block copies, the others multiply. The block owns `groups` x 8 rows of the weight; a consumer warp owns
+some of those groups for all tokens and walks K from 0 up. What it multiplies arrives in stages of `boxes` boxes of 64
+columns, weight rows and token rows, both in the 128-byte swizzle.
+
+    copy "bulk"    tensor maps and bulk copies, sm_90 and later: one lane asks for a whole box
+    copy "async"   cp.async, sm_80 and later: a lane asks for 16 bytes
+
+In a chain of programmatic launches the ring fills with weights while the kernel ahead still runs: only the tokens wait.
+
+Order of summation: mma.sync m16n8k16 over K in order on one fp32 accumulator, rounded once to bf16. It depends on K
+alone: tiles, tokens of a pass, depth of the ring and the way of copying change no bit. For `linear_swiglu` gate and up
+stay fp32 until silu(gate) * up is rounded.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kernels import check, device, ptx
+from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint8, uint32, uint64
+from kernels.launch import ARCHITECTURES, LIMITS, Kernel, LaunchOptions, architecture_of, kernel_factory, tensor_map
+
+BOX = 64  # columns of a box: 128 bytes of bf16
+TOKENS = (8, 16, 32, 64, 128)
+# Of a GPU of each architecture: A100, RTX 3090, RTX 4090, H100 and H200, B200, RTX 5090.
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90a": 132, "sm_100": 148, "sm_120": 170}
+BULK = tuple(arch for arch in ARCHITECTURES if arch not in ("sm_80", "sm_86", "sm_89"))
+# Bytes of a block at most, so that the small kernels of a chain run beside it.
+RING = 160 << 10
+# Bytes a stage should have at most: smaller ones cost more barriers, larger ones leave fewer in flight.
+STAGE = 26 << 10
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a block works. tokens: of a pass. groups: of 8 weight rows a block owns at a time. each: groups a warp owns.
+    split: warps that share a group's tokens. boxes: of 64 columns in a stage. stages: of the ring. batch, together:
+    steps of 16 columns and tiles of 16 tokens whose operands a warp loads together. copy: "bulk" or "async"."""
+
+    tokens: int
+    groups: int
+    each: int
+    split: int
+    boxes: int
+    stages: int
+    batch: int
+    together: int
+    copy: str
+
+    @property
+    def tiles(self) -> int:
+        """Of 16 tokens that a warp owns."""
+        return max(1, self.tokens // 16 // self.split)
+
+    @property
+    def warps(self) -> int:
+        """That multiply; one more copies."""
+        return -(-self.groups // self.each) * self.split
+
+    @property
+    def threads(self) -> int:
+        return 32 * (self.warps + 1)
+
+    @property
+    def box_bytes(self) -> int:
+        """Of the weight rows of one box, at a multiple of 1024; gate and up rows are two halves, each at one."""
+        return -(-self.groups * 1024 // 2048) * 2048
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.boxes * (self.box_bytes + self.tokens * 128)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of a block: the ring from a multiple of 1024 on, then two barriers a stage."""
+        return 1024 + self.stages * self.stage_bytes + 16 * self.stages
+
+    @staticmethod
+    def choose(tokens: int, rows: int, depth: int, arch: str, multiprocessors: int) -> Tiling:
+        """For a pass of `tokens` tokens over a weight [rows, depth] on a GPU of so many multiprocessors.
+
+        One pass of all blocks over the rows where a block can own its share, else the fewest equal passes.
+        """
+        bucket = next((size for size in TOKENS if tokens <= size), TOKENS[-1])
+        share = -(-rows // 8 // multiprocessors)
+        passes = -(-share // (28 if bucket < 128 else 21))
+        groups = max(1, -(-rows // 8 // (multiprocessors * passes)))
+        # Measured on an H200: a warp with more of both reads less of each, as far as registers go; with few groups it
+        # takes several warps a group to keep up.
+        if groups <= 8:
+            each, split = {8: (1, 1), 16: (1, 1), 32: (1, 2)}.get(bucket, (2, 2) if groups > 2 else (1, 4))
+            batch, stage = {8: 16, 16: 16, 32: 8}.get(bucket, 4), STAGE // 2
+        else:
+            wide = groups > 16
+            each, split = {8: (1, 1), 16: (1, 1), 32: (1 + wide, 1)}.get(bucket, (3, 1 if wide else 2))
+            batch, stage = {8: 8, 16: 8}.get(bucket, 4), STAGE
+        each = min(each, groups)
+        budget = min(RING, LIMITS[arch].shared_block - 2048)
+        best: Tiling | None = None
+        for boxes in (8, 4, 2, 1):
+            if depth % (boxes * BOX):
+                continue
+            copy = "bulk" if arch in BULK else "async"
+            tiling = Tiling(bucket, groups, each, split, boxes, 0, min(boxes * 4, batch), 2, copy)
+            best = replace(tiling, stages=min(16, budget // (tiling.stage_bytes + 16)))
+            if tiling.stage_bytes <= stage:
+                break
+        if best is None or best.stages < 2:
+            raise ValueError(f"linear: a weight [{rows}, {depth}] has no tiling for {tokens} tokens on {arch}")
+        return best
+
+
+@kernel_factory
+def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
+    """weight [N, K] and x [T, K] (bulk: their tensor maps), out [T, N or N/2], T, N, K; grid (n, ceil(T / tokens)).
+
+    gated: rows i and N/2 + i of the weight are gate and up of output i.
+    """
+    tokens, groups, each, boxes = tiling.tokens, tiling.groups, tiling.each, tiling.boxes
+    stages, batch, warps, bulk = tiling.stages, tiling.batch, tiling.warps, tiling.copy == "bulk"
+    box_bytes, stage_bytes, token_bytes = tiling.box_bytes, tiling.stage_bytes, tokens * 128
+    split, tiles = tiling.split, tiling.tiles
+    # Rows of a box's half: with gates a box is gate rows, then up rows.
+    halves = 2 if gated else 1
+    half_rows = groups * 8 // halves
+    half_bytes = box_bytes // 2 if gated else box_bytes
+    columns = boxes * BOX
+    steps = boxes * 4
+    each_bytes = 512 if gated else 1024
+    together = min(tiles, tiling.together)
+    accumulators = each * tiles * 4
+    weight_words, token_words = each * batch * 2, together * batch * (4 if tokens > 8 else 2)
+    waits = ptx.mbarrier_try_wait if bulk else ptx.mbarrier_test_wait
+
+    @device_function
+    def copy_weight(weight, target, barrier, block, k, lane, half, depth):
+        if bulk:
+            if lane == 0:
+                ptx.mbarrier_arrive_expect_tx(barrier, uint32(boxes * (halves * half_rows * 128 + token_bytes)))
+                for h in range(boxes):
+                    for part in range(halves):
+                        ptx.cp_async_bulk_tensor_2d(
+                            target + uint32(h * box_bytes + part * half_bytes), weight, 0, barrier,
+                            int32(k * columns + h * BOX), int32(part * half + block * half_rows),
+                            uint64(ptx.EVICT_FIRST),
+                        )  # fmt: skip
+        else:
+            for h in range(boxes):
+                for part in range(halves):
+                    for i in range(lane, half_rows * 8, 32):
+                        row, chunk = i >> 3, i & 7
+                        source = int64(part * half + min(block * half_rows + row, half - 1)) * depth
+                        place = uint32(h * box_bytes + part * half_bytes + row * 128 + ((chunk ^ (row & 7)) * 16))
+                        ptx.cp_async_cg_16(target + place, weight, source + k * columns + h * BOX + chunk * 8)
+
+    @device_function
+    def copy_tokens(x, target, barrier, first, k, lane, here, depth):
+        if bulk:
+            if lane == 0:
+                for h in range(boxes):
+                    ptx.cp_async_bulk_tensor_2d(
+                        target + uint32(boxes * box_bytes + h * token_bytes), x, 0, barrier,
+                        int32(k * columns + h * BOX), int32(first), uint64(ptx.EVICT_LAST),
+                    )  # fmt: skip
+        else:
+            for h in range(boxes):
+                for i in range(lane, here * 8, 32):
+                    row, chunk = i >> 3, i & 7
+                    place = uint32(boxes * box_bytes + h * token_bytes + row * 128 + ((chunk ^ (row & 7)) * 16))
+                    ptx.cp_async_cg_16(
+                        target + place, x, int64(first + row) * depth + k * columns + h * BOX + chunk * 8
+                    )
+            ptx.cp_async_mbarrier_arrive(barrier)
+
+    # Operands of one batch of steps, from shared memory to registers.
+    @device_function
+    def load_weight(w, stage_at, b, first_row, swizzle, chunk):
+        for i in range(batch // 2):
+            # One ldmatrix.x4 holds a group's rows of 32 columns: two steps.
+            step = b * batch + 2 * i
+            for e in range(each):
+                # Four rows on the swizzle differs in its third bit.
+                column = uint32(step // 2 % 2 * 4 + chunk) ^ swizzle ^ uint32(e % 2 * 4 if gated else 0)
+                place = uint32(step // 4 * box_bytes + e * each_bytes) + (column << uint32(4))
+                got = ptx.ldmatrix_x4(stage_at + first_row + place)
+                for j in range(4):
+                    w[(e * batch + 2 * i) * 2 + j] = got[j]
+
+    @device_function
+    def load_tokens(t, tokens_at, b, g, swizzle, chunk):
+        if tokens > 8:
+            for i in range(batch):
+                step = b * batch + i
+                column = (uint32(step % 4 * 2 + chunk) ^ swizzle) << uint32(4)
+                for m in range(together):
+                    place = uint32(step // 4 * token_bytes + (g * together + m) * 2048)
+                    got = ptx.ldmatrix_x4(tokens_at + place + column)
+                    for j in range(4):
+                        t[(m * batch + i) * 4 + j] = got[j]
+        else:
+            for i in range(batch // 2):
+                step = b * batch + 2 * i
+                column = (uint32(step // 2 % 2 * 4 + chunk) ^ swizzle) << uint32(4)
+                got = ptx.ldmatrix_x4(tokens_at + uint32(step // 4 * token_bytes) + column)
+                for j in range(4):
+                    t[i * 4 + j] = got[j]
+
+    @device_function
+    def multiply(acc, w, t, g):
+        zero = uint32(0)
+        for i in range(batch):
+            for m in range(together):
+                for e in range(each):
+                    c = (e * tiles + g * together + m) * 4
+                    b0, b1 = w[(e * batch + i) * 2], w[(e * batch + i) * 2 + 1]
+                    if tokens > 8:
+                        a = (m * batch + i) * 4
+                        d = ptx.mma_m16n8k16_bf16(
+                            t[a], t[a + 1], t[a + 2], t[a + 3], b0, b1, acc[c], acc[c + 1], acc[c + 2], acc[c + 3]
+                        )
+                    else:
+                        d = ptx.mma_m16n8k16_bf16(
+                            t[2 * i], zero, t[2 * i + 1], zero, b0, b1, acc[c], acc[c + 1], acc[c + 2], acc[c + 3]
+                        )
+                    acc[c], acc[c + 1], acc[c + 2], acc[c + 3] = d[0], d[1], d[2], d[3]
+
+    def linear(weight, x, out, count, rows, depth):
+        memory = cuda.shared.array(0, uint8)
+        ring = (ptx.shared_address(memory) + uint32(1023)) & uint32(0xFFFFFC00)
+        full = ring + uint32(stages * stage_bytes)
+        empty = full + uint32(8 * stages)
+        thread = int32(cuda.threadIdx.x)
+        warp, lane = thread >> 5, thread & 31
+        if thread == 0:
+            for s in range(stages):
+                ptx.mbarrier_init(full + uint32(8 * s), uint32(1 if bulk else 32))
+                ptx.mbarrier_init(empty + uint32(8 * s), uint32(warps))
+            if bulk:
+                ptx.fence_mbarrier_init()
+        cuda.syncthreads()
+        ptx.griddepcontrol_launch_dependents()
+        first = int32(cuda.blockIdx.y) * tokens
+        here = min(count - first, int32(tokens))
+        half = rows // halves
+        blocks = (half + half_rows - 1) // half_rows
+        stage_count = depth // columns
+        block = int32(cuda.blockIdx.x)
+
+        if warp == warps:
+            # The first stages of weights need nothing of the kernels ahead.
+            early = min(stage_count, int32(stages))
+            for k in range(early):
+                copy_weight(weight, ring + uint32(k * stage_bytes), full + uint32(8 * k), block, k, lane, half, depth)
+            ptx.griddepcontrol_wait()
+            for k in range(early):
+                copy_tokens(x, ring + uint32(k * stage_bytes), full + uint32(8 * k), first, k, lane, here, depth)
+            stage, parity = early, uint32(1)
+            if stage == stages:
+                stage, parity = int32(0), uint32(0)
+            begin = early
+            while block < blocks:
+                for k in range(begin, stage_count):
+                    while waits(empty + uint32(8 * stage), parity) == 0:
+                        pass
+                    target = ring + uint32(stage * stage_bytes)
+                    barrier = full + uint32(8 * stage)
+                    copy_weight(weight, target, barrier, block, k, lane, half, depth)
+                    copy_tokens(x, target, barrier, first, k, lane, here, depth)
+                    stage += int32(1)
+                    if stage == stages:
+                        stage, parity = int32(0), parity ^ uint32(1)
+                begin = int32(0)
+                block += int32(cuda.gridDim.x)
+        else:
+            acc = cuda.local.array(accumulators, float32)
+            w = cuda.local.array(weight_words, uint32)
+            t = cuda.local.array(token_words, uint32)
+            # Lane 8 i + r gives ldmatrix the address of row r of matrix i.
+            r8, chunk = lane & 7, lane >> 3
+            own_groups, own_tokens = warp // split * each, warp % split * tiles * 16
+            row = own_groups * 4 + (r8 >> 1) if gated else own_groups * 8 + r8
+            first_row = uint32(((r8 & 1) * half_bytes if gated else 0) + row * 128)
+            swizzle = uint32(row & 7)
+            if tokens > 8:
+                token_row, token_chunk = own_tokens + r8 + (lane >> 3 & 1) * 8, lane >> 4
+            else:
+                token_row, token_chunk = r8, chunk
+            token_place, token_swizzle = uint32(boxes * box_bytes + token_row * 128), uint32(r8)
+            stage, parity = int32(0), uint32(0)
+            while block < blocks:
+                for i in range(accumulators):
+                    acc[i] = float32(0.0)
+                for _ in range(stage_count):
+                    while waits(full + uint32(8 * stage), parity) == 0:
+                        pass
+                    at = ring + uint32(stage * stage_bytes)
+                    for b in range(steps // batch):
+                        load_weight(w, at, b, first_row, swizzle, chunk)
+                        for g in range(tiles // together):
+                            load_tokens(t, at + token_place, b, g, token_swizzle, token_chunk)
+                            if b == steps // batch - 1 and g == tiles // together - 1:
+                                # The stage is in registers: it may be filled again.
+                                ptx.bar_warp_sync()
+                                if lane == 0:
+                                    ptx.mbarrier_arrive(empty + uint32(8 * stage))
+                            multiply(acc, w, t, g)
+                    stage += int32(1)
+                    if stage == stages:
+                        stage, parity = int32(0), parity ^ uint32(1)
+                for e in range(each):
+                    group = own_groups + e
+                    for m in range(tiles):
+                        for part in range(2 if tokens > 8 else 1):
+                            token = own_tokens + m * 16 + part * 8 + (lane >> 2)
+                            c = (e * tiles + m) * 4 + part * 2
+                            if gated:
+                                column = block * half_rows + group * 4 + (lane & 3)
+                                if group < groups and column < half and token < here:
+                                    gate = acc[c]
+                                    value = ptx.mul_rn_f32(
+                                        ptx.div_rn_f32(gate, float32(1.0) + device.exp(-gate)), acc[c + 1]
+                                    )
+                                    out[int64(first + token) * half + column] = ptx.cvt_rn_bf16_f32(value)
+                            else:
+                                column = block * half_rows + group * 8 + (lane & 3) * 2
+                                if group < groups and column < rows and token < here:
+                                    ptx.st_global_b32(
+                                        out,
+                                        int64(first + token) * rows + column,
+                                        ptx.cvt_rn_bf16x2_f32(acc[c + 1], acc[c]),
+                                    )
+                block += int32(cuda.gridDim.x)
+
+    kind = f"{'swiglu_' if gated else ''}streamed_{tiling.copy}"
+    name = f"linear_{kind}_t{tokens}_g{groups}x{each}x{split}_b{boxes}x{batch}x{together}_s{stages}_{arch}"
+    kinds = ("u8*" if bulk else "bf16*", "u8*" if bulk else "bf16*", "bf16*", "i32", "i32", "i32")
+    return Kernel(
+        name, linear, kinds, tiling.threads, dynamic_shared=tiling.shared, blocks_per_sm=1,
+        options=LaunchOptions(programmatic=True),
+        architectures=(arch,),
+    )  # fmt: skip
+
+
+def catalogue(rows: int, depth: int, gated: bool, tokens: Sequence[int] = (1, TOKENS[-1])) -> list[Kernel]:
+    """The kernels for a weight [rows, depth], one an architecture and number of tokens, as its usual GPU takes them."""
+    return [
+        streamed(Tiling.choose(count, rows, depth, arch, multiprocessors), gated, arch)
+        for arch, multiprocessors in MULTIPROCESSORS.items()
+        for count in tokens
+    ]
+
+
+@functools.cache
+def _plan(tokens: int, rows: int, depth: int, gated: bool, device: int) -> tuple[Tiling, Kernel, int]:
+    """Tiling, kernel and blocks of the grid for a pass of `tokens` (one of TOKENS)."""
+    if SIMULATED:
+        arch, multiprocessors = "sm_90a", 2
+    else:
+        properties = torch.cuda.get_device_properties(device)
+        arch, multiprocessors = architecture_of((properties.major, properties.minor)), properties.multi_processor_count
+    tiling = Tiling.choose(tokens, rows, depth, arch, multiprocessors)
+    return tiling, streamed(tiling, gated, arch), min(-(-rows // (tiling.groups * 8)), multiprocessors)
+
+
+_maps: dict[tuple[int, ...], torch.Tensor] = {}
+
+
+def _map(matrix: torch.Tensor, rows: int) -> torch.Tensor:
+    """The tensor map of a contiguous matrix for boxes of `rows` rows. A map says where and how large, not what is
+    there: one serves every tensor that comes to lie at the same place in the same shape."""
+    key = (matrix.get_device(), matrix.data_ptr(), *matrix.shape, rows)
+    found = _maps.get(key)
+    if found is None:
+        found = _maps[key] = tensor_map(matrix, rows)
+    return found
+
+
+def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, gated: bool) -> torch.Tensor:
+    operation = "linear_swiglu" if gated else "linear"
+    count, depth = check.dimensions(operation, "x", x, "T, K")
+    rows, _ = check.dimensions(operation, "weight", weight, "N, K")
+    if depth % BOX or rows % (16 if gated else 8):
+        multiple = 16 if gated else 8
+        raise ValueError(
+            f"{operation}: weight is {tuple(weight.shape)}: rows of {multiple} and columns of {BOX} needed"
+        )
+    check.tensor(operation, "x", x, (count, depth), torch.bfloat16)
+    check.tensor(operation, "weight", weight, (rows, depth), torch.bfloat16)
+    check.tensor(operation, "out", out, (count, rows // 2 if gated else rows), torch.bfloat16)
+    if count:
+        bucket = next((size for size in TOKENS if count <= size), TOKENS[-1])
+        tiling, kernel, blocks = _plan(bucket, rows, depth, gated, max(x.get_device(), 0))
+        weight_source, x_source = weight, x
+        if tiling.copy == "bulk":
+            weight_source, x_source = _map(weight, tiling.groups * (4 if gated else 8)), _map(x, tiling.tokens)
+        kernel.launch((blocks, -(-count // tiling.tokens)), weight_source, x_source, out, count, rows, depth)
+    return out
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = x @ weight.T, accumulated in fp32 in order of K and rounded once.
+
+    x [T, K], weight [N, K], out [T, N], bf16, contiguous; N a multiple of 8, K of 64. Returns out.
+    Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
+    """
+    return _launch(x, weight, out, False)
+
+
+def linear_swiglu(x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = silu(x @ gate.T) * (x @ up.T), gate and up the halves of gate_up; in fp32, rounded once.
+
+    x [T, K], gate_up [2 I, K], out [T, I], bf16, contiguous; I a multiple of 8, K of 64. Returns out.
+    Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
+    """
+    return _launch(x, gate_up, out, True)

@@ -1,0 +1,143 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_numerics import DEVICE, assert_as_good_as_torch, poisoned, randn
+
+from kernels.cuda import SIMULATED
+from kernels.launch import ARCHITECTURES, LIMITS, architecture_of
+from kernels.linear import reference, streamed
+from kernels.linear.streamed import Tiling
+
+BF16 = torch.bfloat16
+HAS_BULK = SIMULATED or torch.cuda.get_device_capability()[0] >= 9
+COPIES = [
+    pytest.param("bulk", marks=pytest.mark.skipif(not HAS_BULK, reason="bulk copies need sm_90")),
+    "async",
+]
+# One for each number of tokens a pass takes, small enough for the simulator.
+TILINGS = {
+    8: Tiling(8, 3, 1, 1, boxes=2, stages=2, batch=8, together=2, copy=""),
+    16: Tiling(16, 2, 1, 1, boxes=2, stages=3, batch=4, together=2, copy=""),
+    32: Tiling(32, 3, 2, 2, boxes=1, stages=2, batch=4, together=1, copy=""),
+    64: Tiling(64, 3, 2, 2, boxes=1, stages=2, batch=2, together=2, copy=""),
+    128: Tiling(128, 2, 2, 4, boxes=2, stages=2, batch=2, together=1, copy=""),
+}
+
+
+def run(tiling, x, weight, gated=False, blocks=2):
+    """The product by a tiling of the test's choice, on few blocks, so that each takes several turns."""
+    (count, depth), rows = x.shape, weight.shape[0]
+    out = poisoned(count, rows // 2 if gated else rows, dtype=BF16)
+    sources = [weight, x]
+    if tiling.copy == "bulk":
+        sources = [
+            streamed.tensor_map(weight, tiling.groups * (4 if gated else 8)),
+            streamed.tensor_map(x, tiling.tokens),
+        ]
+    grid = (min(blocks, -(-rows // (8 * tiling.groups))), -(-count // tiling.tokens))
+    arch = "sm_90a" if SIMULATED else architecture_of(torch.cuda.get_device_capability())
+    streamed.streamed(tiling, gated, arch).launch(grid, *sources, out, count, rows, depth)
+    return out
+
+
+def swiglu(gate_up):
+    gate, up = gate_up.chunk(2, dim=1)
+    return torch.nn.functional.silu(gate) * up
+
+
+@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize(("tokens", "count"), [(8, 3), (16, 11), (32, 20), (64, 70), (128, 40)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_against_float64(tokens, count, gated, copy):
+    x, weight = randn(count, 128, dtype=BF16), randn(80, 128, dtype=BF16, scale=0.1)
+    out = run(replace(TILINGS[tokens], copy=copy), x, weight, gated)
+    ours, exact = reference(x, weight), reference(x.double(), weight.double())
+    if gated:
+        ours, exact = swiglu(ours), swiglu(exact)
+    assert_as_good_as_torch(out, ours, exact)
+
+
+def test_tilings_change_no_bit():
+    x, weight = randn(9, 256, dtype=BF16), randn(64, 256, dtype=BF16)
+    rows = [run(replace(TILINGS[8], copy="async"), x[i : i + 1], weight) for i in range(9)]
+    alone = torch.cat(rows)
+    for tokens, tiling in TILINGS.items():
+        for changes in ({}, {"groups": 4, "each": 1}, {"boxes": 1, "stages": 5}, {"batch": 2}):
+            changed = replace(tiling, copy="bulk" if HAS_BULK else "async", **changes)
+            if tokens in (16, 128) or not changes:
+                assert torch.equal(run(changed, x, weight), alone), changed
+
+
+def test_one_accumulator_in_order_of_depth():
+    # 2 ** 24 swallows a 1 that is added to it, but not the sum of two that come before.
+    x = torch.ones(1, 128, dtype=BF16, device=DEVICE)
+    weight = torch.zeros(8, 128, dtype=BF16, device=DEVICE)
+    weight[:, 0], weight[:, 32], weight[:, 64] = 2.0**24, 1.0, -(2.0**24)
+    tiling = replace(TILINGS[8], groups=1, copy="async")
+    assert (run(tiling, x, weight) == 0).all()
+    weight[:, 32], weight[:, 96] = 0.0, 1.0
+    assert (run(tiling, x, weight) == 1).all()
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_launchers(count):
+    x, weight = randn(count, 128, dtype=BF16), randn(48, 128, dtype=BF16, scale=0.1)
+    exact = reference(x.double(), weight.double())
+    out = streamed.linear(x, weight, poisoned(count, 48, dtype=BF16))
+    assert_as_good_as_torch(out, reference(x, weight), exact)
+    out = streamed.linear_swiglu(x, weight, poisoned(count, 24, dtype=BF16))
+    assert_as_good_as_torch(out, swiglu(reference(x, weight)), swiglu(exact))
+
+
+# (rows, depth, gated) of OLMo-2 1B, 7B, 13B, Llama 3 8B and the bundled model.
+SHAPES = [
+    *[(6144, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (100352, 2048)],
+    *[(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (100352, 4096)],
+    *[(15360, 5120), (5120, 5120), (27648, 5120), (5120, 13824), (100352, 5120)],
+    *[(6144, 4096), (28672, 4096), (4096, 14336), (128256, 4096)],
+    *[(768, 256), (256, 256), (1536, 256), (256, 768), (4096, 256)],
+]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_choices_fit(arch):
+    for rows, depth in SHAPES:
+        for tokens in (1, 8, 9, 32, 64, 100, 128, 256):
+            for multiprocessors in (58, 108, 132, 170):
+                tiling = Tiling.choose(tokens, rows, depth, arch, multiprocessors)
+                assert tiling.tokens >= min(tokens, 128) and depth % (64 * tiling.boxes) == 0
+                assert tiling.threads <= 1024 and tiling.shared <= LIMITS[arch].shared_block
+                assert tiling.stages >= 2 and tiling.boxes * 4 % tiling.batch == 0 and tiling.batch % 2 == 0
+                assert tiling.tiles % min(tiling.together, tiling.tiles) == 0
+                assert tiling.copy == ("async" if arch in ("sm_80", "sm_86", "sm_89") else "bulk")
+
+
+def test_refusals():
+    x = randn(2, 64, dtype=BF16)
+    with pytest.raises(ValueError, match=r"linear: weight is \(12, 64\): rows of 8 and columns of 64 needed"):
+        streamed.linear(x, randn(12, 64, dtype=BF16), randn(2, 12, dtype=BF16))
+    with pytest.raises(ValueError, match=r"linear_swiglu: weight is \(8, 64\): rows of 16 and columns of 64 needed"):
+        streamed.linear_swiglu(x, randn(8, 64, dtype=BF16), randn(2, 4, dtype=BF16))
+    with pytest.raises(ValueError, match=r"linear: out has shape \(2, 8\): \(2, 16\) needed"):
+        streamed.linear(x, randn(16, 64, dtype=BF16), randn(2, 8, dtype=BF16))
+    with pytest.raises(TypeError, match=r"linear: x is torch.float32: torch.bfloat16 needed"):
+        streamed.linear(x.float(), randn(16, 64, dtype=BF16), randn(2, 16, dtype=BF16))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(SIMULATED, reason="too much for the simulator")
+@pytest.mark.parametrize(("rows", "depth", "gated"), [(4096, 11008, False), (22016, 4096, True), (100352, 2048, False)])
+def test_real_shapes(rows, depth, gated):
+    x, weight = randn(256, depth, dtype=BF16), randn(rows, depth, dtype=BF16, scale=0.02)
+    launch = streamed.linear_swiglu if gated else streamed.linear
+    columns = rows // 2 if gated else rows
+    whole = launch(x, weight, poisoned(256, columns, dtype=BF16))
+    ours, exact = reference(x, weight), reference(x.double(), weight.double())
+    assert_as_good_as_torch(whole, swiglu(ours) if gated else ours, swiglu(exact) if gated else exact)
+    for count in (1, 2, 7, 8, 16, 17, 32, 64, 65, 128):
+        begin = 256 - count
+        part = launch(x[begin:].contiguous(), weight, poisoned(count, columns, dtype=BF16))
+        assert torch.equal(part, whole[begin:]), count
+    for _ in range(20):
+        assert torch.equal(launch(x[:1].contiguous(), weight, poisoned(1, columns, dtype=BF16)), whole[:1])

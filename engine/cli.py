@@ -1,4 +1,4 @@
-"""The command `afs`: generate, chat, check-gpu, inspect.
+"""The command `afs`: generate, chat, check-gpu, inspect, bench latency.
 
 Heavy modules are imported inside the commands, so that `afs --help` answers at once.
 """
@@ -23,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+bench = typer.Typer(help="Measure the engine on this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
 DEFAULT_MODEL = Path("data/models/olmo2-tiny")
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -65,22 +67,33 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def _load(model: Path, backend: str, dtype: str, kv_cache: str, max_model_len: int | None) -> "LLM":
-    import torch
-
     from engine.llm import LLM, EngineConfig
 
-    if backend not in ("auto", "reference", "cuda"):
-        raise ValueError(f"backend = {backend!r}; it must be auto, reference or cuda")
-    gpu = torch.cuda.is_available()
     engine = EngineConfig(
-        backend="cuda" if backend == "cuda" or (backend == "auto" and gpu) else "reference",
-        device="cuda" if gpu or backend == "cuda" else "cpu",
+        **_fastest(backend, cuda_graph=kv_cache != "none"),
         dtype=dtype,  # type: ignore[arg-type]
         kv_cache=kv_cache,  # type: ignore[arg-type]
         max_batch=1,
         max_model_len=max_model_len,
     )
     return LLM(model, engine)
+
+
+def _fastest(backend: str, cuda_graph: bool = True) -> dict[str, Any]:
+    """`EngineConfig`'s fields for the backend that the user asked for, with the fastest version of everything."""
+    import torch
+
+    if backend not in ("auto", "reference", "cuda"):
+        raise ValueError(f"backend = {backend!r}; it must be auto, reference or cuda")
+    gpu = torch.cuda.is_available()
+    return {
+        "backend": "cuda" if backend == "cuda" or (backend == "auto" and gpu) else "reference",
+        "device": "cuda" if gpu or backend == "cuda" else "cpu",
+        "attention": "flash",
+        "linear": "streamed",
+        "sampling": "split",
+        "cuda_graph": cuda_graph,
+    }
 
 
 def _print_stream(pieces: Iterator[str]) -> "Completion":
@@ -342,6 +355,109 @@ def _stored(directory: Path, config: "ModelConfig") -> str:
     stored = sum(entry.nbytes for entry in entries.values())
     dtypes = ", ".join(sorted({entry.dtype for entry in entries.values()}))
     return f"stored: {len(entries)} tensors, {stored:,} bytes, {dtypes}, {shards} file{'s' if shards > 1 else ''}"
+
+
+FORMATS = ("table", "json", "csv", "markdown")
+
+
+@bench.command()
+@_one_line_errors
+def latency(
+    model: Annotated[Path, typer.Argument(help="Checkpoint folder; with --weights random a config.json, or a file of "
+                                               "conf/model/, will do.")] = DEFAULT_MODEL,
+    batch: Annotated[str, typer.Option(help="Sequences at a time, as 1,8.")] = "1",
+    context: Annotated[str, typer.Option(help="Prompt lengths, which are also the contexts of decoding.")] = "128",
+    new_tokens: Annotated[int, typer.Option(help="Decode steps of a run.")] = 64,
+    tests: Annotated[str | None, typer.Option(help="As llama-bench names them, pp512,tg128,tg128@d1024, in place of "
+                                                   "--context and --new-tokens.")] = None,
+    repetitions: Annotated[int, typer.Option(help="Runs of each test.")] = 5,
+    form: Annotated[str, typer.Option("--format", help="table, json, csv or markdown.")] = "table",
+    weights: Annotated[str, typer.Option(help="checkpoint or random.")] = "checkpoint",
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "bfloat16",
+    cuda_graph: Annotated[bool, typer.Option(help="Capture decode steps, on a GPU.")] = True,
+) -> None:  # fmt: skip
+    """Time prompts (pp) and decode steps (tg) in llama-bench's columns, each beside what the machine allows at best."""
+    import torch
+
+    from engine.latency import COLUMNS, Case, TooLarge, lines, measure, measure_ceilings, records, render
+
+    if form not in FORMATS:
+        raise ValueError(f"format = {form!r}; it must be one of {', '.join(FORMATS)}")
+    if repetitions < 1 or new_tokens < 1:
+        raise ValueError(f"{repetitions} repetitions of {new_tokens} new tokens; at least 1 of 1 is needed")
+    batches, contexts = _numbers("batch", batch), _numbers("context", context)
+    if tests is None:
+        wanted = [Case(length, 0, 0) for length in contexts] + [Case(0, new_tokens, depth) for depth in contexts]
+    else:
+        wanted = [Case.parse(name) for name in tests.split(",")]
+    llm = _load_measured(model, weights, backend, dtype, cuda_graph)
+    ceilings = measure_ceilings(llm.weights.device)
+    chunk, results = llm.engine.max_step_tokens, []
+    for test in wanted:
+        for size in batches:
+            try:
+                results.append(measure(llm.model, test, size, repetitions, llm.engine.captures, chunk, ceilings))
+            except TooLarge as reason:
+                typer.echo(f"left out: {test.name}, batch {size}: {reason}", err=True)
+    engine = llm.engine
+    device = torch.cuda.get_device_name() if engine.device == "cuda" else "CPU"
+    rows = records(
+        results,
+        model_filename=str(model),
+        model_type=f"{llm.config.architecture.removesuffix('ForCausalLM')} {engine.dtype}",
+        model_size=llm.weights.nbytes,
+        model_n_params=llm.config.parameter_count(),
+        weights=weights,
+        backends=engine.backend,
+        gpu_info=device,
+        n_batch=chunk,
+        cuda_graph=engine.captures,
+        copy_bandwidth=ceilings.bandwidth,
+        matrix_rate=ceilings.matrix_rate,
+    )
+    if form != "table":
+        typer.echo(render(rows, form))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    assert ceilings.bandwidth is not None and ceilings.matrix_rate is not None
+    table = Table(
+        title=f"{device}: copy {ceilings.bandwidth / 1e12:.3g} TB/s, matrix {ceilings.matrix_rate / 1e12:.3g} TFLOP/s"
+    )
+    for heading in COLUMNS:
+        table.add_column(heading, justify="left" if heading in COLUMNS[:4] else "right", no_wrap=True)
+    for line in lines(rows):
+        table.add_row(*line)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"{name} = {text!r}; it must be positive integers with commas between them")
+    return [int(part) for part in parts]
+
+
+def _load_measured(path: Path, weights: str, backend: str, dtype: str, cuda_graph: bool) -> "LLM":
+    """The model for measurements; random weights need no more than its configuration."""
+    from engine.config import ModelConfig
+    from engine.llm import LLM, EngineConfig
+    from engine.weights import random_weights
+
+    if weights not in ("checkpoint", "random"):
+        raise ValueError(f"weights = {weights!r}; it must be checkpoint or random")
+    engine = EngineConfig(**_fastest(backend, cuda_graph), dtype=dtype)  # type: ignore[arg-type]
+    if weights == "checkpoint":
+        return LLM(path, engine)
+    if path.suffix == ".yaml":
+        import yaml
+
+        config = ModelConfig.from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))["architecture"])
+    else:
+        config = ModelConfig.from_file(path)
+    return LLM((config, random_weights(config, engine.device, engine.torch_dtype, seed=0)), engine)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,25 @@ class StepCost:
         return self.weight_bytes + self.kv_bytes
 
 
+@dataclass(frozen=True)
+class Ceilings:
+    """What a machine did at most: B/s of a copy (read and written both count), FLOP/s of a matrix product."""
+
+    bandwidth: float | None = None
+    matrix_rate: float | None = None
+    matrix_dtype: str = "bfloat16"
+
+    def milliseconds(self, cost: StepCost) -> tuple[float | None, str | None]:
+        """The least time of a step of this cost, and which ceiling says so; None where the ceilings are not known."""
+        if self.bandwidth is None or self.matrix_rate is None:
+            return None, None
+        by_memory = cost.bytes / self.bandwidth * 1e3
+        by_matrix = cost.flops / self.matrix_rate * 1e3
+        if by_memory >= by_matrix:
+            return by_memory, "copy bandwidth over weight + KV bytes"
+        return by_matrix, f"{self.matrix_dtype} matrix rate over the step's FLOPs"
+
+
 def matrix_parameters(config: ModelConfig) -> int:
     """Weights of the layers' matrix products: each token takes 2 operations with each of them."""
     attention = (2 * config.q_size + 2 * config.kv_size) * config.hidden_size

@@ -1,57 +1,119 @@
 """The operations as CUDA kernels."""
 
-from typing import Literal
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from kernels import embedding, kv_write, residual, rms_norm, rope, sampling, swiglu
+from engine.ops import Composed, Placement, Rounding
+from kernels import add_norm, embedding, kv_write, residual, rms_norm, rope, rope_write, sampling, swiglu
+from kernels.attention import flash
 from kernels.attention import naive as naive_attention
 from kernels.cuda import SIMULATED
 from kernels.linear import naive as naive_linear
+from kernels.linear import streamed
 
-ATTENTION = {"naive": naive_attention.attention}
-LINEAR = {"naive": naive_linear.linear}
+FLASH_WIDTHS = (64, 128)  # elements of a head
+FLASH_GROUP = 16  # query heads that share a KV head, at most
 
 
-class CudaOps:
+class CudaOps(Composed):
     """`engine.ops.Ops` over the launchers in `kernels/`, which say what each computes.
+
+    The fast versions are for bf16: fp32 tensors take the naive ones whatever is chosen, and so do weights and heads of
+    a shape that the fast ones do not take. Which one a model takes never depends on the tokens.
 
     Args:
         device: A CUDA device; or the CPU when NUMBA_ENABLE_CUDASIM=1, where the same kernels run in the simulator.
-        attention, linear: Versions of those two operations.
+        attention: "naive", or "flash" (head_dim 64 or 128), which in a decode step is one kernel with the norms of q
+            and k, the rotation and the cache write.
+        linear: "naive", or "streamed", where SwiGLU is part of the product ahead of it and norm part of the addition.
+        sampling: "naive" or "split".
 
     Raises:
         ValueError: The device is the CPU without the simulator, or the other way round.
     """
 
-    def __init__(self, device: torch.device | str = "cuda", attention: str = "naive", linear: str = "naive") -> None:
+    def __init__(
+        self,
+        device: torch.device | str = "cuda",
+        attention: str = "naive",
+        linear: str = "naive",
+        sampling: str = "naive",
+    ) -> None:
         self.device = torch.device(device)
         if (self.device.type == "cpu") != SIMULATED:
             raise ValueError(
                 f"device = {self.device.type!r} with the cuda backend and NUMBA_ENABLE_CUDASIM={int(SIMULATED)}; "
                 "a GPU needs 0, and the simulator runs on 'cpu' with 1 set before the start"
             )
-        self._attention, self._linear = ATTENTION[attention], LINEAR[linear]
+        self._flash, self._streamed, self._split = attention == "flash", linear == "streamed", sampling == "split"
+        self._workspaces: dict[tuple[str | int, ...], Tensor] = {}
+
+    def head_major(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
+        fits = head_dim in FLASH_WIDTHS and heads <= FLASH_GROUP * kv_heads
+        return self._flash and dtype == torch.bfloat16 and fits
+
+    def _streams(self, weight: Tensor, rows: int = 8) -> bool:
+        """Whether the streamed version multiplies with this weight: rows in groups of `rows`, 64 columns at a time."""
+        fits = weight.shape[0] % rows == 0 and weight.shape[1] % streamed.BOX == 0
+        return self._streamed and weight.dtype == torch.bfloat16 and fits
+
+    def _fuses(self, weight: Tensor) -> bool:
+        """Whether a norm of this weight is part of the addition, and alone in the same order of summation."""
+        fits = weight.shape[0] % 8 == 0 and weight.shape[0] <= add_norm.WIDEST
+        return self._streamed and weight.dtype == torch.bfloat16 and fits
+
+    def _splits(self, logits: Tensor) -> bool:
+        """Whether many blocks choose a row's token."""
+        return self._split and logits.dtype == torch.bfloat16 and logits.shape[1] % 8 == 0
+
+    def _workspace(self, name: str, rows: int, size: Callable[[int], int], *shape: int) -> Tensor:
+        """Memory of `size(rows)` 32-bit elements for operation `name` on `shape`, rows rounded up to a power of two.
+
+        Zero at first, for that operation alone, and never moved or given back: graphs keep its address.
+        """
+        rows = 1 << (rows - 1).bit_length()
+        key = (name, rows, *shape)
+        if key not in self._workspaces:
+            self._workspaces[key] = torch.zeros(size(rows), dtype=torch.int32, device=self.device)
+        return self._workspaces[key]
+
+    def _attention_workspace(self, tokens: int, heads: int, width: int, capacity: int) -> Tensor:
+        def size(tokens: int) -> int:
+            return flash.workspace_size(tokens, heads, width, capacity)
+
+        shape = (heads, width, capacity)
+        return self._workspace("attention", min(tokens, flash.TOKENS), size, *shape).view(torch.float32)
 
     def embedding(self, tokens: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
         out = table.new_empty((tokens.shape[0], table.shape[1])) if out is None else out
         embedding.embedding(tokens, table, out)
         return out
 
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, rounding: Literal["once", "twice"], out: Tensor | None = None
-    ) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, rounding: Rounding, out: Tensor | None = None) -> Tensor:
         out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-        rms_norm.rms_norm(x, weight, eps, rounding, out)
-        return out
+        # Of a view, as the q of a projection, stride(0) differs even where it has one row.
+        if self._fuses(weight) and x.stride(0) == x.shape[1]:
+            return add_norm.norm(x, weight, eps, rounding, out)
+        return rms_norm.rms_norm(x, weight, eps, rounding, out)
 
     def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
         rope.rope(q, k, cos, sin, positions)
 
     def linear(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         out = x.new_empty((x.shape[0], weight.shape[0])) if out is None else out
-        self._linear(x, weight, out)
+        if self._streams(weight):
+            streamed.linear(x, weight, out)
+        else:
+            naive_linear.linear(x, weight, out)
+        return out
+
+    def linear_swiglu(self, x: Tensor, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+        if not self._streams(gate_up, rows=16):
+            return super().linear_swiglu(x, gate_up, out)
+        out = x.new_empty((x.shape[0], gate_up.shape[0] // 2)) if out is None else out
+        streamed.linear_swiglu(x, gate_up, out)
         return out
 
     def swiglu(self, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
@@ -64,6 +126,16 @@ class CudaOps:
         residual.add(x, y, out)
         return out
 
+    def add_norm(
+        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, rounding: Rounding, placement: Placement,
+        added: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if not self._fuses(weight):
+            return super().add_norm(x, y, weight, eps, rounding, placement, added)
+        stream = torch.empty_like(x)
+        normed = torch.empty_like(x) if placement == "pre" else None
+        return add_norm.add_norm(x, y, weight, eps, rounding, placement, stream, normed, added)
+
     def kv_write(
         self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor
     ) -> None:
@@ -74,21 +146,51 @@ class CudaOps:
         window: int, out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-        self._attention(q, k_cache, v_cache, slots, positions, scale, window, out)
+        count, heads, width = q.shape
+        if self.head_major(q.dtype, heads, k_cache.shape[2], width):
+            workspace = self._attention_workspace(count, heads, width, k_cache.shape[1])
+            flash.attention(q, k_cache, v_cache, slots, positions, scale, window, out, workspace)
+        else:
+            naive_attention.attention(q, k_cache, v_cache, slots, positions, scale, window, out)
         return out
+
+    def attend(
+        self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding, cos: Tensor,
+        sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float, window: int,
+        single: bool,
+    ) -> Tensor:  # fmt: skip
+        projected = (qkv, q_norm, k_norm, eps, rounding, cos, sin, k_cache, v_cache, slots, positions)
+        count, (capacity, kv_heads, width) = qkv.shape[0], k_cache.shape[1:]
+        heads = qkv.shape[1] // width - 2 * kv_heads
+        if not self.head_major(qkv.dtype, heads, kv_heads, width):
+            return super().attend(*projected, scale, window, single)
+        out = qkv.new_empty((count, heads * width))
+        if single:
+            workspace = self._attention_workspace(count, heads, width, capacity)
+            return flash.decode(*projected, scale, window, out, workspace)
+        q = rope_write.rope_write(*projected, out.view(count, heads, width))
+        return self.attention(q, k_cache, v_cache, slots, positions, scale, window).flatten(1)
 
     def repetition_penalty(self, logits: Tensor, seen: Tensor, penalty: Tensor) -> None:
         sampling.repetition_penalty(logits, seen, penalty)
 
     def argmax(self, logits: Tensor, out: Tensor | None = None) -> Tensor:
         out = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device) if out is None else out
-        sampling.argmax(logits, out)
-        return out
+        if self._splits(logits):
+            workspace = self._workspace("argmax", logits.shape[0], sampling.argmax_workspace_size)
+            return sampling.argmax_split(logits, out, workspace)
+        return sampling.argmax(logits, out)
 
     def sample(
         self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor,
         position: Tensor, out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         out = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device) if out is None else out
-        sampling.sample(logits, temperature, top_k, top_p, min_p, seed, position, out)
-        return out
+        settings = (temperature, top_k, top_p, min_p, seed, position)
+        if self._splits(logits):
+            workspace = self._workspace("sample", logits.shape[0], sampling.sample_workspace_size)
+            return sampling.sample_split(logits, *settings, out, workspace)
+        return sampling.sample(logits, *settings, out)
+
+    def advance(self, chosen: Tensor, tokens: Tensor, positions: Tensor, history: Tensor) -> None:
+        sampling.advance(chosen, tokens, positions, history)

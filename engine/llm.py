@@ -1,7 +1,8 @@
 """Text in, text out: requests are batched, run through the model step by step, sampled and decoded.
 
 A step takes every running request's tokens that the model has not seen (a prompt, a part of one, or the token sampled
-last), packs them into one list without padding, and samples a token for each request whose list is complete.
+last), packs them into one list without padding, and samples a token for each request whose list is complete. With
+`cuda_graph`, steps that are nothing but decoding run in `engine.decode_loop`, one ahead of the host.
 """
 
 import json
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.config import DTYPES, ConfigError, ModelConfig
+from engine.decode_loop import DecodeLoop, Row, bucket
 from engine.kv_cache import ContiguousCache
 from engine.model import Model
 from engine.ops import Ops, ReferenceOps
@@ -28,15 +30,17 @@ _CHOICES = {
     "backend": ("reference", "cuda"),
     "device": ("cpu", "cuda"),
     "dtype": ("bfloat16", "float32"),
-    "attention": ("naive",),
-    "linear": ("naive",),
+    "attention": ("naive", "flash"),
+    "linear": ("naive", "streamed"),
+    "sampling": ("naive", "split"),
     "kv_cache": ("none", "contiguous"),
+    "cuda_graph": (False, True),
 }
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the engine switches on. `attention` and `linear` name the versions that the cuda backend runs.
+    """What the engine switches on. `attention`, `linear`, `sampling` name the versions that the cuda backend runs.
 
     Raises:
         ValueError: A field has a value that does not exist; names the field, the value and the choices.
@@ -45,9 +49,11 @@ class EngineConfig:
     backend: Literal["reference", "cuda"] = "reference"
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    attention: Literal["naive"] = "naive"
-    linear: Literal["naive"] = "naive"
+    attention: Literal["naive", "flash"] = "naive"
+    linear: Literal["naive", "streamed"] = "naive"
+    sampling: Literal["naive", "split"] = "naive"
     kv_cache: Literal["none", "contiguous"] = "contiguous"  # none: every step computes the whole prefix again
+    cuda_graph: bool = False  # decode steps by engine.decode_loop, captured where the cuda backend runs on a GPU
     max_batch: int = 8  # requests that run together
     max_model_len: int | None = None  # prompt and new tokens; None = what the model allows
     max_step_tokens: int = 2048  # tokens of one forward pass: longer prompts are taken in chunks
@@ -55,13 +61,20 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} = {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+                raise ValueError(f"{name} = {getattr(self, name)!r}; it must be one of {', '.join(map(str, choices))}")
+        if self.cuda_graph and self.kv_cache == "none":
+            raise ValueError("cuda_graph = True with kv_cache = 'none'; it needs kv_cache = 'contiguous'")
         for name in ("max_batch", "max_model_len", "max_step_tokens"):
             value = getattr(self, name)
             if name == "max_model_len" and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} = {value!r}; it must be an integer of at least 1")
+
+    @property
+    def captures(self) -> bool:
+        """Whether decode steps are CUDA graphs: other backends run the same steps without one."""
+        return self.cuda_graph and self.backend == "cuda" and self.device == "cuda"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -214,6 +227,7 @@ class LLM:
         self.tokenizer = tokenizer
         self.model = Model(self.config, self.weights, ops, self.max_model_len)
         self._cache: ContiguousCache | None = None
+        self._loop: DecodeLoop | None = None
 
     def generate(
         self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -296,7 +310,12 @@ class LLM:
         if not requests:
             return
         slots = min(self.engine.max_batch, len(requests))
-        cache = self._take_cache(slots, max(len(r.prompt) + r.params.max_new_tokens for r in requests))
+        capacity = max(len(r.prompt) + r.params.max_new_tokens for r in requests)
+        # Idle rows of a decode loop's bucket need slots too.
+        cache = self._take_cache(bucket(slots) if self.engine.cuda_graph else slots, capacity)
+        loop, self._loop = self._loop, None
+        if self.engine.cuda_graph and (loop is None or loop.cache is not cache):
+            loop = DecodeLoop(self.model, cache, self.engine.captures)
         waiting, running, free = requests[::-1], [], list(range(slots))[::-1]
         try:
             while waiting or running:
@@ -304,7 +323,13 @@ class LLM:
                     request = waiting.pop()
                     request.slot = free.pop()
                     running.append(request)
-                for request, token in self._step(running, cache):
+                if loop and all(r.pending == 1 and r.seen is None for r in running):
+                    produced = self._decode(list(running), loop)
+                else:
+                    produced = self._step(running, cache)
+                for request, token in produced:
+                    if token < 0:
+                        raise ArithmeticError(f"every logit after token {len(request.tokens)} of a request is NaN")
                     piece = request.accept(token)
                     if request.seen is not None:
                         request.seen[token] = True
@@ -315,7 +340,27 @@ class LLM:
                         free.append(request.slot)
                     yield request, piece
         finally:
-            self._cache = cache
+            self._cache, self._loop = cache, loop
+
+    def _decode(self, running: list[_Request], loop: DecodeLoop) -> Iterator[tuple[_Request, int]]:
+        """Decode until a request has ended: (request, new token), for the caller to accept before it takes the next.
+
+        A step is enqueued before the tokens of the one ahead of it are looked at; a request that these end drops its
+        part of it.
+        """
+        loop.start([Row(r.slot, r.tokens[-1], r.computed, r.params, r.seed) for r in running])
+        steps = min(r.params.max_new_tokens - len(r.times) for r in running)
+        loop.enqueue()
+        enqueued, done = 1, 0
+        while done < enqueued:
+            if enqueued < steps and not any(r.finish_reason for r in running):
+                loop.enqueue()
+                enqueued += 1
+            for request, token in zip(running, loop.wait(), strict=True):
+                if request.finish_reason is None:
+                    request.computed += 1
+                    yield request, token
+            done += 1
 
     @torch.inference_mode()
     def _step(self, running: list[_Request], cache: ContiguousCache) -> list[tuple[_Request, int]]:
@@ -337,24 +382,31 @@ class LLM:
         rows = torch.tensor([row for _, row in ready], dtype=torch.int32).to(self.engine.device)
         logits = self.model.forward(packed[0], packed[1], packed[2], cache, logits_at=rows)
         chosen = self._sample([request for request, _ in ready], logits)
-        for (request, _), token in zip(ready, chosen, strict=True):
-            if token < 0:
-                raise ArithmeticError(f"every logit after token {len(request.tokens)} of a request is NaN")
         return [(request, token) for (request, _), token in zip(ready, chosen, strict=True)]
 
     def _sample(self, requests: list[_Request], logits: Tensor) -> list[int]:
         if not requests:
             return []
+        penalised = [request.seen is not None for request in requests]
+        if any(penalised) and not all(penalised):
+            # Apart: the fp32 logits of a penalty would have its neighbours sampled by another kernel than alone.
+            chosen = [-1] * len(requests)
+            for kind in (False, True):
+                rows = [row for row, is_penalised in enumerate(penalised) if is_penalised is kind]
+                for row, token in zip(rows, self._sample([requests[row] for row in rows], logits[rows]), strict=True):
+                    chosen[row] = token
+            return chosen
         ops, params = self.model.ops, [request.params for request in requests]
 
         def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype).to(logits.device)
 
-        if any(request.seen is not None for request in requests):
+        seen = [request.seen for request in requests if request.seen is not None]
+        if seen:
             logits = logits.float()
-            none = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-            seen = torch.stack([none if request.seen is None else request.seen for request in requests])
-            ops.repetition_penalty(logits, seen, column([p.repetition_penalty for p in params], torch.float32))
+            ops.repetition_penalty(
+                logits, torch.stack(seen), column([p.repetition_penalty for p in params], torch.float32)
+            )
         if all(p.temperature == 0 for p in params):
             return ops.argmax(logits).tolist()
         chosen = ops.sample(
@@ -374,8 +426,8 @@ class LLM:
         if cache is None or cache.slots < slots or cache.capacity < capacity:
             slots = max(slots, cache.slots if cache else 0)
             capacity = max(min(-(-capacity // 256) * 256, self.max_model_len), cache.capacity if cache else 0)
-            cache = None  # its memory is free before the next is taken
-            cache = ContiguousCache(self.config, slots, capacity, self.engine.torch_dtype, self.engine.device)
+            cache = self._loop = None  # their memory is free before the next is taken
+            cache = self.model.new_cache(slots, capacity)
         return cache
 
 
@@ -391,7 +443,7 @@ def make_ops(engine: EngineConfig) -> Ops:
         return ReferenceOps(engine.device)
     from engine.cuda_ops import CudaOps  # it imports numba, which takes a second
 
-    return CudaOps(engine.device, attention=engine.attention, linear=engine.linear)
+    return CudaOps(engine.device, attention=engine.attention, linear=engine.linear, sampling=engine.sampling)
 
 
 def _eos_ids(directory: Path, config: ModelConfig) -> frozenset[int]:

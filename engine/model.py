@@ -58,7 +58,7 @@ class Model:
             if config.rope_dtype == "model":
                 cos, sin = cos.to(weights.dtype).float(), sin.to(weights.dtype).float()
             tables[rope] = cos.to(weights.device), sin.to(weights.device)
-        self._tables = [tables[config.layer_rope(layer)] for layer in range(config.num_hidden_layers)]
+        self.tables = [tables[config.layer_rope(layer)] for layer in range(config.num_hidden_layers)]
 
     def forward(
         self,
@@ -68,6 +68,7 @@ class Model:
         cache: ContiguousCache,
         logits_at: Tensor | None = None,
         observe: Observe | None = None,
+        single: bool = False,
     ) -> Tensor:
         """Logits after T packed tokens; their keys and values are written to `cache` on the way.
 
@@ -80,55 +81,71 @@ class Model:
             observe: Called with a name and a tensor as they are computed: "embedding", "layers.{i}.attention" and
                 "layers.{i}.mlp" (what is added to the residual stream), "layers.{i}" (the stream after layer i),
                 "norm", "logits".
+            single: No slot occurs twice among the tokens, as in a decode step; changes no bit.
 
         Returns:
             [n, V] in the weights' dtype.
         """
         see = observe or (lambda name, tensor: None)
-        ops, weights = self.ops, self.weights
+        ops, weights, layers = self.ops, self.weights, self.weights.layers
         x = ops.embedding(tokens, weights.embedding)
         see("embedding", x)
+        # The norm applied where a branch is added: of the branch (post), or for the branch that comes next (pre).
+        norms = [weight for layer in layers for weight in (layer.attention_norm, layer.mlp_norm)]
         pre = self.config.norm_placement == "pre"
-        for index, layer in enumerate(weights.layers):
-            y = self._norm(x, layer.attention_norm) if pre else x
-            y = self._attention(index, layer, y, slots, positions, cache)
-            y = y if pre else self._norm(y, layer.attention_norm)
-            see(f"layers.{index}.attention", y)
-            x = ops.add(x, y)
+        y = self._norm(x, norms[0]) if pre else x
+        if pre:
+            norms = [*norms[1:], weights.norm]
 
-            y = self._norm(x, layer.mlp_norm) if pre else x
-            y = ops.linear(ops.swiglu(ops.linear(y, layer.gate_up)), layer.down)
-            y = y if pre else self._norm(y, layer.mlp_norm)
-            see(f"layers.{index}.mlp", y)
-            x = ops.add(x, y)
+        def add(name: str, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            config = self.config
+            added = torch.empty_like(y) if observe and not pre else None
+            settings = config.rms_norm_eps, config.norm_rounding, config.norm_placement
+            both = ops.add_norm(x, y, weight, *settings, added)
+            see(name, y if added is None else added)
+            return both
+
+        for index, layer in enumerate(layers):
+            y = self._attention(index, layer, y, slots, positions, cache, single)
+            x, y = add(f"layers.{index}.attention", x, y, norms[2 * index])
+            y = ops.linear(ops.linear_swiglu(y, layer.gate_up), layer.down)
+            x, y = add(f"layers.{index}.mlp", x, y, norms[2 * index + 1])
             see(f"layers.{index}", x)
         if logits_at is not None:
-            x = x.index_select(0, logits_at)
-            if not len(x):
-                return x.new_empty((0, self.config.vocab_size))
-        x = self._norm(x, weights.norm)
-        see("norm", x)
-        logits = ops.linear(x, weights.lm_head)
+            y = y.index_select(0, logits_at)
+            if not len(y):
+                return y.new_empty((0, self.config.vocab_size))
+        if not pre:
+            y = self._norm(y, weights.norm)
+        see("norm", y)
+        logits = ops.linear(y, weights.lm_head)
         see("logits", logits)
         return logits
 
-    def _norm(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.ops.rms_norm(x, weight, self.config.rms_norm_eps, self.config.norm_rounding, out=out)
+    def new_cache(self, slots: int, capacity: int) -> ContiguousCache:
+        """An empty cache, laid out as the operations want it."""
+        config, weights = self.config, self.weights
+        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        head_major = self.ops.head_major(weights.dtype, *heads)
+        return ContiguousCache(config, slots, capacity, weights.dtype, weights.device, head_major)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, weight, self.config.rms_norm_eps, self.config.norm_rounding)
 
     def _attention(
-        self, index: int, layer: LayerWeights, x: Tensor, slots: Tensor, positions: Tensor, cache: ContiguousCache
+        self,
+        index: int,
+        layer: LayerWeights,
+        x: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        cache: ContiguousCache,
+        single: bool,
     ) -> Tensor:
-        config, count = self.config, x.shape[0]
-        qkv = self.ops.linear(x, layer.qkv)
-        q, k, v = qkv.split([config.q_size, config.kv_size, config.kv_size], dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            self._norm(q, layer.q_norm, out=q)
-            self._norm(k, layer.k_norm, out=k)
-        q = q.view(count, config.num_attention_heads, config.head_dim)
-        k = k.view(count, config.num_key_value_heads, config.head_dim)
-        v = v.view(count, config.num_key_value_heads, config.head_dim)
-        self.ops.rope(q, k, *self._tables[index], positions)
-        self.ops.kv_write(k, v, cache.k[index], cache.v[index], slots, positions)
-        window = config.window(index)
-        out = self.ops.attention(q, cache.k[index], cache.v[index], slots, positions, self.scale, window)
-        return self.ops.linear(out.view(count, config.q_size), layer.o)
+        config, ops = self.config, self.ops
+        qkv = ops.linear(x, layer.qkv)
+        out = ops.attend(
+            qkv, layer.q_norm, layer.k_norm, config.rms_norm_eps, config.norm_rounding, *self.tables[index],
+            cache.k[index], cache.v[index], slots, positions, self.scale, config.window(index), single,
+        )  # fmt: skip
+        return ops.linear(out, layer.o)

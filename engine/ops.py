@@ -1,8 +1,8 @@
 """The operations that the forward graph is written over, and their implementation in plain torch.
 
-T tokens, H hidden size, Hq query and Hk key/value heads of D elements, S cache slots of C positions, B rows
-of V logits. Integer tensors (tokens, slots, positions, top_k, …) are int32, seeds int64. `out=` is filled and returned
-when given.
+T tokens, H hidden size, I intermediate size, Hq query and Hk key/value heads of D elements, S cache slots of C
+positions, B rows of V logits. Integer tensors (tokens, slots, positions, top_k, …) are int32, seeds int64. `out=` is
+filled and returned when given. The graph calls the composite operations; `Composed` makes them of the single ones.
 """
 
 from typing import Literal, Protocol
@@ -13,18 +13,22 @@ from torch import Tensor
 BLOCK = 16  # rows of every matrix product
 CHUNK = 64  # key positions whose partial attention is computed together
 _WEIGHT_ROWS = 8192  # rows of a bf16 weight held in fp32 at a time
+Rounding = Literal["once", "twice"]
+Placement = Literal["pre", "post"]
 
 
 class Ops(Protocol):
     """What an implementation computes. The same names and arguments as the launchers in `kernels/`."""
 
+    def head_major(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
+        """Whether the cache of such heads is to be laid out as [S, Hk, C, D] (and shown as [S, C, Hk, D])."""
+        ...
+
     def embedding(self, tokens: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
         """Rows `tokens` [T] of `table` [V, H] -> [T, H]."""
         ...
 
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, rounding: Literal["once", "twice"], out: Tensor | None = None
-    ) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, rounding: Rounding, out: Tensor | None = None) -> Tensor:
         """x / sqrt(mean(x²) + eps) * weight over [T, H], in fp32; "twice" also rounds before the weight."""
         ...
 
@@ -72,6 +76,70 @@ class Ops(Protocol):
         """Draw int32 [B] after temperature (0 = argmax), top-k (0 = off), top-p and min-p; -1 where all are NaN."""
         ...
 
+    def advance(self, chosen: Tensor, tokens: Tensor, positions: Tensor, history: Tensor) -> None:
+        """Row b's next step reads what this one chose: positions[b] += 1, tokens[b] = chosen[b] (0 where that is -1),
+        history[b, positions[b]] = chosen[b]; history [B, C + 1]."""
+        ...
+
+    def linear_swiglu(self, x: Tensor, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+        """silu(x @ gate.T) * (x @ up.T) of x [T, H], gate_up [2I, H] -> [T, I]."""
+        ...
+
+    def add_norm(
+        self, x: Tensor, y: Tensor, weight: Tensor, eps: float, rounding: Rounding, placement: Placement,
+        added: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The stream x [T, H] with the branch y [T, H] added, and what the next branch reads, as (stream, normed).
+
+        post: stream = x + norm(y), and normed is stream; `added`, where given, gets norm(y). pre: stream = x + y,
+        normed = norm(stream).
+        """
+        ...
+
+    def attend(
+        self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding, cos: Tensor,
+        sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float, window: int,
+        single: bool,
+    ) -> Tensor:  # fmt: skip
+        """Everything between two projections: q and k norms where given, rotation, cache write, attention.
+
+        qkv [T, (Hq + 2Hk) D], which may be overwritten -> [T, Hq D]. single: no slot occurs twice.
+        """
+        ...
+
+
+class Composed:
+    """The composite operations, as the single ones one after another."""
+
+    def linear_swiglu(self: Ops, x: Tensor, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.swiglu(self.linear(x, gate_up), out)
+
+    def add_norm(
+        self: Ops, x: Tensor, y: Tensor, weight: Tensor, eps: float, rounding: Rounding, placement: Placement,
+        added: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if placement == "post":
+            stream = self.add(x, self.rms_norm(y, weight, eps, rounding, added))
+            return stream, stream
+        stream = self.add(x, y)
+        return stream, self.rms_norm(stream, weight, eps, rounding)
+
+    def attend(
+        self: Ops, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding,
+        cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float,
+        window: int, single: bool,
+    ) -> Tensor:  # fmt: skip
+        kv_heads, width = k_cache.shape[2:]
+        kv_size = kv_heads * width
+        q, k, v = qkv.split([qkv.shape[1] - 2 * kv_size, kv_size, kv_size], dim=1)
+        if q_norm is not None and k_norm is not None:
+            self.rms_norm(q, q_norm, eps, rounding, out=q)
+            self.rms_norm(k, k_norm, eps, rounding, out=k)
+        q, k, v = (x.view(x.shape[0], -1, width) for x in (q, k, v))
+        self.rope(q, k, cos, sin, positions)
+        self.kv_write(k, v, k_cache, v_cache, slots, positions)
+        return self.attention(q, k_cache, v_cache, slots, positions, scale, window).flatten(1)
+
 
 def _blocks(x: Tensor) -> Tensor:
     """Rows of [T, …] as fp32 [ceil(T/16), 16, …], the last block filled with zeros."""
@@ -81,7 +149,7 @@ def _blocks(x: Tensor) -> Tensor:
     return padded.view(count, BLOCK, *x.shape[1:])
 
 
-class ReferenceOps:
+class ReferenceOps(Composed):
     """Plain torch on any device. A row's bits depend on nothing but that row (and, in attention, its own keys).
 
     torch's fp32 products and sums change bits with the number of rows, so everything that reduces works on blocks of
@@ -92,12 +160,13 @@ class ReferenceOps:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
 
+    def head_major(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
+        return False
+
     def embedding(self, tokens: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.index_select(table, 0, tokens, out=out)
 
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, rounding: Literal["once", "twice"], out: Tensor | None = None
-    ) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, rounding: Rounding, out: Tensor | None = None) -> Tensor:
         out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         scale = weight.float()
         rows = _blocks(x)
@@ -216,6 +285,11 @@ class ReferenceOps:
             kept = _kept(scores[row], int(top_k[row]), float(top_p[row]), float(min_p[row]))
             scores[row] = (scores[row] + noise[row]).masked_fill(~kept, torch.nan)
         return out.copy_(_first_greatest(scores))
+
+    def advance(self, chosen: Tensor, tokens: Tensor, positions: Tensor, history: Tensor) -> None:
+        positions += 1
+        tokens.copy_(chosen.clamp(min=0))
+        history.scatter_(1, positions.long()[:, None], chosen[:, None])
 
 
 def _first_greatest(scores: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from engine_checkpoints import Reference
 from typer.testing import CliRunner, Result
 
-from engine.cli import _kernel_paths, app
+from engine.cli import _fastest, _kernel_paths, app
 from engine.llm import LLM, EngineConfig
 from engine.sampling import SamplingParams
 
@@ -31,8 +31,7 @@ def failed(result: Result, message: str, status: int = 2) -> None:
 
 @pytest.fixture(scope="module")
 def llm(olmo2: Reference) -> LLM:
-    return LLM(olmo2.path, EngineConfig(backend="cuda" if torch.cuda.is_available() else "reference",
-                                        device="cuda" if torch.cuda.is_available() else "cpu"))  # fmt: skip
+    return LLM(olmo2.path, EngineConfig(**_fastest("auto")))
 
 
 def test_generate(olmo2: Reference, llm: LLM):

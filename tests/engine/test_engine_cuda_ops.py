@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from engine.config import ModelConfig
-from engine.kv_cache import ContiguousCache
 from engine.llm import LLM, EngineConfig
 from engine.model import Model
 from engine.ops import Ops, ReferenceOps, gumbel
@@ -28,10 +27,16 @@ MICRO_LLAMA = MICRO | {
 }  # fmt: skip
 
 
-def cuda_ops() -> Ops:
+MICRO_LLAMA_64 = MICRO | {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_key_value_heads": 1, "num_hidden_layers": 1,
+}  # fmt: skip
+FAST = {"attention": "flash", "linear": "streamed", "sampling": "split"}
+
+
+def cuda_ops(**versions: str) -> Ops:
     from engine.cuda_ops import CudaOps
 
-    return CudaOps(DEVICE)
+    return CudaOps(DEVICE, **versions)
 
 
 def micro(fields: dict, dtype: torch.dtype) -> tuple[ModelConfig, Weights]:
@@ -52,15 +57,23 @@ def on_device(weights: Weights) -> Weights:
 
 
 @pytest.mark.parametrize(
-    ("fields", "dtype"), [(MICRO, torch.bfloat16), (MICRO_LLAMA, torch.float32)], ids=["olmo2 bf16", "llama fp32"]
+    ("fields", "dtype", "versions"),
+    [
+        (MICRO, torch.bfloat16, {}),
+        (MICRO_LLAMA, torch.float32, {}),
+        (MICRO, torch.bfloat16, FAST),
+        (MICRO_LLAMA_64, torch.bfloat16, FAST),
+        (MICRO_LLAMA, torch.float32, FAST),
+    ],
+    ids=["olmo2 bf16", "llama fp32", "olmo2 bf16 fast", "llama bf16 fast", "llama fp32 with fast versions asked for"],
 )
-def test_forward_equals_reference(fields: dict, dtype: torch.dtype):
+def test_forward_equals_reference(fields: dict, dtype: torch.dtype, versions: dict[str, str]):
     """A prompt of two tokens, then one more beside another sequence: every observed tensor."""
     config, weights = micro(fields, dtype)
     results = []
-    for ops, device in ((ReferenceOps(), "cpu"), (cuda_ops(), DEVICE)):
+    for ops, device in ((ReferenceOps(), "cpu"), (cuda_ops(**versions), DEVICE)):
         model = Model(config, weights if device == "cpu" else on_device(weights), ops, max_positions=64)
-        cache = ContiguousCache(config, 2, 64, dtype, device)
+        cache = model.new_cache(2, 64)
         seen: dict[str, torch.Tensor] = {}
         for step, (tokens, slots, positions) in enumerate([([3, 5], [1, 1], [0, 1]), ([7, 9], [0, 1], [0, 2])]):
             packed = torch.tensor([tokens, slots, positions], dtype=torch.int32, device=device)
@@ -76,6 +89,22 @@ def test_forward_equals_reference(fields: dict, dtype: torch.dtype):
         # bf16: sums in another order round some values to the neighbour, and later layers spread that.
         allowed = (4 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-5) * tensor.abs().max()
         assert (found[name] - tensor).abs().max() <= allowed, name
+
+
+@pytest.mark.parametrize("fields", [{**MICRO, "num_hidden_layers": 1}, MICRO_LLAMA_64], ids=["olmo2", "llama"])
+def test_fast_versions_of_decode_and_prefill_are_equal(fields: dict):
+    """Two tokens in one list, one at a time, the second beside another sequence: the same bits."""
+    config, weights = micro(fields, torch.bfloat16)
+    model = Model(config, on_device(weights), cuda_ops(**FAST), max_positions=64)
+
+    def run(cache: Any, parts: list[tuple[int, int, int]], single: bool) -> torch.Tensor:
+        packed = torch.tensor(parts, dtype=torch.int32, device=DEVICE).t().contiguous()
+        return model.forward(packed[0], packed[1], packed[2], cache, single=single)
+
+    whole = run(model.new_cache(2, 64), [(3, 1, 0), (5, 1, 1)], single=False)
+    cache = model.new_cache(2, 64)
+    assert torch.equal(run(cache, [(3, 1, 0)], single=True)[0], whole[0])
+    assert torch.equal(run(cache, [(7, 0, 0), (5, 1, 1)], single=True)[1], whole[1])
 
 
 def test_sampling_draws_what_the_reference_draws():

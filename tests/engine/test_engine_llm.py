@@ -54,7 +54,7 @@ def test_greedy_equals_transformers(reference: Reference):
 @pytest.mark.parametrize(
     "engine",
     [{"kv_cache": "none"}, {"max_batch": 1}, {"max_batch": 2, "max_step_tokens": 33}, {"max_step_tokens": 1},
-     {"kv_cache": "none", "max_step_tokens": 7}],
+     {"kv_cache": "none", "max_step_tokens": 7}, {"cuda_graph": True}, {"cuda_graph": True, "max_batch": 3}],
     ids=str,
 )  # fmt: skip
 def test_engine_settings_change_no_token(llm: LLM, olmo2: Reference, engine: dict[str, Any]):
@@ -224,7 +224,9 @@ def test_longest_prompt_fits(llm: LLM):
     ("change", "message"),
     [
         ({"backend": "triton"}, "backend = 'triton'; it must be one of reference, cuda"), ({"dtype": "f2"}, "dtype"),
-        ({"kv_cache": "paged"}, "kv_cache"), ({"attention": "flash"}, "attention"), ({"linear": "x"}, "linear"),
+        ({"kv_cache": "paged"}, "kv_cache"), ({"attention": "x"}, "attention"), ({"linear": "x"}, "linear"),
+        ({"sampling": "x"}, "sampling = 'x'; it must be one of naive, split"), ({"cuda_graph": "yes"}, "cuda_graph"),
+        ({"cuda_graph": True, "kv_cache": "none"}, "cuda_graph = True with kv_cache = 'none'"),
         ({"device": "tpu"}, "device"), ({"max_batch": 0}, "max_batch = 0"), ({"max_model_len": 0}, "max_model_len = 0"),
         ({"max_step_tokens": 1.5}, "max_step_tokens"),
     ],

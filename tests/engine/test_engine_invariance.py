@@ -1,0 +1,89 @@
+"""On a GPU, two layers of OLMo-2 7B's shape: a sequence's logits are the same bits however its step is run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.config import ModelConfig
+from engine.decode_loop import DecodeLoop, Row
+from engine.model import Model
+from engine.sampling import SamplingParams
+from engine.weights import random_weights
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+GREEDY = SamplingParams(temperature=0.0)
+SHAPE = {
+    "architectures": ["Olmo2ForCausalLM"],
+    "model_type": "olmo2",
+    "attention_bias": False,
+    "eos_token_id": 100257,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": None,
+    "rope_theta": 500000,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 100352,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    from engine.cuda_ops import CudaOps
+
+    config = ModelConfig.from_dict(SHAPE)
+    weights = random_weights(config, "cuda", torch.bfloat16, 0)
+    return Model(config, weights, CudaOps("cuda", attention="flash", linear="streamed", sampling="split"))
+
+
+def logits(model: Model, neighbours: int, slot: int, graph: bool) -> tuple[torch.Tensor, list[int]]:
+    """Of the sequence under test after four steps in `slot`, and its tokens, beside random neighbours."""
+    rows = neighbours + 1
+    loop = DecodeLoop(model, model.new_cache(rows if rows & (rows - 1) == 0 else 1 << rows.bit_length(), 700), graph)
+    noise = torch.Generator("cuda").manual_seed(slot + rows)
+    for index in range(model.config.num_hidden_layers):
+        for cache in (loop.cache.k[index], loop.cache.v[index]):
+            cache.normal_(generator=noise)
+            own = torch.randn(cache.shape[1:], generator=torch.Generator().manual_seed(index), dtype=torch.float32)
+            cache[slot] = own.to(cache.device, cache.dtype)
+    sequences = [Row(i, 17 + i, 40 + 3 * i % 600, GREEDY, i) for i in range(rows)]
+    sequences[slot] = Row(slot, 11, 600, GREEDY, 0)
+    loop.start(sequences)
+    loop.advance(4)
+    assert loop.logits is not None
+    return loop.logits[slot].clone(), loop.generated()[slot]
+
+
+@torch.inference_mode()
+def test_alone_in_batches_and_from_graphs(model: Model):
+    alone, tokens = logits(model, 0, 0, graph=False)
+    assert torch.isfinite(alone).all()
+    for batch in (1, 2, 7, 16, 64, 256):
+        for slot in {0, batch // 2, batch - 1}:
+            for graph in (False, True):
+                ours, same = logits(model, batch - 1, slot, graph)
+                assert torch.equal(ours, alone) and same == tokens, f"batch {batch}, slot {slot}, graph {graph}"
+
+
+@torch.inference_mode()
+def test_repeats(model: Model):
+    loop = DecodeLoop(model, model.new_cache(4, 300), graph=True)
+    for cache in (*loop.cache.k, *loop.cache.v):
+        cache.normal_()
+    rows = [Row(i, i, 200, GREEDY, i) for i in range(4)]
+    loop.start(rows)
+    loop.advance(1)
+    assert loop.logits is not None
+    first = loop.logits.clone()
+    for _ in range(250):
+        loop.start(rows)
+        loop.advance(1)
+        assert torch.equal(loop.logits, first)

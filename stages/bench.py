@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages import decode
 from stages.host import read_host, use_gpu
 from stages.metrics import COLUMNS, KNOBS, Rows, read
 from stages.params import Gpu, Model, ParamsError, Week, Workload
@@ -34,9 +35,11 @@ from stages.standard import (
 
 if TYPE_CHECKING:
     from engine.config import ModelConfig
+    from engine.llm import LLM
 
 NO_FORWARD = "no forward pass before w03"
 TOKENIZER_BYTES = 1 << 16
+VERSIONS = ("attention", "linear", "sampling", "kv_cache", "cuda_graph")
 
 
 @dataclass
@@ -63,6 +66,32 @@ class Context:
     @property
     def device(self) -> str:
         return "cuda" if self.gpu else "cpu"
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The week's EngineConfig fields on this host."""
+        if self.week.engine is None:
+            raise ParamsError(f"weeks.{self.week.name}.engine is null: this suite needs an engine")
+        return self.week.engine.settings(self.gpu, self.config.max_position_embeddings)
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """What the week's engine ran with, for its rows."""
+        versions = {name: self.settings[name] for name in VERSIONS}
+        shared = {name: self.settings[name] for name in ("dtype", "backend")}
+        return shared | {"tensor_parallel": 1, "kernel_versions": versions}
+
+    @cached_property
+    def llm(self) -> LLM:
+        """The week's engine with the run's model."""
+        from engine.llm import LLM, EngineConfig
+        from stages.hf import set_threads
+
+        set_threads(self.config.parameter_count())
+        llm = LLM(self.path, EngineConfig(**self.settings))
+        # Decoding to text is left out of the measurement, as in every other engine's rows.
+        llm.tokenizer = None
+        return llm
 
 
 # --- w01: transformers ----------------------------------------------------------------------------------------------
@@ -208,36 +237,29 @@ def bench_standard(context: Context) -> None:
     """The standard suite's rows of this week: measured where the week's list says so and the host can."""
     suites = [suite for suite in (PREFILL, DECODE) if suite in context.week.bench]
     cases = list_cases(context.workload, context.config.max_position_embeddings)
-    engine = context.week.engine
-    if engine is None:
+    if context.week.engine is None:
         for case in cases:
             add_missing(context.rows, case, NO_FORWARD, backend="cuda", tensor_parallel=1)
         return
-    settings = engine.settings(context.gpu, context.config.max_position_embeddings)
-    knobs: dict[str, Any] = {"dtype": settings["dtype"], "backend": settings["backend"], "tensor_parallel": 1}
-    knobs["kernel_versions"] = {name: settings[name] for name in ("attention", "linear", "kv_cache")}
+    knobs = context.knobs
     for case in cases:
         if case.suite not in suites:
             add_missing(context.rows, case, f"{context.week.name} does not measure {case.suite}", **knobs)
         if not context.gpu:
             add_missing(context.rows, case, NO_GPU, **knobs | {"backend": "cuda"})
     if suites:
-        measure_standard(context, settings, [case for case in cases if case.suite in suites], knobs)
+        measure_standard(context, [case for case in cases if case.suite in suites])
 
 
-def measure_standard(context: Context, settings: dict[str, Any], cases: list[Any], knobs: dict[str, Any]) -> None:
+def measure_standard(context: Context, cases: list[Any]) -> None:
     """Generation through `LLM`, greedy, from token ids."""
-    from engine.llm import LLM, EngineConfig
     from engine.sampling import SamplingParams
-    from stages.hf import set_threads
     from stages.timing import measurement_lock
 
-    set_threads(context.config.parameter_count())
+    settings, knobs = context.settings, context.knobs
     ceilings = read_ceilings(context.run, context.gpu)
     with measurement_lock():
-        llm = LLM(context.path, EngineConfig(**settings))
-        # Decoding to text is left out of the measurement, as in every other engine's rows.
-        llm.tokenizer = None
+        llm = context.llm
 
         def generate(prompts: list[list[int]], new_tokens: int) -> list[float]:
             params = SamplingParams(temperature=0.0, max_new_tokens=new_tokens, ignore_eos=True)
@@ -260,6 +282,24 @@ def measure_standard(context: Context, settings: dict[str, Any], cases: list[Any
             add_latency(context.rows, case, latency, bounds, None if context.gpu else NO_GPU, **knobs)
 
 
+# --- the decode step ------------------------------------------------------------------------------------------------
+
+
+def bench_decode(context: Context, suite: str) -> None:
+    """One of `stages.decode`'s suites, which need a GPU."""
+    from stages.timing import measurement_lock
+
+    if not context.gpu:
+        knobs: dict[str, Any] = context.knobs | {"backend": "cuda"}
+        decode.add_missing(context.rows, suite, NO_GPU, **knobs)
+        return
+    ceilings = read_ceilings(context.run, context.gpu)
+    with measurement_lock():
+        llm = context.llm
+        graph = llm.engine.captures
+        decode.bench(suite, context.rows, llm.model, context.workload, ceilings, graph, **context.knobs)
+
+
 SUITES: dict[str, Callable[[Context], None]] = {
     "baseline": bench_baseline,
     "tokenizer": bench_tokenizer,
@@ -269,7 +309,7 @@ SUITES: dict[str, Callable[[Context], None]] = {
 
 @stage(Gpu, Model, Week, Workload)
 def main(run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload) -> None:
-    known = [*SUITES, PREFILL, DECODE]
+    known = [*SUITES, PREFILL, DECODE, *decode.SUITES]
     unknown = [name for name in week.bench if name not in known]
     if unknown:
         raise ParamsError(f"weeks.{week.name}.bench: no suite '{unknown[0]}'; there are: {', '.join(known)}")
@@ -279,6 +319,9 @@ def main(run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload) -> No
         if name in SUITES:
             SUITES[name](context)
     bench_standard(context)
+    for name in week.bench:
+        if name in decode.SUITES:
+            bench_decode(context, name)
     rows.write(run.out(f"reports/metrics/bench_{week.name}.parquet"), headline=lambda row: row["metric"] != "itl_ms")
 
 

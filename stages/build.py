@@ -81,7 +81,8 @@ def describe_weeks(weeks: Weeks, kernels: Sequence[Kernel]) -> dict[str, Any]:
     for name, week in weeks.weeks.items():
         engine = week.engine
         manifest[name] = None if engine is None else {
-            "attention": engine.attention, "linear": engine.linear, "kv_cache": engine.kv_cache, "dtype": engine.dtype
+            "attention": engine.attention, "linear": engine.linear, "sampling": engine.sampling,
+            "kv_cache": engine.kv_cache, "cuda_graph": engine.cuda_graph, "dtype": engine.dtype,
         }  # fmt: skip
     return {"weeks": manifest, "kernels": sorted({kernel.name for kernel in kernels})}
 

@@ -70,12 +70,6 @@ def load_engine(path: Path, engine: EngineConfig) -> Model:
     return Model(config, load_weights(path, config, engine.device, engine.torch_dtype), make_ops(engine))
 
 
-def new_cache(model: Model, slots: int, capacity: int) -> ContiguousCache:
-    from engine.kv_cache import ContiguousCache
-
-    return ContiguousCache(model.config, slots, capacity, model.weights.dtype, model.weights.device)
-
-
 @dataclass(frozen=True)
 class Piece:
     """Tokens of one sequence to run: they go to `slot`, from position `begin` on."""
@@ -97,8 +91,9 @@ def forward(model: Model, pieces: Sequence[Piece], cache: ContiguousCache, obser
     tokens = column([token for piece in pieces for token in piece.token_ids])
     slots = column([piece.slot for piece in pieces for _ in piece.token_ids])
     positions = column([piece.begin + index for piece in pieces for index in range(len(piece.token_ids))])
+    single = len({piece.slot for piece in pieces}) == len(tokens)
     with torch.inference_mode():
-        logits = model.forward(tokens, slots, positions, cache, observe=observe)
+        logits = model.forward(tokens, slots, positions, cache, observe=observe, single=single)
     return list(logits.split([len(piece.token_ids) for piece in pieces]))
 
 
@@ -110,7 +105,7 @@ def observe_engine(model: Model, token_ids: Sequence[int]) -> dict[str, Tensor]:
         if not name.endswith((".attention", ".mlp")):
             seen[name] = tensor.clone()
 
-    forward(model, [Piece(0, token_ids)], new_cache(model, 1, len(token_ids)), record)
+    forward(model, [Piece(0, token_ids)], model.new_cache(1, len(token_ids)), record)
     return seen
 
 

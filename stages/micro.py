@@ -1,6 +1,6 @@
 """A whole forward pass of a micro model through the CUDA kernels, every operation of it: on a GPU, or on a CPU.
 
-    NUMBA_ENABLE_CUDASIM=1 python -m stages.micro <checkpoint> <dtype> <prefill|decode> <out.safetensors>
+    NUMBA_ENABLE_CUDASIM=1 python -m stages.micro <checkpoint> <dtype> <prefill|decode> <versions> <out.safetensors>
 
 On a CPU the kernels run under the simulator, which has to be switched on before they are imported: hence a process of
 its own.
@@ -8,14 +8,15 @@ its own.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.checks import Piece, forward, load_engine, new_cache
+from stages.checks import Piece, forward, load_engine
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,8 +49,10 @@ DECODED = 2  # of the prompt's tokens, run one at a time in mode "decode"
 PENALTY, SEED = 1.3, 7
 
 
-def run_micro(path: Path, dtype: Any, mode: str, device: Any, prompt: Sequence[int] = PROMPT) -> dict[str, Tensor]:
-    """The micro model over `prompt` through CudaOps.
+def run_micro(
+    path: Path, dtype: Any, mode: str, device: Any, versions: Mapping[str, Any], prompt: Sequence[int] = PROMPT
+) -> dict[str, Tensor]:
+    """The micro model over `prompt` through CudaOps of these versions (`EngineConfig`'s attention, linear, sampling).
 
     prefill: all tokens in one pass. decode: the last DECODED one by one, then everything that chooses a token.
     Returns: "embedding", "layers.<i>", "norm" [T, hidden], "logits" [T, V]; "k.<i>", "v.<i>" [T, heads, head_dim], the
@@ -59,8 +62,8 @@ def run_micro(path: Path, dtype: Any, mode: str, device: Any, prompt: Sequence[i
 
     from engine.llm import EngineConfig
 
-    model = load_engine(path, EngineConfig(backend="cuda", device=device, dtype=dtype))
-    cache = new_cache(model, 1, len(prompt))
+    model = load_engine(path, EngineConfig(backend="cuda", device=device, dtype=dtype, **versions))
+    cache = model.new_cache(1, len(prompt))
     seen: dict[str, list[Tensor]] = {}
 
     def record(name: str, tensor: Tensor) -> None:
@@ -116,11 +119,13 @@ def choose(ops: Any, logits: Tensor) -> dict[str, Tensor]:
     return {"penalised": penalised, "argmax": ops.argmax(logits), "sampled": sampled}
 
 
-def start_simulation(path: Path, dtype: str, mode: str, out: Path) -> subprocess.Popen[str]:
+def start_simulation(
+    path: Path, dtype: str, mode: str, versions: Mapping[str, Any], out: Path
+) -> subprocess.Popen[str]:
     """`run_micro` in a process of its own, under the simulator; it writes `out`."""
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "stages.micro", str(path), dtype, mode, str(out)],
+        [sys.executable, "-m", "stages.micro", str(path), dtype, mode, json.dumps(dict(versions)), str(out)],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -142,8 +147,8 @@ def finish_simulation(process: subprocess.Popen[str], out: Path) -> dict[str, Te
 def main(arguments: list[str]) -> None:
     from safetensors.torch import save_file
 
-    path, dtype, mode, out = arguments
-    found = run_micro(Path(path), dtype, mode, "cpu")
+    path, dtype, mode, versions, out = arguments
+    found = run_micro(Path(path), dtype, mode, "cpu", json.loads(versions))
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, out)
 
 

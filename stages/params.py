@@ -83,7 +83,9 @@ class Engine:
     dtype: Literal["bfloat16", "float32"]
     attention: str
     linear: str
+    sampling: str
     kv_cache: str
+    cuda_graph: bool
     max_batch: Count
     max_model_len: Count | None
     """Tokens of prompt and answer together; null is the model's own maximum."""

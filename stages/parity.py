@@ -26,7 +26,6 @@ from stages.checks import (
     forward,
     load_engine,
     mean_difference,
-    new_cache,
     observe_engine,
 )
 from stages.corpus import INVALID_UTF8, TEXTS
@@ -107,6 +106,11 @@ class Context:
             free(self.gpu)
             self.loaded = LLM(self.path, self.engine(dtype))
         return self.loaded
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of the operations that have more than one."""
+        return {name: self.settings[name] for name in ("attention", "linear", "sampling")}
 
     @property
     def dtype(self) -> str:
@@ -354,7 +358,7 @@ def check_greedy(context: Context, engine: EngineModel, dtype: str) -> None:
     for index, prompt in enumerate(context.bundle.prompts):
         reference = prompt.greedy[dtype]
         ids = prompt.token_ids + reference.token_ids[:-1]
-        logits = forward(engine, [Piece(0, ids)], new_cache(engine, 1, len(ids)))[0][len(prompt.token_ids) - 1 :]
+        logits = forward(engine, [Piece(0, ids)], engine.new_cache(1, len(ids)))[0][len(prompt.token_ids) - 1 :]
         for step, chosen in enumerate(engine.ops.argmax(logits).tolist()):
             if chosen != reference.token_ids[step]:
                 found.append(diverge(reference, index, step, chosen, dtype))
@@ -507,7 +511,9 @@ def start_simulator(context: Context, folder: Path) -> None:
     if not context.gpu:
         for dtype in DTYPES:
             out = folder / f"{dtype}.out"
-            context.simulations[dtype] = micro.start_simulation(folder, dtype, micro_mode(context), out)
+            context.simulations[dtype] = micro.start_simulation(
+                folder, dtype, micro_mode(context), context.versions, out
+            )
 
 
 def check_simulator(context: Context, folder: Path) -> None:
@@ -516,7 +522,7 @@ def check_simulator(context: Context, folder: Path) -> None:
     reference = {dtype: micro.reference(folder, dtype, prompt) for dtype in DTYPES}
     for dtype in DTYPES:
         if context.gpu:
-            found = micro.run_micro(folder, dtype, micro_mode(context), "cuda", prompt)
+            found = micro.run_micro(folder, dtype, micro_mode(context), "cuda", context.versions, prompt)
         else:
             try:
                 found = micro.finish_simulation(context.simulations.pop(dtype), folder / f"{dtype}.out")
@@ -574,17 +580,63 @@ def compare_micro(
 LENGTHS = (70, 1, 16, 33)  # around the block of 16 rows and the chunk of 64 keys
 CHUNKS = (1, 7, 64)
 REPEATS = 20
+STEPS = 12
 
 
 def check_invariance(context: Context) -> None:
     """Design section 5 on the target backend: the same token's logits are the same bits however they were computed."""
     engine = context.llm(context.dtype).model
     prompts = random_prompts(LENGTHS, context.config.vocab_size)
-    for case, count in count_unequal(engine, prompts).items():
+    found = count_unequal(engine, prompts)
+    if context.settings["cuda_graph"]:
+        captures = context.engine(context.dtype).captures
+        case = "steps of a CUDA graph" if captures else "steps of the decode loop"
+        found[case] = count_unequal_steps(engine, prompts, captures)
+    for case, count in found.items():
         context.findings.check(
             suite="invariance", case=case, metric="unequal_logits", value=count, limit=0.0, limit_kind=ORDER,
             dtype=context.dtype, backend=context.backend,
         )  # fmt: skip
+
+
+def differing(results: Sequence[Tensor], expected: Sequence[Tensor]) -> int:
+    """Elements whose bits differ, of tensors of one floating-point dtype."""
+    import torch
+
+    # Viewed as integers, NaN equals itself and -0 is not 0.
+    kind = {2: torch.int16, 4: torch.int32}[expected[0].element_size()]
+    return sum(int((a.view(kind) != b.view(kind)).sum()) for a, b in zip(results, expected, strict=True))
+
+
+def count_unequal_steps(engine: EngineModel, prompts: list[list[int]], captures: bool) -> int:
+    """Logits of STEPS greedy steps of the decode loop that differ from those of one pass over the finished text.
+
+    Each prompt but its last token is in the cache before. With `captures` the steps are replayed from a CUDA graph.
+    """
+    import torch
+
+    from engine.decode_loop import DecodeLoop, Row, bucket
+    from engine.sampling import SamplingParams
+
+    capacity = max(map(len, prompts)) + STEPS
+    loop = DecodeLoop(engine, engine.new_cache(bucket(len(prompts)), capacity), captures)
+    pieces = [Piece(slot, ids[:-1]) for slot, ids in enumerate(prompts) if len(ids) > 1]
+    forward(engine, pieces, loop.cache)
+    greedy = SamplingParams(temperature=0.0)
+    loop.start([Row(slot, ids[-1], len(ids) - 1, greedy, 0) for slot, ids in enumerate(prompts)])
+    steps = []
+    for _ in range(STEPS):
+        loop.enqueue()
+        loop.wait()
+        assert loop.logits is not None
+        steps.append(loop.logits[: len(prompts)].clone())
+    found = torch.stack(steps, dim=1)
+    whole = [ids + new for ids, new in zip(prompts, loop.generated(), strict=True)]
+    alone = [
+        forward(engine, [Piece(0, text[:-1])], engine.new_cache(1, capacity))[0][len(ids) - 1 :]
+        for ids, text in zip(prompts, whole, strict=True)
+    ]
+    return differing(list(found), alone)
 
 
 def count_unequal(engine: EngineModel, prompts: list[list[int]]) -> dict[str, int]:
@@ -592,20 +644,15 @@ def count_unequal(engine: EngineModel, prompts: list[list[int]]) -> dict[str, in
     import torch
 
     capacity = max(map(len, prompts))
-    alone = [forward(engine, [Piece(0, ids)], new_cache(engine, 1, capacity))[0] for ids in prompts]
-
-    def differing(results: Sequence[Tensor], expected: Sequence[Tensor]) -> int:
-        # Viewed as integers, NaN equals itself and -0 is not 0.
-        kind = {2: torch.int16, 4: torch.int32}[expected[0].element_size()]
-        return sum(int((a.view(kind) != b.view(kind)).sum()) for a, b in zip(results, expected, strict=True))
+    alone = [forward(engine, [Piece(0, ids)], engine.new_cache(1, capacity))[0] for ids in prompts]
 
     def packed(order: Sequence[int]) -> int:
         pieces = [Piece(place, prompts[index]) for place, index in enumerate(order)]
-        results = forward(engine, pieces, new_cache(engine, len(order), capacity))
+        results = forward(engine, pieces, engine.new_cache(len(order), capacity))
         return differing(results, [alone[index] for index in order])
 
     def chunked(size: int) -> int:
-        cache = new_cache(engine, len(prompts), capacity)
+        cache = engine.new_cache(len(prompts), capacity)
         parts: list[list[Tensor]] = [[] for _ in prompts]
         for begin in range(0, capacity, size):
             running = [index for index, ids in enumerate(prompts) if begin < len(ids)]
@@ -622,7 +669,7 @@ def count_unequal(engine: EngineModel, prompts: list[list[int]]) -> dict[str, in
     }
     found |= {f"prefill in chunks of {size}": chunked(size) for size in CHUNKS if size > 1}
     found["decoded token by token"] = chunked(1)
-    again = [forward(engine, [Piece(0, prompts[2])], new_cache(engine, 1, capacity))[0] for _ in range(REPEATS)]
+    again = [forward(engine, [Piece(0, prompts[2])], engine.new_cache(1, capacity))[0] for _ in range(REPEATS)]
     found[f"{REPEATS} repeats"] = differing(again, [alone[2]] * REPEATS)
     return found
 

@@ -24,6 +24,20 @@ BASELINE = "w01"
 PLANNED_WEEKS = 12
 SPEED_STAGES = ("provision", "baseline", "bench")  # where a limit is a ceiling of the machine and not a gate
 STANDARD = ("standard_prefill", "standard_decode", "workload_prompts")
+DECODE_SUITES = {
+    "decode_step": "decode steps",
+    "kernels": "each kernel of a decode step by itself",
+    "graphs": "CUDA graphs of a decode step",
+}
+DECODE_LABELS = {
+    "step_ms": "step",
+    "output_throughput": "output",
+    "call_us": "a call",
+    "bytes": "bytes a step",
+    "step_share": "share of the step",
+    "host_us_per_token": "host, a token",
+    "capture_ms": "capture",
+}
 LABELS = {
     "ttft_ms": "TTFT",
     "tpot_ms": "TPOT",
@@ -477,12 +491,53 @@ def results_section(inputs: Inputs) -> Section:
         if rows:
             blocks.append(standard_table(run, rows, folded=len(blocks) > 1))
     for run in inputs.runs:
-        rows = [row for row in inputs.speed(run) if row.suite not in STANDARD]
+        rows = [row for row in inputs.speed(run) if row.suite not in (*STANDARD, *DECODE_SUITES)]
         if rows:
             blocks.append(list_rows(f"{run_title(run)}: each week's own measurements", rows, DETAIL, folded=True))
     if len(blocks) == 1:
         blocks = [Text("Not measured: no run has the baseline or bench stage.")]
     return Section("results", "Results against limits", blocks)
+
+
+def decode_table(run: str, suite: str, rows: Sequence[Row], folded: bool) -> Table:
+    """A line a case, week and engine, as they were measured; a column a metric."""
+    lines: dict[tuple[str, str, str], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        lines[row.case, row.week, engine_of(row)][row.metric] = row
+    names = [name for name in DECODE_LABELS if any(row.metric == name for row in rows)]
+    table = [
+        [Cell(case), Cell(week, engine), *(decode_cell(found.get(name)) for name in names)]
+        for (case, week, engine), found in sorted(lines.items(), key=lambda item: item[0][1])
+    ]
+    columns = ["case", "week", *(DECODE_LABELS[name] for name in names)]
+    title = f"{run_title(run)}: {DECODE_SUITES[suite]}"
+    return drop_unmeasured(Table(columns, table, title, provenance(rows)[0], folded), first=2)
+
+
+def decode_cell(row: Row | None) -> Cell:
+    if row is None:
+        return Cell("")
+    if row.metric == "step_share" and row.value is not None:
+        return Cell(percent(row.value), numeric=True, source=row.source)
+    return value_cell(row)
+
+
+def decode_section(inputs: Inputs) -> Section:
+    """What a decode step takes, kernel by kernel, and what the host does meanwhile."""
+    said = (
+        "One token a sequence and step, chosen greedily, on a cache of random numbers. Under a figure: its share of "
+        "the limit, which for a step is its weight and KV bytes over the copy bandwidth, and for a kernel the bytes "
+        "that it moves. Kernels are timed over all layers in a row, so that no weight is still in the L2 cache; the "
+        "share of the step is of their sum. Host time, single steps (graph): to enqueue a step and to take over its "
+        "tokens once they are there, a token; many steps: to enqueue a run of them, a token."
+    )
+    blocks: list[Block] = [Text(said)]
+    for run in inputs.runs:
+        for suite in DECODE_SUITES:
+            rows = [row for row in inputs.of(run, "bench") if row.suite == suite]
+            if rows:
+                blocks.append(decode_table(run, suite, rows, folded=run != inputs.runs[0]))
+    return Section("decode", "The decode step", blocks if len(blocks) > 1 else [Text("Not measured: no run has it.")])
 
 
 def week_figures(inputs: Inputs, run: str) -> Figures | None:
@@ -829,6 +884,7 @@ SECTIONS: tuple[Callable[[Inputs], Section], ...] = (
     glance_section,
     week_section,
     results_section,
+    decode_section,
     progress_section,
     parity_section,
     invariance_section,

@@ -20,7 +20,7 @@ from stages.stage import Run
 
 if TYPE_CHECKING:
     from engine.config import ModelConfig
-    from engine.cost import StepCost
+    from engine.cost import Ceilings
 
 PREFILL, DECODE = "standard_prefill", "standard_decode"
 PROMPTS = "workload_prompts"  # the workload's own text instead of random tokens
@@ -186,27 +186,10 @@ def measure_case(
     return latency
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What the host did at most: B/s of a copy (read and written both count), FLOP/s of a matrix product."""
-
-    bandwidth: float | None = None
-    matrix_rate: float | None = None
-    matrix_dtype: str = "bfloat16"
-
-    def milliseconds(self, cost: StepCost) -> tuple[float | None, str | None]:
-        """The least time of a step of this cost, and which ceiling says so; None where the ceilings are not known."""
-        if self.bandwidth is None or self.matrix_rate is None:
-            return None, None
-        by_memory = cost.bytes / self.bandwidth * 1e3
-        by_matrix = cost.flops / self.matrix_rate * 1e3
-        if by_memory >= by_matrix:
-            return by_memory, "copy bandwidth over weight + KV bytes"
-        return by_matrix, f"{self.matrix_dtype} matrix rate over the step's FLOPs"
-
-
 def read_ceilings(run: Run, gpu: bool) -> Ceilings:
     """The ceilings that the provision stage measured for the GPU, or for the CPU where `gpu` is False."""
+    from engine.cost import Ceilings
+
     frame: Any = read(run.find("data/ceilings.parquet"))
     frame = frame[
         (frame["suite"] == "ceilings") & (frame["case"] == ("gpu" if gpu else "cpu")) & (frame["status"] == "ok")

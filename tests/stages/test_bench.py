@@ -7,7 +7,7 @@ import tiny_pipeline as tiny
 import torch
 
 from engine.config import ModelConfig
-from engine.cost import step_cost
+from engine.cost import Ceilings, step_cost
 from stages import bench
 from stages.params import ParamsError, Workload
 from stages.stage import Run
@@ -16,7 +16,6 @@ from stages.standard import (
     PREFILL,
     Budget,
     Case,
-    Ceilings,
     Latency,
     TooSlow,
     limits,

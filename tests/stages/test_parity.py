@@ -287,7 +287,7 @@ def test_the_cuda_kernels_run_the_micro_model_under_the_simulator(here: Path, mo
 def test_a_simulator_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(parity.__file__).parents[1]))
     out = tmp_path / "out"
-    process = micro.start_simulation(tmp_path / "absent", "float32", "prefill", out)
+    process = micro.start_simulation(tmp_path / "absent", "float32", "prefill", {}, out)
     with pytest.raises(RuntimeError, match=r"status 1: engine\.config\.ConfigError: .*config\.json"):
         micro.finish_simulation(process, out)
 

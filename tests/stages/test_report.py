@@ -12,6 +12,7 @@ import pytest
 
 from stages import metrics, report_sections
 from stages.compose import as_dict, compose_conf
+from stages.decode import add_missing as add_decode_missing
 from stages.host import Device, Host
 from stages.params import Weeks, select
 from stages.report import BEGIN, END, fill_readme, main, read_recorded, readme_block
@@ -394,3 +395,28 @@ def test_shares_of_the_limit() -> None:
     assert share_of_limit(row._replace(value=None)) is None
     assert [percent(share) for share in (0.0001, 0.0123, 0.5, 1.02)] == ["< 0.1 %", "1.2 %", "50 %", "102 %"]
     assert number(1234567.0) == "1,234,567"
+
+
+def test_the_decode_step_has_tables_of_its_own(weeks: Weeks) -> None:
+    rows = metrics.Rows("bench", "w06", "m", H200)
+    knobs: dict[str, Any] = {"backend": "cuda", "dtype": "bfloat16", "batch": 1, "context": 128}
+    values = {
+        ("kernels", "qkv, batch 1 context 128", "call_us", "µs", 25.0, 20.0),
+        ("kernels", "qkv, batch 1 context 128", "step_share", "1", 0.22, None),
+        ("decode_step", "batch 1 context 128", "step_ms", "ms", 3.7, 3.3),
+    }
+    for suite, case, metric, unit, value, limit in values:
+        rows.add(
+            suite=suite, case=case, metric=metric, value=value, unit=unit, better="lower", limit=limit,
+            limit_kind="copy bandwidth" if limit else None, **knobs,
+        )  # fmt: skip
+    add_decode_missing(rows, "graphs", "no GPU on this host", backend="cuda", dtype="bfloat16")
+    inputs = report_sections.Inputs([Row(**row, run="h200/m", source="") for row in rows.rows], weeks.weeks)
+    steps, kernels, graphs = report_sections.decode_section(inputs).blocks[1:]
+    assert isinstance(steps, report_sections.Table) and isinstance(kernels, report_sections.Table)
+    assert [cell.text for cell in steps.rows[0]] == ["batch 1 context 128", "w06", "3.70 ms"]
+    assert steps.rows[0][2].small == "89 %" and kernels.rows[0][2].small == "80 %"
+    assert list(kernels.columns) == ["case", "week", "a call", "share of the step"]
+    assert kernels.rows[0][3].text == "22 %"
+    assert isinstance(graphs, report_sections.Table) and not graphs.rows and "no GPU on this host" in graphs.note
+    assert "step_ms" not in str(report_sections.results_section(inputs))

@@ -155,14 +155,14 @@ def test_sections_are_read_only(workspace):
 
 def test_all_weeks_in_order(workspace):
     (_, weeks) = call([], Weeks)
-    assert list(weeks.weeks) == ["w01", "w02", "w03", "w04"]
+    assert list(weeks.weeks) == ["w01", "w02", "w03", "w04", "w05", "w06"]
 
 
 def test_engine_settings_follow_the_host(workspace):
     (_, week) = call(["week=w04"], Week)
     assert week.engine.settings(gpu=True, max_positions=2048) | {"attention": "naive"} == {
         "backend": "cuda", "device": "cuda", "dtype": "bfloat16", "attention": "naive", "linear": "naive",
-        "kv_cache": "contiguous", "max_batch": 8, "max_model_len": 2048,
+        "sampling": "naive", "kv_cache": "contiguous", "cuda_graph": False, "max_batch": 8, "max_model_len": 2048,
     }  # fmt: skip
     assert week.engine.settings(gpu=False, max_positions=64)["backend"] == "reference"
 

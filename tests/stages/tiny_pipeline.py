@@ -39,7 +39,7 @@ ARCHITECTURE = {
 GPU = Gpu(name="cpu", sm=None, memory_gb=None, bandwidth_gbs=None, bf16_tflops=None, count=0)
 MODEL = Model(NAME, None, None, "path", None, 0, False, ARCHITECTURE)
 WORKLOAD = Workload("smoke", ("def f(x):\n    return x", "the quick brown fox", "é語👍"), (1, 2), (8, 20), 6, 2, 1)
-ENGINE = Engine("auto", "auto", "bfloat16", "naive", "naive", "contiguous", 8, None)
+ENGINE = Engine("auto", "auto", "bfloat16", "naive", "naive", "naive", "contiguous", False, 8, None)
 BANDWIDTH, MATRIX_RATE = 1e10, 1e11
 
 

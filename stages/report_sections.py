@@ -536,7 +536,8 @@ def decode_section(inputs: Inputs) -> Section:
         for suite in DECODE_SUITES:
             rows = [row for row in inputs.of(run, "bench") if row.suite == suite]
             if rows:
-                blocks.append(decode_table(run, suite, rows, folded=run != inputs.runs[0]))
+                table = decode_table(run, suite, rows, folded=run != inputs.runs[0])
+                blocks.append(table if table.rows else Text(f"{table.title}. {table.note}"))
     return Section("decode", "The decode step", blocks if len(blocks) > 1 else [Text("Not measured: no run has it.")])
 
 
@@ -741,8 +742,9 @@ MIX_TOP = 8
 
 
 def kernel_section(inputs: Inputs) -> Section:
-    """Registers, spills, shared memory, occupancy and instructions by architecture, of the first run that has them."""
-    run = next((run for run in inputs.runs if inputs.of(run, "build")), None)
+    """Registers, spills, shared memory, occupancy and instructions by architecture: this host's, whose code is the
+    report's, else those of the first run that has them."""
+    run = next((run for run in [LOCAL, *inputs.runs] if inputs.of(run, "build")), None)
     if run is None:
         return Section("kernels", "Kernels by architecture", [Text("Not measured: no run has the build stage.")])
     rows = inputs.of(run, "build")
@@ -772,7 +774,9 @@ def kernel_section(inputs: Inputs) -> Section:
 
 
 def resource_cell(found: Mapping[str, Row]) -> Cell:
-    """ "40 · 67 %", and the spilled bytes."""
+    """ "40 · 67 %", and the spilled bytes; a dash where the kernel is not for the architecture."""
+    if not found:
+        return Cell("–")
     parts = []
     if "registers" in found and found["registers"].value is not None:
         parts.append(number(found["registers"].value))

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import decode
+from stages import decode, peers
 from stages.host import read_host, use_gpu
 from stages.metrics import COLUMNS, KNOBS, Rows, read
 from stages.params import Gpu, Model, ParamsError, Week, Workload
@@ -300,6 +300,20 @@ def bench_decode(context: Context, suite: str) -> None:
         decode.bench(suite, context.rows, llm.model, context.workload, ceilings, graph, **context.knobs)
 
 
+def bench_peers(context: Context) -> None:
+    """`stages.peers`, which needs a GPU, on the weights that the week's engine has loaded."""
+    from stages.timing import measurement_lock
+
+    knobs: dict[str, Any] = {"dtype": context.settings["dtype"], "tensor_parallel": 1}
+    if not context.gpu:
+        peers.add_missing(context.rows, NO_GPU, **knobs)
+        return
+    ceilings = read_ceilings(context.run, context.gpu)
+    with measurement_lock():
+        weights = context.llm.weights
+        peers.bench(context.rows, context.path, context.config, weights, context.workload, ceilings, **knobs)
+
+
 SUITES: dict[str, Callable[[Context], None]] = {
     "baseline": bench_baseline,
     "tokenizer": bench_tokenizer,
@@ -309,7 +323,7 @@ SUITES: dict[str, Callable[[Context], None]] = {
 
 @stage(Gpu, Model, Week, Workload)
 def main(run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload) -> None:
-    known = [*SUITES, PREFILL, DECODE, *decode.SUITES]
+    known = [*SUITES, PREFILL, DECODE, *decode.SUITES, peers.PEERS]
     unknown = [name for name in week.bench if name not in known]
     if unknown:
         raise ParamsError(f"weeks.{week.name}.bench: no suite '{unknown[0]}'; there are: {', '.join(known)}")
@@ -322,6 +336,8 @@ def main(run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload) -> No
     for name in week.bench:
         if name in decode.SUITES:
             bench_decode(context, name)
+    if peers.PEERS in week.bench:
+        bench_peers(context)
     rows.write(run.out(f"reports/metrics/bench_{week.name}.parquet"), headline=lambda row: row["metric"] != "itl_ms")
 
 

@@ -28,6 +28,7 @@ DECODE_SUITES = {
     "decode_step": "decode steps",
     "kernels": "each kernel of a decode step by itself",
     "graphs": "CUDA graphs of a decode step",
+    "peers": "what others take: cuBLAS through torch, transformers under torch.compile",
 }
 DECODE_LABELS = {
     "step_ms": "step",

@@ -22,8 +22,8 @@ import torch
 
 from kernels import check, ptx, rms_norm
 from kernels.cuda import cuda, device_function, float32, int64, uint32
+from kernels.device import add_squares, high, inverse_rms, low, normalised
 from kernels.launch import Kernel, LaunchOptions, kernel_factory
-from kernels.rope_write import aligned, high, low, normalised
 
 THREADS = 256
 WARPS = THREADS // 32
@@ -93,10 +93,7 @@ def fused(owned: int, kind: str, twice: bool, observed: bool = False) -> Kernel:
         for i in range(words):
             if pre:
                 y_words[i] = pair_sum(x_words[i], y_words[i])
-            value = low(y_words[i])
-            total = ptx.fma_rn_f32(value, value, total)
-            value = high(y_words[i])
-            total = ptx.fma_rn_f32(value, value, total)
+            total = add_squares(total, y_words[i])
         for step in range(5):
             total = ptx.add_rn_f32(total, ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, total, uint32(16 >> step)))
         if thread & 31 == 0:
@@ -105,8 +102,7 @@ def fused(owned: int, kind: str, twice: bool, observed: bool = False) -> Kernel:
         total = sums[0]
         for w in range(1, WARPS):
             total = ptx.add_rn_f32(total, sums[w])
-        mean = ptx.div_rn_f32(total, float32(width))
-        scale = ptx.div_rn_f32(float32(1.0), ptx.sqrt_rn_f32(ptx.add_rn_f32(mean, eps)))
+        scale = inverse_rms(total, width, eps)
 
         for v in range(owned):
             vector = thread + v * THREADS
@@ -143,7 +139,7 @@ def _owned(operation: str, width: int) -> int:
 
 def _check_rows(operation: str, name: str, given: torch.Tensor, shape: tuple[int, ...]) -> None:
     check.tensor(operation, name, given, shape, torch.bfloat16)
-    aligned(operation, name, given)
+    check.aligned(operation, name, given)
 
 
 def add_norm(

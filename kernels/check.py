@@ -42,3 +42,9 @@ def dimensions(operation: str, name: str, given: torch.Tensor, meaning: str) -> 
     if given.dim() != meaning.count(",") + 1:
         raise ValueError(f"{operation}: {name} has shape {tuple(given.shape)}: [{meaning}] needed")
     return given.shape
+
+
+def aligned(operation: str, name: str, given: torch.Tensor) -> None:
+    """16-byte access to every row: raises ValueError naming the argument where one does not begin at a multiple."""
+    if given.data_ptr() % 16 or any(stride % 8 for stride in given.stride()[:-1]):
+        raise ValueError(f"{operation}: {name} (strides {given.stride()}): rows at multiples of 16 bytes needed")

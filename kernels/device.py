@@ -1,4 +1,4 @@
-"""Functions that kernels share: element access by dtype, elementary functions, sums over a block.
+"""Functions that kernels share: element access by dtype, elementary functions, parts of a norm, sums over a block.
 
 Every function here runs on the GPU (inlined) and under the simulator.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kernels import ptx
-from kernels.cuda import SIMULATED, cuda, device_function, float32, float64
+from kernels.cuda import SIMULATED, cuda, device_function, float32, float64, uint32
 
 DTYPES = ("bf16", "f32")
 CHAINS = 8
@@ -109,6 +109,48 @@ def dot(first: str, second: str) -> Callable[[Any, int, Any, int, int], Any]:
         return ptx.add_rn_f32(ptx.add_rn_f32(chains[0], chains[2]), ptx.add_rn_f32(chains[1], chains[3]))
 
     return dot
+
+
+@device_function
+def silu(value):
+    """value / (1 + exp(-value)) in float32."""
+    return ptx.div_rn_f32(value, float32(1.0) + exp(-value))
+
+
+@device_function
+def low(pair):
+    """float32 of the lower bf16 of a pair."""
+    return ptx.f32_from_bits(uint32(pair << uint32(16)))
+
+
+@device_function
+def high(pair):
+    """float32 of the upper bf16 of a pair."""
+    return ptx.f32_from_bits(uint32(pair & uint32(0xFFFF0000)))
+
+
+@device_function
+def add_squares(total, word):
+    """total plus the squares of a pair of bf16, in order."""
+    first, second = low(word), high(word)
+    return ptx.fma_rn_f32(second, second, ptx.fma_rn_f32(first, first, total))
+
+
+@device_function
+def inverse_rms(squares, width, eps):
+    """1 / sqrt(squares / width + eps): what a row of `width` elements with this sum of squares is multiplied with."""
+    mean = ptx.div_rn_f32(squares, float32(width))
+    return ptx.div_rn_f32(float32(1.0), ptx.sqrt_rn_f32(ptx.add_rn_f32(mean, eps)))
+
+
+@device_function
+def normalised(pair, weights, scale, twice):
+    """A pair of bf16 after the norm."""
+    first, second = ptx.mul_rn_f32(low(pair), scale), ptx.mul_rn_f32(high(pair), scale)
+    if twice:
+        rounded = ptx.cvt_rn_bf16x2_f32(second, first)
+        first, second = low(rounded), high(rounded)
+    return ptx.cvt_rn_bf16x2_f32(ptx.mul_rn_f32(second, high(weights)), ptx.mul_rn_f32(first, low(weights)))
 
 
 @device_function

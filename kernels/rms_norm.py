@@ -51,8 +51,7 @@ def naive(dtype: str, twice: bool) -> Kernel:
             squares = ptx.fma_rn_f32(value, value, squares)
             i += THREADS
         total = device.block_sum(shared, thread, squares, THREADS)
-        mean = ptx.div_rn_f32(total, float32(width))
-        scale = ptx.div_rn_f32(float32(1.0), ptx.sqrt_rn_f32(mean + eps))
+        scale = device.inverse_rms(total, width, eps)
         i = thread
         while i < width:
             normalised = load(x, source + i) * scale

@@ -24,6 +24,7 @@ import torch
 
 from kernels import check, ptx
 from kernels.cuda import cuda, device_function, float32, int32, int64, uint8, uint32
+from kernels.device import add_squares, high, inverse_rms, low, normalised
 from kernels.launch import Kernel, LaunchOptions, kernel_factory
 
 THREADS = 128
@@ -31,18 +32,6 @@ THREADS = 128
 BATCH = 5
 WORDS = 4 * BATCH
 PAGES = (8, 16, 32, 64, 128)
-
-
-@device_function
-def low(pair):
-    """float32 of the lower bf16 of a pair."""
-    return ptx.f32_from_bits(uint32(pair << uint32(16)))
-
-
-@device_function
-def high(pair):
-    """float32 of the upper bf16 of a pair."""
-    return ptx.f32_from_bits(uint32(pair & uint32(0xFFFF0000)))
 
 
 @device_function
@@ -57,13 +46,6 @@ def load_batch(words, x, start, vectors, thread):
         loaded = ptx.ld_global_v4(x, start + int64(min(int32(thread + b * THREADS), last)) * 8)
         for e in range(4):
             words[4 * b + e] = loaded[e]
-
-
-@device_function
-def add_squares(total, word):
-    """total plus the squares of a pair of bf16, in order."""
-    first, second = low(word), high(word)
-    return ptx.fma_rn_f32(second, second, ptx.fma_rn_f32(first, first, total))
 
 
 @device_function
@@ -114,22 +96,11 @@ def norm_scales(scratch, thread, q_width, k_width, eps):
     total = ptx.add_rn_f32(ptx.f32_from_bits(sums[0]), ptx.f32_from_bits(sums[1]))
     total = ptx.add_rn_f32(total, ptx.f32_from_bits(sums[2]))
     total = ptx.add_rn_f32(total, ptx.f32_from_bits(sums[3]))
-    mean = ptx.div_rn_f32(total, float32(int32(k_width if odd == 1 else q_width)))
-    scale = ptx.div_rn_f32(float32(1.0), ptx.sqrt_rn_f32(ptx.add_rn_f32(mean, eps)))
+    scale = inverse_rms(total, int32(k_width if odd == 1 else q_width), eps)
     return (
         ptx.shfl_sync_idx_f32(ptx.FULL_MASK, scale, uint32(0)),
         ptx.shfl_sync_idx_f32(ptx.FULL_MASK, scale, uint32(1)),
     )
-
-
-@device_function
-def normalised(pair, weights, scale, twice):
-    """A pair of bf16 after the norm."""
-    first, second = ptx.mul_rn_f32(low(pair), scale), ptx.mul_rn_f32(high(pair), scale)
-    if twice:
-        rounded = ptx.cvt_rn_bf16x2_f32(second, first)
-        first, second = low(rounded), high(rounded)
-    return ptx.cvt_rn_bf16x2_f32(ptx.mul_rn_f32(second, high(weights)), ptx.mul_rn_f32(first, low(weights)))
 
 
 @device_function
@@ -161,12 +132,6 @@ class Cache(NamedTuple):
     page_bits: int
 
 
-def aligned(operation: str, name: str, given: torch.Tensor) -> None:
-    """16-byte access to every row: raises ValueError naming the argument where one does not begin at a multiple."""
-    if given.data_ptr() % 16 or any(stride % 8 for stride in given.stride()[:-1]):
-        raise ValueError(f"{operation}: {name} (strides {given.stride()}): rows at multiples of 16 bytes needed")
-
-
 def cache_of(
     operation: str, k_cache: torch.Tensor, v_cache: torch.Tensor, head_dim: int, table: torch.Tensor | None
 ) -> Cache:
@@ -184,7 +149,7 @@ def cache_of(
             raise ValueError(f"{operation}: {name} has shape {tuple(cache.shape)}: {tuple(shape)} needed")
         if cache.stride(3) != 1:
             raise ValueError(f"{operation}: a head of {name} is not contiguous (strides {cache.stride()})")
-        aligned(operation, name, cache)
+        check.aligned(operation, name, cache)
     if v_cache.stride() != k_cache.stride():
         raise ValueError(f"{operation}: v_cache has strides {v_cache.stride()}: k_cache's {k_cache.stride()} needed")
     strides = k_cache.stride()
@@ -223,7 +188,7 @@ def check_projection(
         raise ValueError(f"{operation}: {heads} query heads and k_cache has {kv_heads}: a multiple of its heads needed")
     count, _ = check.dimensions(operation, "qkv", qkv, "T, (Hq + 2 Hk) D")
     check.rows(operation, "qkv", qkv, (count, (heads + 2 * kv_heads) * width), torch.bfloat16)
-    aligned(operation, "qkv", qkv)
+    check.aligned(operation, "qkv", qkv)
     check.tensor(operation, "cos", cos, (limit, half), torch.float32)
     check.tensor(operation, "sin", sin, (limit, half), torch.float32)
     if (q_norm is None) != (k_norm is None):
@@ -231,7 +196,7 @@ def check_projection(
     if q_norm is not None and k_norm is not None:
         for name, norm, norm_heads in (("q_norm", q_norm, heads), ("k_norm", k_norm, kv_heads)):
             check.tensor(operation, name, norm, (norm_heads * width,), torch.bfloat16)
-            aligned(operation, name, norm)
+            check.aligned(operation, name, norm)
     return width
 
 
@@ -349,7 +314,7 @@ def rope_write(
     width = check_projection("rope_write", qkv, q_norm, k_norm, rounding, cos, sin, heads, cache.kv_heads)
     check_tokens("rope_write", len(qkv), width, k_cache, slots, positions)
     out_stride = check.rows("rope_write", "q_out", q_out, (len(qkv), heads, width), torch.bfloat16)
-    aligned("rope_write", "q_out", q_out)
+    check.aligned("rope_write", "q_out", q_out)
     if count:
         fast(width, norm_kind(q_norm, rounding), table is not None).launch(
             (count,), qkv, _or(q_norm, qkv), _or(k_norm, qkv), cos, sin, k_cache, v_cache, slots, positions,

@@ -28,6 +28,15 @@ from kernels.launch import Kernel, LaunchOptions, kernel_factory
 # The simulator pays for every thread at every barrier.
 THREADS = 8 if SIMULATED else 512
 NOTHING = 0x7FFFFFFF
+# What a row is sampled with, in the order of `sample`'s arguments.
+SETTINGS = {
+    "temperature": torch.float32,
+    "top_k": torch.int32,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "seed": torch.int64,
+    "position": torch.int32,
+}
 
 
 def reference_filter(
@@ -622,6 +631,12 @@ def step_advance() -> Kernel:
     return Kernel("advance_i32", advance, kinds, SPLIT_THREADS, options=PROGRAMMATIC)
 
 
+def _check_settings(operation: str, count: int, *settings: torch.Tensor) -> None:
+    """temperature, top_k, top_p, min_p, seed and position of so many rows. Raises as `check.tensor`."""
+    for (name, dtype), given in zip(SETTINGS.items(), settings, strict=True):
+        check.tensor(operation, name, given, (count,), dtype)
+
+
 def argmax(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out[b] = the token of the largest logit of row b: the lowest of equal ones, never a NaN, -1 where all are NaN.
 
@@ -659,12 +674,7 @@ def sample(
     dtype = check.dtype_name("sample", "logits", logits)
     count, vocabulary = check.dimensions("sample", "logits", logits, "B, V")
     check.tensor("sample", "logits", logits, (count, vocabulary), logits.dtype)
-    check.tensor("sample", "temperature", temperature, (count,), torch.float32)
-    check.tensor("sample", "top_k", top_k, (count,), torch.int32)
-    check.tensor("sample", "top_p", top_p, (count,), torch.float32)
-    check.tensor("sample", "min_p", min_p, (count,), torch.float32)
-    check.tensor("sample", "seed", seed, (count,), torch.int64)
-    check.tensor("sample", "position", position, (count,), torch.int32)
+    _check_settings("sample", count, temperature, top_k, top_p, min_p, seed, position)
     check.tensor("sample", "out", out, (count,), torch.int32)
     if count:
         kernel = naive_sample(dtype)
@@ -745,12 +755,7 @@ def sample_split(
     afterwards. Returns out. Raises TypeError or ValueError, naming the argument, where something does not fit.
     """
     count, vocabulary = _check_split("sample_split", logits, out)
-    check.tensor("sample_split", "temperature", temperature, (count,), torch.float32)
-    check.tensor("sample_split", "top_k", top_k, (count,), torch.int32)
-    check.tensor("sample_split", "top_p", top_p, (count,), torch.float32)
-    check.tensor("sample_split", "min_p", min_p, (count,), torch.float32)
-    check.tensor("sample_split", "seed", seed, (count,), torch.int64)
-    check.tensor("sample_split", "position", position, (count,), torch.int32)
+    _check_settings("sample_split", count, temperature, top_k, top_p, min_p, seed, position)
     _check_workspace("sample_split", workspace, sample_workspace_size(count))
     if count:
         grid = (_chunks(count, vocabulary), count)

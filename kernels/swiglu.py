@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from kernels import check, device, ptx
-from kernels.cuda import cuda, float32, int64
+from kernels import check, device
+from kernels.cuda import cuda, int64
 from kernels.launch import Kernel, kernel_factory
 
 THREADS = 128
@@ -35,8 +35,7 @@ def naive(dtype: str) -> Kernel:
         if i < width:
             gate = load(gate_up, token * 2 * width + i)
             up = load(gate_up, token * 2 * width + width + i)
-            silu = ptx.div_rn_f32(gate, float32(1.0) + device.exp(-gate))
-            store(out, token * width + i, silu * up)
+            store(out, token * width + i, device.silu(gate) * up)
 
     return Kernel(f"swiglu_naive_{dtype}", swiglu, (f"{dtype}*", f"{dtype}*", "i32"), THREADS)
 

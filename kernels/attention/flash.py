@@ -26,18 +26,17 @@ import torch
 
 from kernels import check, ptx
 from kernels.cuda import cuda, device_function, float32, int32, int64, uint8, uint32
+from kernels.device import normalised
 from kernels.launch import Kernel, LaunchOptions, kernel_factory
 from kernels.rope_write import (
     WORDS,
     Cache,
-    aligned,
     cache_of,
     check_projection,
     check_tokens,
     load_batch,
     norm_kind,
     norm_scales,
-    normalised,
     put_sums,
     rotated,
     sums_of_squares,
@@ -266,36 +265,14 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
                         x, row + kv_head * group * head_dim + vector * 8,
                     )  # fmt: skip
         copy_keys(
-            k_tile,
-            k_cache,
-            base,
-            page0,
-            page1,
-            page_bits,
-            slot_stride,
-            position_stride,
-            tile,
-            begin,
-            limit,
-            own,
+            k_tile, k_cache, base, page0, page1, page_bits, slot_stride, position_stride, tile, begin, limit, own,
             thread,
-        )
+        )  # fmt: skip
         ptx.cp_async_commit_group()
         copy_values(
-            v_tile,
-            v_cache,
-            base,
-            page0,
-            page1,
-            page_bits,
-            slot_stride,
-            position_stride,
-            tile,
-            begin,
-            limit,
-            own,
+            v_tile, v_cache, base, page0, page1, page_bits, slot_stride, position_stride, tile, begin, limit, own,
             thread,
-        )
+        )  # fmt: skip
         ptx.cp_async_commit_group()
         new_k = cuda.local.array(4, uint32)
         new_v = cuda.local.array(4, uint32)
@@ -317,7 +294,6 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
             if normed:
                 sums = sums_of_squares(q_words, k_words, x, row, q_width // 8, row + q_width, k_width // 8, thread)
                 put_sums(largest_shared, thread, sums[0], sums[1])
-        if fused:
             if tile == last_tile and thread < chunks:
                 ptx.st_shared_v4(v_tile + own_place, new_v[0], new_v[1], new_v[2], new_v[3])
             q_scale, k_scale = float32(1.0), float32(1.0)
@@ -637,7 +613,7 @@ def attention(
         raise ValueError(f"attention: q has head dimension {width}: 64 or 128 needed")
     check.rows("attention", "q", q, (count, heads, width), torch.bfloat16)
     check.rows("attention", "out", out, (count, heads, width), torch.bfloat16)
-    aligned("attention", "q", q)
+    check.aligned("attention", "q", q)
     cache = cache_of("attention", k_cache, v_cache, width, table)
     check_tokens("attention", count, width, k_cache, slots, positions)
     _launch("attention", "q", q, None, None, 0.0, None, None, k_cache, v_cache, slots, positions, scale, window, out,
@@ -714,14 +690,14 @@ def _launch(
         raise ValueError(f"{operation}: scale is {scale}: a positive number needed")
     if window < 0:
         raise ValueError(f"{operation}: window is {window}: 0 (none) or a number of positions needed")
-    aligned(operation, "out", out)
+    check.aligned(operation, "out", out)
     count = len(x)
     needed = workspace_size(count, heads, width, cache.capacity)
     if workspace.dtype != torch.float32:
         raise TypeError(f"{operation}: workspace is {workspace.dtype}: torch.float32 needed")
     if workspace.numel() < needed or not workspace.is_contiguous():
         raise ValueError(f"{operation}: workspace has {workspace.numel()} elements: {needed}, contiguous, needed")
-    aligned(operation, "workspace", workspace)
+    check.aligned(operation, "workspace", workspace)
     segments = -(-cache.capacity // SEGMENT)
     kernel = flash(width, heads // kv_heads, source, table is not None)
     counters = workspace.view(torch.int32)

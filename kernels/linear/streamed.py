@@ -24,17 +24,29 @@ import torch
 
 from kernels import check, device, ptx
 from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint8, uint32, uint64
-from kernels.launch import ARCHITECTURES, LIMITS, Kernel, LaunchOptions, architecture_of, kernel_factory, tensor_map
+from kernels.launch import (
+    LIMITS,
+    Kernel,
+    LaunchOptions,
+    architecture_of,
+    has_dependent_launch,
+    kernel_factory,
+    tensor_map,
+)
 
 BOX = 64  # columns of a box: 128 bytes of bf16
 TOKENS = (8, 16, 32, 64, 128)
 # Of a GPU of each architecture: A100, RTX 3090, RTX 4090, H100 and H200, B200, RTX 5090.
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90a": 132, "sm_100": 148, "sm_120": 170}
-BULK = tuple(arch for arch in ARCHITECTURES if arch not in ("sm_80", "sm_86", "sm_89"))
 # Bytes of a block at most, so that the small kernels of a chain run beside it.
 RING = 160 << 10
 # Bytes a stage should have at most: smaller ones cost more barriers, larger ones leave fewer in flight.
 STAGE = 26 << 10
+
+
+def tokens_of_a_pass(count: int) -> int:
+    """The one of TOKENS that so many tokens are taken as; more than the last take several passes."""
+    return next((size for size in TOKENS if count <= size), TOKENS[-1])
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ class Tiling:
 
         One pass of all blocks over the rows where a block can own its share, else the fewest equal passes.
         """
-        bucket = next((size for size in TOKENS if tokens <= size), TOKENS[-1])
+        bucket = tokens_of_a_pass(tokens)
         share = -(-rows // 8 // multiprocessors)
         passes = -(-share // (28 if bucket < 128 else 21))
         groups = max(1, -(-rows // 8 // (multiprocessors * passes)))
@@ -102,18 +114,19 @@ class Tiling:
             batch, stage = {8: 8, 16: 8}.get(bucket, 4), STAGE
         each = min(each, groups)
         budget = min(RING, LIMITS[arch].shared_block - 2048)
-        best: Tiling | None = None
-        for boxes in (8, 4, 2, 1):
-            if depth % (boxes * BOX):
-                continue
-            copy = "bulk" if arch in BULK else "async"
-            tiling = Tiling(bucket, groups, each, split, boxes, 0, min(boxes * 4, batch), 2, copy)
-            best = replace(tiling, stages=min(16, budget // (tiling.stage_bytes + 16)))
-            if tiling.stage_bytes <= stage:
-                break
-        if best is None or best.stages < 2:
+        copy = "bulk" if has_dependent_launch(arch) else "async"
+        tilings = [
+            Tiling(bucket, groups, each, split, boxes, 0, min(boxes * 4, batch), 2, copy)
+            for boxes in (8, 4, 2, 1)
+            if depth % (boxes * BOX) == 0
+        ]
+        if not tilings:
+            raise ValueError(f"linear: a weight [{rows}, {depth}]: columns of {BOX} needed")
+        tiling = next((tiling for tiling in tilings if tiling.stage_bytes <= stage), tilings[-1])
+        stages = min(16, budget // (tiling.stage_bytes + 16))
+        if stages < 2:
             raise ValueError(f"linear: a weight [{rows}, {depth}] has no tiling for {tokens} tokens on {arch}")
-        return best
+        return replace(tiling, stages=stages)
 
 
 @kernel_factory
@@ -322,10 +335,7 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                             if gated:
                                 column = block * half_rows + group * 4 + (lane & 3)
                                 if group < groups and column < half and token < here:
-                                    gate = acc[c]
-                                    value = ptx.mul_rn_f32(
-                                        ptx.div_rn_f32(gate, float32(1.0) + device.exp(-gate)), acc[c + 1]
-                                    )
+                                    value = ptx.mul_rn_f32(device.silu(acc[c]), acc[c + 1])
                                     out[int64(first + token) * half + column] = ptx.cvt_rn_bf16_f32(value)
                             else:
                                 column = block * half_rows + group * 8 + (lane & 3) * 2
@@ -394,8 +404,7 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, gated: boo
     check.tensor(operation, "weight", weight, (rows, depth), torch.bfloat16)
     check.tensor(operation, "out", out, (count, rows // 2 if gated else rows), torch.bfloat16)
     if count:
-        bucket = next((size for size in TOKENS if count <= size), TOKENS[-1])
-        tiling, kernel, blocks = _plan(bucket, rows, depth, gated, max(x.get_device(), 0))
+        tiling, kernel, blocks = _plan(tokens_of_a_pass(count), rows, depth, gated, max(x.get_device(), 0))
         weight_source, x_source = weight, x
         if tiling.copy == "bulk":
             weight_source, x_source = _map(weight, tiling.groups * (4 if gated else 8)), _map(x, tiling.tokens)

@@ -98,11 +98,9 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_filters_keep_what_transformers_keeps(dtype, filters):
-    """Two draws that tell: one whose winner is the least of the tokens to keep, one that the greatest of the tokens to
-    drop would win if it were kept."""
-    temperature = 20.0
+def draws_that_tell(dtype, temperature, filters):
+    """One row of logits, once for each of two seeds that tell what is kept: one whose winner is the least of the tokens
+    to keep, one that the greatest of the tokens to drop would win if it were kept. (rows, seeds, the filtered row)"""
     logits = (torch.randn(40) * 10).to(dtype)
     scaled = logits.double() / temperature
     kept = sampling.reference_filter(logits, temperature, **filters)
@@ -113,6 +111,13 @@ def test_filters_keep_what_transformers_keeps(dtype, filters):
         tempted[dropped.argmax()] = dropped.max()
         seeds.append(seed_that_draws(dropped.argmax().item(), tempted))
     rows = logits.to(DEVICE).expand(len(seeds), 40).contiguous()
+    return rows, seeds, kept
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_filters_keep_what_transformers_keeps(dtype, filters):
+    temperature = 20.0
+    rows, seeds, kept = draws_that_tell(dtype, temperature, filters)
     assert draw(rows, temperature, seeds=seeds, **filters).tolist() == [winner(kept, seed, 0) for seed in seeds]
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from kernel_numerics import DEVICE, floats, ints, randn
-from test_op_sampling import FILTERS, seed_that_draws, winner
+from test_op_sampling import FILTERS, draws_that_tell, seed_that_draws, winner
 
 from kernels import sampling
 
@@ -87,19 +87,8 @@ def test_draws_are_the_definitions(workspace):
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_filters_keep_what_transformers_keeps(filters, workspace):
-    """Two draws that tell: one whose winner is the least of the tokens to keep, one that the greatest of the tokens to
-    drop would win if it were kept."""
     temperature = 20.0
-    logits = (torch.randn(40) * 10).to(BF16)
-    scaled = logits.double() / temperature
-    kept = sampling.reference_filter(logits, temperature, **filters)
-    dropped = scaled.masked_fill(kept.isfinite(), -math.inf)
-    seeds = [seed_that_draws(scaled.masked_fill(~kept.isfinite(), math.inf).argmin().item(), kept)]
-    if dropped.isfinite().any():
-        tempted = kept.clone()
-        tempted[dropped.argmax()] = dropped.max()
-        seeds.append(seed_that_draws(dropped.argmax().item(), tempted))
-    rows = logits.to(DEVICE).expand(len(seeds), 40).contiguous()
+    rows, seeds, kept = draws_that_tell(BF16, temperature, filters)
     drawn = draw(rows, workspace, temperature=temperature, seeds=seeds, **filters)
     assert drawn == [winner(kept, seed, 0) for seed in seeds]
 

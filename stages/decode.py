@@ -16,6 +16,8 @@ from stages.metrics import Rows
 from stages.params import Workload
 
 if TYPE_CHECKING:
+    import torch
+
     from engine.cost import Ceilings
     from engine.kv_cache import ContiguousCache
     from engine.model import Model
@@ -189,21 +191,38 @@ def list_parts(model: Model, cache: ContiguousCache, batch: int, context: int) -
     return [part for part in parts if post or part.name != "norm"]
 
 
-def time_part(part: Part, repeats: int) -> list[float]:
-    """Milliseconds that the part's calls take, one after another in a CUDA graph, enough of them to hide its launch."""
+def time_part(part: Part, repeats: int, device: torch.device) -> list[float]:
+    """Milliseconds that the part's calls take, one after another; on a GPU enough of them in one CUDA graph."""
     import torch
 
     from stages.timing import measure
 
     rounds = -(-CAPTURED // len(part.calls))
-    for call in part.calls:
-        call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def run() -> None:
         for _ in range(rounds):
             for call in part.calls:
                 call()
-    return [sample / rounds for sample in measure(graph.replay, 2, repeats, "cuda")]
+
+    for call in part.calls:
+        call()
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+    return [sample / rounds for sample in measure(run, 2, repeats, device)]
+
+
+def time_calls(
+    part: Part, repeats: int, ceilings: Ceilings, device: torch.device
+) -> tuple[list[float], float | None, str | None]:
+    """Microseconds of one of the part's calls, the least it could take and why."""
+    calls = len(part.calls)
+    samples = [sample / calls * 1e3 for sample in time_part(part, repeats, device)]
+    if ceilings.bandwidth is None:
+        return samples, None, None
+    return samples, part.bytes / ceilings.bandwidth / calls * 1e6, BY_COPY
 
 
 def bench_kernels(model: Model, workload: Workload, ceilings: Ceilings, graph: bool, batch: int, context: int) -> Found:
@@ -215,15 +234,13 @@ def bench_kernels(model: Model, workload: Workload, ceilings: Ceilings, graph: b
     found: Found = []
     with torch.inference_mode():
         parts = list_parts(model, random_cache(model, batch, context + 1), batch, context)
-        times = {part.name: time_part(part, workload.repeats) for part in parts}
-    total = sum(statistics.median(samples) for samples in times.values())
-    for part in parts:
-        case, calls, samples = f"{part.name}, {name_case(batch, context)}", len(part.calls), times[part.name]
-        limit = None if ceilings.bandwidth is None else part.bytes / ceilings.bandwidth / calls * 1e6
-        kind = None if limit is None else BY_COPY
+        timed = [(part, *time_calls(part, workload.repeats, ceilings, model.weights.device)) for part in parts]
+    spent = {part.name: statistics.median(samples) * len(part.calls) for part, samples, _, _ in timed}
+    for part, samples, limit, kind in timed:
+        case = f"{part.name}, {name_case(batch, context)}"
         found += [
-            (case, "call_us", [sample / calls * 1e3 for sample in samples], limit, kind),
-            (case, "step_share", [statistics.median(samples) / total], None, None),
+            (case, "call_us", samples, limit, kind),
+            (case, "step_share", [spent[part.name] / sum(spent.values())], None, None),
             (case, "bytes", [float(part.bytes)], None, None),
         ]
     return found

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.decode import Part, time_calls
 from stages.metrics import Rows
 from stages.params import Workload
 
@@ -56,56 +57,36 @@ def bench(
     """The suite's rows, on a GPU. path: the checkpoint's folder. knobs: dtype and the like, of every row."""
     import torch
 
-    from engine.cost import step_cost
+    from engine.latency import Case, case_cost
     from stages.hf import load_model
 
     model: Any = None
     for name, metric in list_rows():
         shared: dict[str, Any] = {"suite": PEERS, "value": None} | knobs | name | units(metric)
         if metric == "call_us":
-            part = name["case"].partition(",")[0]
-            samples, size = time_product(weights, part, name["batch"], workload.repeats)
-            limit = None if ceilings.bandwidth is None else size / ceilings.bandwidth * 1e6
-            kind = None if limit is None else "copy bandwidth over the bytes moved"
+            with torch.inference_mode():
+                part = product(weights, name["case"].partition(",")[0], name["batch"])
+                samples, limit, kind = time_calls(part, workload.repeats, ceilings, weights.device)
             rows.add(samples=samples, limit=limit, limit_kind=kind, **shared)
             continue
         model = load_model(path, weights.dtype, weights.device.type) if model is None else model
         batch, context = name["batch"], name["context"]
         steps = time_steps(model, batch, context, workload.new_tokens, torch.compile)
-        cost = step_cost(config, weights.dtype, [1] * batch, [context + workload.new_tokens // 2] * batch)
+        cost, _ = case_cost(config, weights.dtype, Case(0, workload.new_tokens, context), batch)
         limit, kind = ceilings.milliseconds(cost)
         rows.add(samples=steps, limit=limit, limit_kind=kind, note=COMPILED, **shared)
 
 
-def time_product(weights: Weights, part: str, batch: int, repeats: int) -> tuple[list[float], int]:
-    """Microseconds of a product as torch computes it (a vector's by torch.mv), and the bytes that it moves."""
+def product(weights: Weights, name: str, batch: int) -> Part:
+    """All layers' products of this name as torch computes them: a vector's by torch.mv."""
     import torch
 
-    from stages.decode import CAPTURED
-    from stages.timing import measure
-
-    matrices = [weights.lm_head] if part == "head" else [getattr(layer, part) for layer in weights.layers]
+    matrices = [weights.lm_head] if name == "head" else [getattr(layer, name) for layer in weights.layers]
     rows, depth = matrices[0].shape
     x = torch.randn(batch, depth, device=weights.device).to(weights.dtype)
     run: Callable[[Any], Any] = (lambda w: torch.mv(w, x[0])) if batch == 1 else (lambda w: x @ w.t())
-    rounds = -(-CAPTURED // len(matrices))
-
-    def all_of_them() -> None:
-        for _ in range(rounds):
-            for matrix in matrices:
-                run(matrix)
-
-    with torch.inference_mode():
-        if weights.device.type == "cuda":
-            all_of_them()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                all_of_them()
-            milliseconds = measure(graph.replay, 2, repeats, "cuda")
-        else:
-            milliseconds = measure(all_of_them, 1, repeats)
-    size = (matrices[0].numel() + batch * (rows + depth)) * weights.dtype.itemsize
-    return [sample / (rounds * len(matrices)) * 1e3 for sample in milliseconds], size
+    size = len(matrices) * (matrices[0].numel() + batch * (rows + depth)) * weights.dtype.itemsize
+    return Part(name, [lambda matrix=matrix: run(matrix) for matrix in matrices], size)
 
 
 def time_steps(

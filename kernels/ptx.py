@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels.cuda import SIMULATED, cgutils, intrinsic, ir, types
+from kernels.cuda import SIMULATED, cgutils, device_function, intrinsic, ir, types, uint32, uint64
 from kernels.simulator import SimulationError, current, shared_bytes, simulated_tensor_map
 from kernels.simulator import shared_address as shared_address_of
 
@@ -93,17 +93,55 @@ def instruction(
                 return cgutils.pack_array(builder, parts)
             return called if results else context.get_dummy_value()
 
-        # Numba maps arguments by the signature: give it the twin's names behind the typing context.
-        context_first = inspect.Parameter("typingctx", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        named = inspect.signature(twin).parameters.values()
-        typing.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [context_first, *(p.replace(annotation=inspect.Parameter.empty) for p in named)]
-        )
-        typing.__name__ = twin.__name__
-        typing.__doc__ = twin.__doc__
-        return intrinsic(typing)
+        return _as_intrinsic(typing, twin)
 
     return decorate
+
+
+def array_instruction(asm: str, element: str, count: int, *operands: str) -> Any:
+    """Decorator as `instruction`, for assembly that works on registers in place: the function's first argument is a
+    `cuda.local.array` of `count` elements of kind `element` ("f32" or "u32"), $0 … in the assembly; operands follow.
+
+    Its accesses to memory and its place among other such instructions are kept.
+    """
+    if SIMULATED:
+        return lambda twin: twin
+
+    llvm = {"u32": ir.IntType(32), "u64": ir.IntType(64), "f32": ir.FloatType()}
+    scalars = {"u32": types.uint32, "u64": types.uint64}
+    constraints = ["=" + _LETTERS[element]] * count + [_LETTERS[kind] for kind in operands]
+    constraints += [*map(str, range(count)), "~{memory}"]
+
+    def decorate(twin: Callable[..., Any]) -> Any:
+        def typing(typingctx: Any, *given: Any) -> Any:
+            return types.void(given[0], *(scalars[kind] for kind in operands)), generate
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            array = context.make_array(signature.args[0])(context, builder, values[0])
+            places = [builder.gep(array.data, [ir.Constant(ir.IntType(32), i)]) for i in range(count)]
+            kinds = [llvm[kind] for kind in operands] + [llvm[element]] * count
+            function = ir.FunctionType(ir.LiteralStructType([llvm[element]] * count), kinds)
+            assembly = ir.InlineAsm(function, asm, ",".join(constraints), side_effect=True)
+            called = builder.call(assembly, [*values[1:], *map(builder.load, places)])
+            for i, place in enumerate(places):
+                builder.store(builder.extract_value(called, i), place)
+            return context.get_dummy_value()
+
+        return _as_intrinsic(typing, twin)
+
+    return decorate
+
+
+def _as_intrinsic(typing: Any, twin: Callable[..., Any]) -> Any:
+    """An intrinsic with the twin's name, and its argument names behind the typing context: Numba maps by them."""
+    context_first = inspect.Parameter("typingctx", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    named = inspect.signature(twin).parameters.values()
+    typing.__signature__ = inspect.Signature(
+        [context_first, *(p.replace(annotation=inspect.Parameter.empty) for p in named)]
+    )
+    typing.__name__ = twin.__name__
+    typing.__doc__ = twin.__doc__
+    return intrinsic(typing)
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -519,3 +557,201 @@ def _bf16_values(bits: np.ndarray) -> np.ndarray:
 # Products are exact and sums fp32, in an order PTX leaves open; the twin rounds once.
 mma_m16n8k16_bf16 = _mma("bf16")
 mma_m16n8k16_f16 = _mma("f16")
+
+
+# --- warpgroups (sm_90a) ---------------------------------------------------------------------------------------------
+
+WARPGROUP = 128
+
+
+@device_function
+def wgmma_descriptor(address: Any, leading: Any, stride: Any) -> Any:
+    """uint64 that tells wgmma of a matrix in shared memory under the 128-byte swizzle, at a multiple of 1024.
+
+    "k": rows of 64 elements of K, 8 of them 1024 bytes; the next 8 rows lie `stride` bytes on; leading is not used.
+    "n": columns of 64 elements of N, 8 of K 1024 bytes; the next 8 of K lie `stride`, the next 64 of N `leading` bytes
+    on. Adding bytes >> 4 moves it on within the matrix: 32 bytes are the next 16 of K in "k".
+    """
+    fixed = uint64(1 << 62) | uint64(address >> uint32(4))
+    return fixed | (uint64(leading >> uint32(4)) << uint64(16)) | (uint64(stride >> uint32(4)) << uint64(32))
+
+
+@instruction("wgmma.fence.sync.aligned;", None, memory=True, collective=True)
+def wgmma_fence() -> None:
+    """Order what the warpgroup has done to its registers before the wgmma that follow. Needed before the first one."""
+
+
+@instruction("wgmma.commit_group.sync.aligned;", None, memory=True, collective=True)
+def wgmma_commit_group() -> None:
+    """The wgmma issued since the last commit are a group."""
+
+
+@functools.cache
+def wgmma_wait_group(pending: int) -> Any:
+    """The instruction, without arguments, that waits until at most `pending` of the latest groups are unfinished."""
+
+    def wgmma_wait() -> None:
+        """The twins compute at once."""
+
+    return instruction(f"wgmma.wait_group.sync.aligned {pending};", None, memory=True, collective=True)(wgmma_wait)
+
+
+def _operand(descriptor: Any, rows: int, major: str) -> np.ndarray:
+    """The matrix [rows, 16] that a descriptor tells of, as float64."""
+    bits = int(descriptor)
+    start, leading, stride = ((bits >> place & 0x3FFF) << 4 for place in (0, 16, 32))
+    row, k = np.meshgrid(np.arange(rows), np.arange(16), indexing="ij")
+    if major == "k":
+        place = start + row // 8 * stride + row % 8 * 128 + k * 2
+    else:
+        place = start + row // 64 * leading + k // 8 * stride + k % 8 * 128 + row % 64 * 2
+    place ^= (place >> 7 & 7) << 4
+    chunks, where = np.unique(place >> 4, return_inverse=True)
+    held = np.array([shared_bytes(int(chunk) << 4, 16).view(np.uint16) for chunk in chunks])
+    return _bf16_values(held[where.reshape(place.shape), place >> 1 & 7])
+
+
+@functools.cache
+def wgmma_m64k16_bf16(n: int, a: str = "shared", b_major: str = "k") -> Any:
+    """The instruction of a warpgroup that adds a [64, 16] times b [16, n] to its accumulators, without waiting for it.
+
+    (acc, a_descriptor, b_descriptor, scale), or with a = "registers" (acc, a0, a1, a2, a3, b_descriptor, scale): acc a
+    local array of n / 2 float32; scale uint32, 0 where acc is to be overwritten. n is a multiple of 8 up to 256. b lies
+    in shared memory with K next to each other, or with b_major "n" N. Warp w has rows 16 w …: its lanes hold of a, and
+    of acc's columns 8 i …, in acc[4 i] …, what they hold in mma_m16n8k16. Sums are in its order: the bits are equal.
+    """
+    count = n // 2
+    name = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16"
+    registers = ", ".join(f"${i}" for i in range(count))
+    transposed = int(b_major == "n")
+    if a == "shared":
+        kinds = ("u64", "u64", "u32")
+        matrices, layout = f"${count}, ${count + 1}", f"0, {transposed}"
+    else:
+        kinds = ("u32", "u32", "u32", "u32", "u64", "u32")
+        matrices = "{" + ", ".join(f"${count + i}" for i in range(4)) + f"}}, ${count + 4}"
+        layout = f"{transposed}"
+    scale = f"${count + len(kinds) - 1}"
+    asm = f"{{ .reg .pred p; setp.ne.b32 p, {scale}, 0; {name} {{{registers}}}, {matrices}, p, 1, 1, {layout}; }}"
+
+    def multiply(acc: np.ndarray, fragments: list[Any] | Any, b_descriptor: Any, scale: Any) -> None:
+        def compute(lanes: dict[int, Any]) -> dict[int, Any]:
+            b = _operand(b_descriptor, n, b_major)
+            if a == "shared":
+                left = _operand(fragments, 64, "k")
+            else:
+                left = np.empty((64, 16))
+                for lane, (_, held) in lanes.items():
+                    row, pair = lane // 32 * 16 + lane % 32 // 4, lane % 4 * 2
+                    for i, word in enumerate(held):
+                        values = _bf16_values(np.array([word], np.uint32).view(np.uint16))
+                        left[row + i % 2 * 8, pair + i // 2 * 8 :][:2] = values
+            product = left @ b.T
+            for lane, (sums, _) in lanes.items():
+                row, pair = lane // 32 * 16 + lane % 32 // 4, lane % 4 * 2
+                columns = np.arange(0, n, 8)[:, None] + [pair, pair + 1]
+                added = np.stack([product[row][columns], product[row + 8][columns]], 1).reshape(-1)
+                sums[:] = (added + sums if scale else added).astype(np.float32)
+            return dict.fromkeys(lanes)
+
+        every = (1 << WARPGROUP) - 1
+        current().collective(name, every, (acc, fragments), compute, WARPGROUP)
+
+    def from_shared(acc: Any, a_descriptor: Any, b_descriptor: Any, scale: Any) -> None:
+        multiply(acc, a_descriptor, b_descriptor, scale)
+
+    def from_registers(acc: Any, a0: Any, a1: Any, a2: Any, a3: Any, b_descriptor: Any, scale: Any) -> None:
+        multiply(acc, [a0, a1, a2, a3], b_descriptor, scale)
+
+    return array_instruction(asm, "f32", count, *kinds)(from_shared if a == "shared" else from_registers)
+
+
+def _keep(element: str) -> Any:
+    @functools.cache
+    def keep(count: int) -> Any:
+        def kept(array: Any) -> None:
+            """Nothing."""
+
+        return array_instruction("", element, count)(kept)
+
+    return keep
+
+
+# keep_<kind>(n)(array): its n elements are in registers here, with every change to them made: nothing that the compiler
+# would move between wgmma, which ptxas answers by waiting for each of them.
+keep_f32 = _keep("f32")
+keep_u32 = _keep("u32")
+
+
+def _setmaxnreg(mode: str) -> Any:
+    @functools.cache
+    def factory(registers: int) -> Any:
+        def setmaxnreg() -> None:
+            """The twin has as many as it likes."""
+
+        asm = f"setmaxnreg.{mode}.sync.aligned.u32 {registers};"
+        return instruction(asm, None, memory=True, collective=True)(setmaxnreg)
+
+    return factory
+
+
+# setmaxnreg_<inc|dec>(n)(): the warpgroup's threads get more, or give some back, to have n registers each.
+setmaxnreg_inc = _setmaxnreg("inc")
+setmaxnreg_dec = _setmaxnreg("dec")
+
+
+@instruction("bar.sync $0, $1;", None, "u32", "u32", memory=True, collective=True)
+def bar_sync(barrier: Any, threads: Any) -> None:
+    """Arrive at named barrier 1 … 15 of `threads` threads and wait until all of them have."""
+    current().named_barrier(int(barrier), int(threads), True)
+
+
+@instruction("bar.arrive $0, $1;", None, "u32", "u32", memory=True, collective=True)
+def bar_arrive(barrier: Any, threads: Any) -> None:
+    """Arrive at named barrier 1 … 15 of `threads` threads and go on."""
+    current().named_barrier(int(barrier), int(threads), False)
+
+
+# --- clusters (sm_90 and later); the simulator's have one block ------------------------------------------------------
+
+
+@instruction("mov.u32 $0, %cluster_ctarank;", "u32")
+def cluster_ctarank() -> Any:
+    """This block's number in its cluster."""
+    return np.uint32(0)
+
+
+@instruction("barrier.cluster.arrive.aligned;", None, memory=True, collective=True)
+def barrier_cluster_arrive() -> None:
+    """Say to the other blocks of the cluster that all before this is done."""
+
+
+@instruction("barrier.cluster.wait.aligned;", None, memory=True, collective=True)
+def barrier_cluster_wait() -> None:
+    """Wait until every thread of the cluster has arrived."""
+    current().syncthreads_count(0)
+
+
+@instruction("mapa.shared::cluster.u32 $0, $1, $2;", "u32", "u32", "u32")
+def mapa_shared_cluster(address: Any, rank: Any) -> Any:
+    """Where, for all of the cluster, the shared address of block `rank` of it lies."""
+    return address
+
+
+@instruction("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [$0];", None, "u32", memory=True)
+def mbarrier_arrive_cluster(address: Any) -> None:
+    """One arrival at a barrier of any block of the cluster, at an address from `mapa_shared_cluster`."""
+    current().block.phases.arrive(int(address))
+
+
+@instruction(
+    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+    " [$0], [$1, {$3, $4}], [$2], $5, $6;",
+    None, "u32", "p", "u32", "s32", "s32", "u16", "u64", memory=True,
+)  # fmt: skip
+def cp_async_bulk_tensor_2d_multicast(
+    target: Any, tensor_map: Any, map_index: Any, barrier: Any, column: Any, row: Any, blocks: Any, policy: Any
+) -> None:
+    """`cp_async_bulk_tensor_2d` to the same place in every block of the cluster whose bit is set in `blocks`, each
+    with its bytes on its own barrier at the same address."""
+    cp_async_bulk_tensor_2d(target, tensor_map, map_index, barrier, column, row, policy)

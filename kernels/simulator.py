@@ -176,26 +176,40 @@ class _Worker(threading.Thread):
             self._park()
         return 1
 
-    def collective(self, name: str, mask: int, value: Any, compute: Callable[[dict[int, Any]], Any]) -> Any:
-        """Meet the lanes of `mask` in this warp; `compute` maps their values {lane: value} to each lane's result."""
-        warp, lane = divmod(self.thread_id, WARP)
+    def collective(
+        self, name: str, mask: int, value: Any, compute: Callable[[dict[int, Any]], Any], size: int = WARP
+    ) -> Any:
+        """Meet the lanes of `mask` in this warp, or group of `size` threads; `compute` maps their values {lane: value}
+        to each lane's result."""
+        group, lane = divmod(self.thread_id, size)
         if not mask >> lane & 1:
             raise SimulationError(f"{name}: lane {lane} executes it but is not in its mask {mask:#010x}")
-        met = self.block.meetings.setdefault((warp, mask), {})
+        met = self.block.meetings.setdefault((group, mask), {})
         met[lane] = (self, name, value)
         if len(met) < mask.bit_count():
             self._park()
             return self.result
-        del self.block.meetings[warp, mask]
+        del self.block.meetings[group, mask]
         names = {n for _, n, _ in met.values()}
         if len(names) > 1:
-            raise SimulationError(f"lanes of warp {warp} meet at different instructions: {sorted(names)}")
+            raise SimulationError(f"lanes of warp {group} meet at different instructions: {sorted(names)}")
         results = compute({i: met[i][2] for i in sorted(met)})
         for i, (worker, _, _) in met.items():
             if worker is not self:
                 worker.result = results[i]
                 self.block.ready.append(worker)
         return results[lane]
+
+    def named_barrier(self, number: int, threads: int, wait: bool) -> None:
+        """Arrive at barrier `number` of `threads` threads, and with `wait` give way until all have."""
+        met = self.block.named.setdefault((number, threads), [0, []])
+        met[0] += 1
+        if met[0] == threads:
+            self.block.ready.extend(met[1])
+            del self.block.named[number, threads]
+        elif wait:
+            met[1].append(self)
+            self._park()
 
 
 class _Phases:
@@ -258,6 +272,7 @@ class _Block:
         self.ready: deque[_Worker] = deque()
         self.at_barrier: list[tuple[_Worker, bool]] = []
         self.meetings: dict[tuple[int, int], dict[int, tuple[_Worker, str, Any]]] = {}
+        self.named: dict[tuple[int, int], list[Any]] = {}  # barrier and its threads: how many came, who waits
         self.phases = _Phases(self.ready)
         self.failure: BaseException | None = None
         self.control = threading.Lock()
@@ -291,6 +306,8 @@ class _Block:
             for (warp, mask), met in self.meetings.items():
                 name = next(iter(met.values()))[1]
                 parts.append(f"{len(met)} lanes of warp {warp} wait at {name} with mask {mask:#010x}")
+            for (number, threads), (count, _) in self.named.items():
+                parts.append(f"{count} of {threads} threads have come to barrier {number}")
             for (address, parity), workers in self.phases.waiting.items():
                 parts.append(f"{len(workers)} threads wait at memory barrier {address} for parity {parity}")
             self.failure = SimulationError(f"block {tuple(self.index)} is stuck: " + "; ".join(parts))
@@ -305,6 +322,7 @@ class _Block:
         """Unwind the threads that wait, one at a time, and raise what went wrong."""
         waiting = [w for w, _ in self.at_barrier] + list(self.ready)
         waiting += [w for met in self.meetings.values() for w, _, _ in met.values()]
+        waiting += [w for _, workers in self.named.values() for w in workers]
         waiting += [w for workers in self.phases.waiting.values() for w in workers]
         for worker in dict.fromkeys(waiting):
             worker.wake.release()

@@ -6,12 +6,14 @@ columns, weight rows and token rows, both in the 128-byte swizzle.
 
     copy "bulk"    tensor maps and bulk copies, sm_90 and later: one lane asks for a whole box
     copy "async"   cp.async, sm_80 and later: a lane asks for 16 bytes
+    wgmma          sm_90a: warpgroups of 64 tokens multiply from shared memory; without, warps do from registers
+    cluster        blocks that fetch tokens together, each a share of them for all: many tokens outweigh the weights
 
 In a chain of programmatic launches the ring fills with weights while the kernel ahead still runs: only the tokens wait.
 
-Order of summation: mma.sync m16n8k16 over K in order on one fp32 accumulator, rounded once to bf16. It depends on K
-alone: tiles, tokens of a pass, depth of the ring and the way of copying change no bit. For `linear_swiglu` gate and up
-stay fp32 until silu(gate) * up is rounded.
+Order of summation: m16n8k16 or m64k16 over K in order on one fp32 accumulator, rounded once to bf16. It depends on K
+alone: tiles, tokens of a pass, depth of the ring, the way of copying and the instruction change no bit. For
+`linear_swiglu` gate and up stay fp32 until silu(gate) * up is rounded.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels import check, device, ptx
-from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint8, uint32, uint64
+from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint8, uint16, uint32, uint64
 from kernels.launch import (
     LIMITS,
     Kernel,
@@ -53,7 +55,9 @@ def tokens_of_a_pass(count: int) -> int:
 class Tiling:
     """How a block works. tokens: of a pass. groups: of 8 weight rows a block owns at a time. each: groups a warp owns.
     split: warps that share a group's tokens. boxes: of 64 columns in a stage. stages: of the ring. batch, together:
-    steps of 16 columns and tiles of 16 tokens whose operands a warp loads together. copy: "bulk" or "async"."""
+    steps of 16 columns and tiles of 16 tokens whose operands a warp loads together. copy: "bulk" or "async". wgmma:
+    whether warpgroups multiply, each all groups for 64 tokens (each, split, batch and together say nothing then).
+    cluster: blocks that fetch tokens together ("bulk")."""
 
     tokens: int
     groups: int
@@ -64,6 +68,8 @@ class Tiling:
     batch: int
     together: int
     copy: str
+    wgmma: bool = False
+    cluster: int = 1
 
     @property
     def tiles(self) -> int:
@@ -73,6 +79,8 @@ class Tiling:
     @property
     def warps(self) -> int:
         """That multiply; one more copies."""
+        if self.wgmma:
+            return 4 * -(-self.tokens // 64)
         return -(-self.groups // self.each) * self.split
 
     @property
@@ -90,8 +98,9 @@ class Tiling:
 
     @property
     def shared(self) -> int:
-        """Bytes of a block: the ring from a multiple of 1024 on, then two barriers a stage."""
-        return 1024 + self.stages * self.stage_bytes + 16 * self.stages
+        """Bytes of a block: the ring from a multiple of 1024 on, then two barriers a stage; wgmma reads 64 tokens."""
+        beyond = max(0, 64 - self.tokens) * 128 if self.wgmma else 0
+        return 1024 + self.stages * self.stage_bytes + 16 * self.stages + beyond
 
     @staticmethod
     def choose(tokens: int, rows: int, depth: int, arch: str, multiprocessors: int) -> Tiling:
@@ -141,6 +150,9 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
     split, tiles = tiling.split, tiling.tiles
     # Rows of a box's half: with gates a box is gate rows, then up rows.
     halves = 2 if gated else 1
+    cluster = tiling.cluster
+    box_tokens = tokens // cluster
+    everybody = (1 << cluster) - 1
     half_rows = groups * 8 // halves
     half_bytes = box_bytes // 2 if gated else box_bytes
     columns = boxes * BOX
@@ -150,6 +162,12 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
     accumulators = each * tiles * 4
     weight_words, token_words = each * batch * 2, together * batch * (4 if tokens > 8 else 2)
     waits = ptx.mbarrier_try_wait if bulk else ptx.mbarrier_test_wait
+    # Of wgmma: weight rows of an instruction, its accumulators, and those of gate and up.
+    wide = -(-half_rows // 8) * 8
+    part_accumulators = wide // 2
+    warpgroups = tiling.wgmma
+    wgmma, keep = ptx.wgmma_m64k16_bf16(min(wide, 256)), ptx.keep_f32(part_accumulators)
+    one_unfinished, none_unfinished = ptx.wgmma_wait_group(1), ptx.wgmma_wait_group(0)
 
     @device_function
     def copy_weight(weight, target, barrier, block, k, lane, half, depth):
@@ -173,8 +191,16 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                         ptx.cp_async_cg_16(target + place, weight, source + k * columns + h * BOX + chunk * 8)
 
     @device_function
-    def copy_tokens(x, target, barrier, first, k, lane, here, depth):
-        if bulk:
+    def copy_tokens(x, target, barrier, first, k, lane, here, depth, rank):
+        if cluster > 1:
+            if lane == 0:
+                for h in range(boxes):
+                    place = uint32(boxes * box_bytes + h * token_bytes) + rank * uint32(box_tokens * 128)
+                    ptx.cp_async_bulk_tensor_2d_multicast(
+                        target + place, x, 0, barrier, int32(k * columns + h * BOX), int32(first + rank * box_tokens),
+                        uint16(everybody), uint64(ptx.EVICT_LAST),
+                    )  # fmt: skip
+        elif bulk:
             if lane == 0:
                 for h in range(boxes):
                     ptx.cp_async_bulk_tensor_2d(
@@ -190,6 +216,15 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                         target + place, x, int64(first + row) * depth + k * columns + h * BOX + chunk * 8
                     )
             ptx.cp_async_mbarrier_arrive(barrier)
+
+    @device_function
+    def release(barrier, lane):
+        """The stage may be filled again; in a cluster every block fills a part of it."""
+        if cluster > 1:
+            if lane < cluster:
+                ptx.mbarrier_arrive_cluster(ptx.mapa_shared_cluster(barrier, uint32(lane)))
+        elif lane == 0:
+            ptx.mbarrier_arrive(barrier)
 
     # Operands of one batch of steps, from shared memory to registers.
     @device_function
@@ -253,10 +288,16 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
         if thread == 0:
             for s in range(stages):
                 ptx.mbarrier_init(full + uint32(8 * s), uint32(1 if bulk else 32))
-                ptx.mbarrier_init(empty + uint32(8 * s), uint32(warps))
+                ptx.mbarrier_init(empty + uint32(8 * s), uint32(warps * cluster))
             if bulk:
                 ptx.fence_mbarrier_init()
-        cuda.syncthreads()
+        rank = int32(0)
+        if cluster > 1:
+            rank = int32(ptx.cluster_ctarank())
+            ptx.barrier_cluster_arrive()
+            ptx.barrier_cluster_wait()
+        else:
+            cuda.syncthreads()
         ptx.griddepcontrol_launch_dependents()
         first = int32(cuda.blockIdx.y) * tokens
         here = min(count - first, int32(tokens))
@@ -272,23 +313,74 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                 copy_weight(weight, ring + uint32(k * stage_bytes), full + uint32(8 * k), block, k, lane, half, depth)
             ptx.griddepcontrol_wait()
             for k in range(early):
-                copy_tokens(x, ring + uint32(k * stage_bytes), full + uint32(8 * k), first, k, lane, here, depth)
+                copy_tokens(x, ring + uint32(k * stage_bytes), full + uint32(8 * k), first, k, lane, here, depth, rank)
             stage, parity = early, uint32(1)
             if stage == stages:
                 stage, parity = int32(0), uint32(0)
             begin = early
-            while block < blocks:
+            while block - rank < blocks:
                 for k in range(begin, stage_count):
                     while waits(empty + uint32(8 * stage), parity) == 0:
                         pass
                     target = ring + uint32(stage * stage_bytes)
                     barrier = full + uint32(8 * stage)
                     copy_weight(weight, target, barrier, block, k, lane, half, depth)
-                    copy_tokens(x, target, barrier, first, k, lane, here, depth)
+                    copy_tokens(x, target, barrier, first, k, lane, here, depth, rank)
                     stage += int32(1)
                     if stage == stages:
                         stage, parity = int32(0), parity ^ uint32(1)
                 begin = int32(0)
+                block += int32(cuda.gridDim.x)
+        elif warpgroups:
+            acc = cuda.local.array(part_accumulators, float32)
+            up = cuda.local.array(part_accumulators, float32)
+            own = warp >> 2
+            token_place = uint32(boxes * box_bytes + own * 8192)
+            stage, parity, previous = int32(0), uint32(0), int32(0)
+            while block - rank < blocks:
+                for i in range(part_accumulators):
+                    acc[i], up[i] = float32(0.0), float32(0.0)
+                keep(acc)
+                if gated:
+                    keep(up)
+                for k in range(stage_count):
+                    while waits(full + uint32(8 * stage), parity) == 0:
+                        pass
+                    at = ring + uint32(stage * stage_bytes)
+                    ptx.wgmma_fence()
+                    for h in range(boxes):
+                        a = ptx.wgmma_descriptor(at + token_place + uint32(h * token_bytes), uint32(16), uint32(1024))
+                        b = ptx.wgmma_descriptor(at + uint32(h * box_bytes), uint32(16), uint32(1024))
+                        for i in range(4):
+                            wgmma(acc, a + uint64(2 * i), b + uint64(2 * i), uint32(1))
+                            if gated:
+                                wgmma(up, a + uint64(2 * i), b + uint64(half_bytes // 16 + 2 * i), uint32(1))
+                    ptx.wgmma_commit_group()
+                    one_unfinished()
+                    if k > 0:
+                        release(empty + uint32(8 * previous), lane)
+                    previous = stage
+                    stage += int32(1)
+                    if stage == stages:
+                        stage, parity = int32(0), parity ^ uint32(1)
+                none_unfinished()
+                keep(acc)
+                if gated:
+                    keep(up)
+                release(empty + uint32(8 * previous), lane)
+                for i in range(wide // 8):
+                    column = block * half_rows + i * 8 + (lane & 3) * 2
+                    for part in range(2):
+                        token = own * 64 + (warp & 3) * 16 + part * 8 + (lane >> 2)
+                        c = 4 * i + 2 * part
+                        low, high = acc[c], acc[c + 1]
+                        if gated:
+                            low = ptx.mul_rn_f32(device.silu(low), up[c])
+                            high = ptx.mul_rn_f32(device.silu(high), up[c + 1])
+                        if i * 8 + (lane & 3) * 2 < half_rows and column < half and token < here:
+                            ptx.st_global_b32(
+                                out, int64(first + token) * half + column, ptx.cvt_rn_bf16x2_f32(high, low)
+                            )
                 block += int32(cuda.gridDim.x)
         else:
             acc = cuda.local.array(accumulators, float32)
@@ -306,7 +398,7 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                 token_row, token_chunk = r8, chunk
             token_place, token_swizzle = uint32(boxes * box_bytes + token_row * 128), uint32(r8)
             stage, parity = int32(0), uint32(0)
-            while block < blocks:
+            while block - rank < blocks:
                 for i in range(accumulators):
                     acc[i] = float32(0.0)
                 for _ in range(stage_count):
@@ -320,8 +412,7 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                             if b == steps // batch - 1 and g == tiles // together - 1:
                                 # The stage is in registers: it may be filled again.
                                 ptx.bar_warp_sync()
-                                if lane == 0:
-                                    ptx.mbarrier_arrive(empty + uint32(8 * stage))
+                                release(empty + uint32(8 * stage), lane)
                             multiply(acc, w, t, g)
                     stage += int32(1)
                     if stage == stages:
@@ -346,13 +437,18 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                                         ptx.cvt_rn_bf16x2_f32(acc[c + 1], acc[c]),
                                     )
                 block += int32(cuda.gridDim.x)
+        if cluster > 1:
+            # The others may still arrive at this block's barriers.
+            ptx.barrier_cluster_arrive()
+            ptx.barrier_cluster_wait()
 
     kind = f"{'swiglu_' if gated else ''}streamed_{tiling.copy}"
-    name = f"linear_{kind}_t{tokens}_g{groups}x{each}x{split}_b{boxes}x{batch}x{together}_s{stages}_{arch}"
+    way = f"wgmma_b{boxes}" if tiling.wgmma else f"x{each}x{split}_b{boxes}x{batch}x{together}"
+    name = f"linear_{kind}_t{tokens}_g{groups}_{way}_s{stages}_c{cluster}_{arch}"
     kinds = ("u8*" if bulk else "bf16*", "u8*" if bulk else "bf16*", "bf16*", "i32", "i32", "i32")
     return Kernel(
         name, linear, kinds, tiling.threads, dynamic_shared=tiling.shared, blocks_per_sm=1,
-        options=LaunchOptions(programmatic=True),
+        options=LaunchOptions(programmatic=True, cluster=(cluster, 1, 1) if cluster > 1 else None),
         architectures=(arch,),
     )  # fmt: skip
 

@@ -277,8 +277,77 @@ def wide_stores():
     return Kernel("test_wide_stores", kernel, ("i32*", "i32*", "i32*"), 32, dynamic_shared=512)
 
 
+@kernel_factory
+def warpgroup_multiply(n, a, b_major):
+    """Tensor maps of a [64, 64] and of b [n, 64] ("k") or [64, n] ("n"), out f32 [64, n] = 2 a b; grid (1,)."""
+    b_boxes, b_bytes = (n // 64, 64 * 128) if b_major == "n" else (1, n * 128)
+    along = 2048 if b_major == "n" else 32  # bytes to the next 16 of K
+    count = n // 2
+    wgmma, wait = ptx.wgmma_m64k16_bf16(n, a, b_major), ptx.wgmma_wait_group(0)
+    keep = ptx.keep_f32(count)
+
+    def kernel(a_map, b_map, out):
+        memory = cuda.shared.array(0, uint8)
+        start = (ptx.shared_address(memory) + uint32(1023)) & uint32(0xFFFFFC00)
+        b_at = start + uint32(8192)
+        barrier = b_at + uint32(b_boxes * b_bytes)
+        thread = int32(cuda.threadIdx.x)
+        if thread == 0:
+            ptx.mbarrier_init(barrier, uint32(1))
+            ptx.fence_mbarrier_init()
+            ptx.mbarrier_arrive_expect_tx(barrier, uint32(8192 + b_boxes * b_bytes))
+            ptx.cp_async_bulk_tensor_2d(start, a_map, 0, barrier, int32(0), int32(0), uint64(ptx.EVICT_FIRST))
+            for i in range(b_boxes):
+                ptx.cp_async_bulk_tensor_2d(
+                    b_at + uint32(i * b_bytes), b_map, 0, barrier, int32(i * 64), int32(0), uint64(ptx.EVICT_LAST)
+                )
+        if thread < 64:
+            ptx.bar_arrive(uint32(1), uint32(128))
+        else:
+            ptx.bar_sync(uint32(1), uint32(128))
+        cuda.syncthreads()
+        while ptx.mbarrier_try_wait(barrier, uint32(0)) == 0:
+            pass
+        acc = cuda.local.array(count, float32)
+        for i in range(count):
+            acc[i] = float32(99.0)
+        warp, lane = thread >> 5, thread & 31
+        a_descriptor = ptx.wgmma_descriptor(start, uint32(16), uint32(1024))
+        b_descriptor = ptx.wgmma_descriptor(b_at, uint32(b_bytes), uint32(1024))
+        for twice in range(2):
+            for i in range(4):
+                scale = uint32(0) if twice + i == 0 else uint32(1)
+                if a == "shared":
+                    keep(acc)
+                    ptx.wgmma_fence()
+                    wgmma(acc, a_descriptor + uint64(i * 2), b_descriptor + uint64(i * along >> 4), scale)
+                else:
+                    row, chunk = warp * 16 + (lane & 15), i * 2 + (lane >> 4)
+                    held = ptx.ldmatrix_x4(start + uint32(row * 128 + ((chunk ^ (row & 7)) * 16)))
+                    keep(acc)
+                    ptx.wgmma_fence()
+                    wgmma(acc, held[0], held[1], held[2], held[3], b_descriptor + uint64(i * along >> 4), scale)
+                ptx.wgmma_commit_group()
+                wait()
+        keep(acc)
+        for i in range(count):
+            row, column = warp * 16 + lane // 4 + i % 4 // 2 * 8, i // 4 * 8 + lane % 4 * 2 + i % 2
+            out[row * n + column] = acc[i]
+
+    size = 1024 + 8192 + b_boxes * b_bytes + 8
+    kinds = ("u8*", "u8*", "f32*")
+    return Kernel(f"test_wgmma_{n}_{a}_{b_major}", kernel, kinds, 128, size, architectures=("sm_90a",))
+
+
 SHUFFLES = [(mode, kind, 3) for mode in ("bfly", "down", "up", "idx") for kind in ("f32", "u32")]
 COPIES = [("cp_async_ca_4", 4), ("cp_async_ca_8", 8), ("cp_async_cg_16", 16)]
+WARPGROUPS = [
+    (8, "shared", "k"),
+    (24, "shared", "k"),
+    (256, "registers", "k"),
+    (128, "registers", "n"),
+    (64, "shared", "n"),
+]
 MATRICES = [(count, transposed) for count in (1, 2, 4) for transposed in (False, True)]
 
 
@@ -298,4 +367,5 @@ def everything():
         multiply("f16"),
         handover(5),
         wide_stores(),
+        *(warpgroup_multiply(*arguments) for arguments in WARPGROUPS),
     ]

@@ -24,6 +24,10 @@ TILINGS = {
     128: Tiling(128, 2, 2, 4, boxes=2, stages=2, batch=2, together=1, copy=""),
 }
 
+# Of the warpgroups' way, for which `each` and what follows say nothing.
+GROUPED = [replace(TILINGS[tokens], copy="bulk", wgmma=True) for tokens in (8, 32, 128)]
+HAS_WGMMA = SIMULATED or torch.cuda.get_device_capability()[0] == 9
+
 
 def run(tiling, x, weight, gated=False, blocks=2):
     """The product by a tiling of the test's choice, on few blocks, so that each takes several turns."""
@@ -33,9 +37,10 @@ def run(tiling, x, weight, gated=False, blocks=2):
     if tiling.copy == "bulk":
         sources = [
             streamed.tensor_map(weight, tiling.groups * (4 if gated else 8)),
-            streamed.tensor_map(x, tiling.tokens),
+            streamed.tensor_map(x, tiling.tokens // tiling.cluster),
         ]
-    grid = (min(blocks, -(-rows // (8 * tiling.groups))), -(-count // tiling.tokens))
+    width = -(-min(blocks, -(-rows // (8 * tiling.groups))) // tiling.cluster) * tiling.cluster
+    grid = (width, -(-count // tiling.tokens))
     arch = "sm_90a" if SIMULATED else architecture_of(torch.cuda.get_device_capability())
     streamed.streamed(tiling, gated, arch).launch(grid, *sources, out, count, rows, depth)
     return out
@@ -67,6 +72,18 @@ def test_tilings_change_no_bit():
             changed = replace(tiling, copy="bulk" if HAS_BULK else "async", **changes)
             if tokens in (16, 128) or not changes:
                 assert torch.equal(run(changed, x, weight), alone), changed
+
+
+@pytest.mark.skipif(not HAS_WGMMA, reason="wgmma is sm_90a's")
+@pytest.mark.parametrize("tiling", GROUPED)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("cluster", [1, pytest.param(2, marks=pytest.mark.gpu), pytest.param(4, marks=pytest.mark.gpu)])
+def test_warpgroups_change_no_bit(tiling, gated, cluster):
+    # The simulator adds 16 products in one rounding, whatever the instruction; a GPU has its own way in both.
+    tiling = replace(tiling, cluster=min(cluster, tiling.tokens // 8))
+    x, weight = randn(tiling.tokens + 9, 256, dtype=BF16), randn(80, 256, dtype=BF16)
+    expected = run(replace(TILINGS[16], copy="async"), x, weight, gated)
+    assert torch.equal(run(tiling, x, weight, gated, blocks=2 * cluster), expected)
 
 
 def test_one_accumulator_in_order_of_depth():

@@ -247,3 +247,15 @@ def test_wide_stores_and_atomics():
     expected = x.view(32, 4).flip(0).contiguous()
     expected[:, 0] += 1
     assert torch.equal(out.view(32, 4), expected) and counter.item() == 1 + sum(range(32))
+
+
+@pytest.mark.skipif(not (SIMULATED or torch.cuda.get_device_capability()[0] == 9), reason="wgmma is sm_90a's")
+@pytest.mark.parametrize(("n", "a", "b_major"), ptx_kernels.WARPGROUPS)
+def test_warpgroups_multiply(n, a, b_major):
+    generator = torch.Generator().manual_seed(n)
+    left, right = (torch.randint(-9, 10, shape, generator=generator).bfloat16() for shape in ((64, 64), (n, 64)))
+    stored = right if b_major == "k" else right.t().contiguous()
+    a_map, b_map = tensor_map(left.to(DEVICE), 64), tensor_map(stored.to(DEVICE), len(stored))
+    out = torch.full((64, n), torch.nan, device=DEVICE)
+    ptx_kernels.warpgroup_multiply(n, a, b_major).launch((1,), a_map, b_map, out)
+    assert torch.equal(out.cpu(), 2 * left.float() @ right.float().t())

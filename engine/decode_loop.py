@@ -2,7 +2,8 @@
 
 A step over B rows (running sequences) is one function of buffers that stay where they are: embedding, layers, norm,
 head, choice of a token, and the buffers moved on. On a GPU it is captured as a CUDA graph, one for each number of rows
-in BUCKETS, and replayed; without a graph, and on a CPU, the same function runs as it is, to the same bits.
+in BUCKETS, and replayed; without a graph, and on a CPU, the same function runs as it is, to the same bits. The tokens
+land in the host's memory by the step's last kernel: no copy stands between one step and the next.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,8 +74,8 @@ class DecodeLoop:
         self._temperature, self._top_p, self._min_p = self._floats
         self._seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self._chosen = torch.zeros(rows, dtype=torch.int32, device=device)
-        self._history = torch.zeros((rows, cache.capacity + 1), dtype=torch.int32, device=device)
-        self._landing = [torch.empty(rows, dtype=torch.int32, pin_memory=self._on_gpu) for _ in range(AHEAD)]
+        self._history = torch.zeros((rows, cache.capacity + 1), dtype=torch.int32, pin_memory=self._on_gpu)
+        self._first = np.zeros(0, np.int64)  # place in the history of each row's first token
         self._events = [torch.cuda.Event() for _ in range(AHEAD)] if self._on_gpu else []
         self._graphs: dict[tuple[int, bool, int], tuple[Any, Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle() if graph else None
@@ -99,26 +101,25 @@ class DecodeLoop:
         self._floats[:, :size] = torch.tensor(floats, dtype=torch.float32).t()
         self._seeds[:size] = torch.tensor([row.seed for row in filled], dtype=torch.int64)
         self._greedy = all(row.params.temperature == 0 for row in rows)
+        self._first = np.array([row.position + 1 for row in rows], np.int64)
         self._enqueued = self._waited = self._steps = 0
 
     @torch.inference_mode()
     def enqueue(self) -> None:
-        """One step and the copy of its tokens to the host; `wait` gives them. At most AHEAD steps before a `wait`."""
+        """One step; `wait` gives its tokens. At most AHEAD steps before a `wait`."""
         assert self._enqueued - self._waited < AHEAD
         self._run(1)
-        place = self._enqueued % AHEAD
-        self._landing[place][: self.size].copy_(self._chosen[: self.size], non_blocking=True)
         if self._on_gpu:
-            self._events[place].record()
+            self._events[self._enqueued % AHEAD].record()
         self._enqueued += 1
 
     def wait(self) -> list[int]:
         """The token that each row chose in the first step not waited for yet; -1 where every logit was NaN."""
-        place = self._waited % AHEAD
         if self._on_gpu:
-            self._events[place].synchronize()
+            self._events[self._waited % AHEAD].synchronize()
+        tokens = self._history.numpy()[np.arange(len(self.rows)), self._first + self._waited].tolist()
         self._waited += 1
-        return self._landing[place][: len(self.rows)].tolist()
+        return tokens
 
     @torch.inference_mode()
     def advance(self, steps: int) -> None:
@@ -130,11 +131,10 @@ class DecodeLoop:
 
     def generated(self) -> list[list[int]]:
         """Every token each row has chosen since `start`; waits for the steps that are enqueued."""
+        if self._on_gpu:
+            torch.cuda.synchronize(self.model.weights.device)
         lists = self._history[: len(self.rows)].tolist()
-        return [
-            tokens[row.position + 1 : row.position + 1 + self._steps]
-            for row, tokens in zip(self.rows, lists, strict=True)
-        ]
+        return [tokens[first : first + self._steps] for first, tokens in zip(self._first, lists, strict=True)]
 
     @torch.inference_mode()
     def capture(self, steps: int = 1) -> None:

@@ -78,7 +78,7 @@ class Ops(Protocol):
 
     def advance(self, chosen: Tensor, tokens: Tensor, positions: Tensor, history: Tensor) -> None:
         """Row b's next step reads what this one chose: positions[b] += 1, tokens[b] = chosen[b] (0 where that is -1),
-        history[b, positions[b]] = chosen[b]; history [B, C + 1]."""
+        history[b, positions[b]] = chosen[b]; history [B, C + 1], for a GPU in pinned memory of the host."""
         ...
 
     def linear_swiglu(self, x: Tensor, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
@@ -289,7 +289,7 @@ class ReferenceOps(Composed):
     def advance(self, chosen: Tensor, tokens: Tensor, positions: Tensor, history: Tensor) -> None:
         positions += 1
         tokens.copy_(chosen.clamp(min=0))
-        history.scatter_(1, positions.long()[:, None], chosen[:, None])
+        history.scatter_(1, positions.long()[:, None].to(history.device), chosen[:, None].to(history.device))
 
 
 def _first_greatest(scores: Tensor) -> Tensor:

@@ -532,7 +532,8 @@ class Kernel:
     def launch(self, grid: tuple[int, ...], *args: Any, options: LaunchOptions | None = None) -> None:
         """Run on `grid` blocks (one to three dimensions), on torch's current stream of the tensors' device.
 
-        args: a tensor for each pointer (its first element; strides are the kernel's business) and numbers for the rest.
+        args: a tensor for each pointer (its first element; strides are the kernel's business; in pinned memory of the
+        host or on the GPU) and numbers for the rest.
         Raises TypeError or ValueError where an argument does not fit its kind, naming it by place.
         """
         if len(args) != len(self._plan):
@@ -546,7 +547,8 @@ class Kernel:
                 if value.dtype not in dtypes:
                     raise TypeError(f"{self.name}: argument {len(values)} is {value.dtype}, {kind} needed")
                 place = value.get_device()
-                if place != device:
+                # Pinned memory of the host has the same address on every GPU.
+                if place != device and not (place < 0 and value.is_pinned()):
                     if device is not None or place < 0:
                         raise ValueError(f"{self.name}: argument {len(values)} is on {value.device}: one GPU for all")
                     device = place
@@ -630,48 +632,61 @@ def _simulated_pointer(tensor: torch.Tensor) -> Any:
     return simulator.Pointer(flat.numpy())
 
 
-def tensor_map(matrix: torch.Tensor, rows: int) -> torch.Tensor:
-    """uint8 [128] on the matrix's device: how the bulk tensor copy reads boxes of `rows` rows and 64 columns of it.
+def tensor_map(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """uint8 [128] on the tensor's device: how the bulk tensor copy reads boxes of `rows` rows and 64 columns of it.
 
-    matrix [R, C] bf16, rows contiguous and at multiples of 16 bytes. A box lies in shared memory row after row of 128
-    bytes, the 16-byte chunk j of row i at place j ^ (i % 8) (CUDA's 128-byte swizzle). The map is valid as long as the
-    matrix is where it was. Raises ValueError for a matrix or a box that the copy engine cannot read.
+    tensor […, R, C] bf16 of two to five dimensions with any strides that are multiples of 16 bytes, columns contiguous.
+    A box lies in shared memory row after row of 128 bytes, the 16-byte chunk j of row i at place j ^ (i % 8) (CUDA's
+    128-byte swizzle). The map is valid as long as the tensor is where it was.
+    Raises ValueError for a tensor or a box that the copy engine cannot read.
     """
-    if matrix.dtype != torch.bfloat16 or matrix.dim() != 2 or matrix.stride(1) != 1:
-        raise ValueError(f"tensor_map: a {matrix.dtype} tensor of shape {tuple(matrix.shape)}: bf16 [R, C] needed")
-    if matrix.data_ptr() % 16 or matrix.stride(0) % 8:
-        raise ValueError(f"tensor_map: rows {matrix.stride(0)} elements apart: multiples of 16 bytes needed")
+    shape, strides = tuple(tensor.shape), tensor.stride()
+    if tensor.dtype != torch.bfloat16 or not 2 <= len(shape) <= 5 or strides[-1] != 1:
+        raise ValueError(f"tensor_map: a {tensor.dtype} tensor of shape {shape}: bf16 [R, C] needed")
+    if tensor.data_ptr() % 16 or any(stride % 8 for stride in strides[:-1]):
+        raise ValueError(f"tensor_map: rows {strides[:-1]} elements apart: multiples of 16 bytes needed")
     if not 1 <= rows <= 256:
         raise ValueError(f"tensor_map: boxes of {rows} rows: 1 to 256 needed")
     if cuda.SIMULATED:
         from kernels import simulator
 
-        elements = _simulated_pointer(matrix).array
-        count, columns = matrix.shape
-        strides = (matrix.stride(0) * 2, 2)
-        view = simulator.np.lib.stride_tricks.as_strided(elements, (count, columns), strides)
+        elements = _simulated_pointer(tensor).array
+        view = simulator.np.lib.stride_tricks.as_strided(elements, shape, [2 * stride for stride in strides])
         words = [simulator.add_tensor_map(simulator.TensorMap(view, rows))] + [0] * 15
     else:
         from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 
         status, encoded = driver.cuTensorMapEncodeTiled(
             driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            2,
-            matrix.data_ptr(),
-            [driver.cuuint64_t(matrix.shape[1]), driver.cuuint64_t(matrix.shape[0])],
-            [driver.cuuint64_t(matrix.stride(0) * 2)],
-            [driver.cuuint32_t(64), driver.cuuint32_t(rows)],
-            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            len(shape),
+            tensor.data_ptr(),
+            [driver.cuuint64_t(size) for size in reversed(shape)],
+            [driver.cuuint64_t(stride * 2) for stride in reversed(strides[:-1])],
+            [driver.cuuint32_t(size) for size in (64, rows, 1, 1, 1)[: len(shape)]],
+            [driver.cuuint32_t(1)] * len(shape),
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
         if status != driver.CUresult.CUDA_SUCCESS:
-            raise ValueError(f"tensor_map: {tuple(matrix.shape)} in boxes of {rows} rows: {status.name}")
+            raise ValueError(f"tensor_map: {shape} in boxes of {rows} rows: {status.name}")
         words = [int(word) for word in encoded.opaque]
     content = b"".join(word.to_bytes(8, "little") for word in words)
-    return _keep_map(torch.frombuffer(bytearray(content), dtype=torch.uint8), matrix.device)
+    return _keep_map(torch.frombuffer(bytearray(content), dtype=torch.uint8), tensor.device)
+
+
+_kept_maps: dict[tuple[int, ...], torch.Tensor] = {}
+
+
+def kept_tensor_map(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """`tensor_map`, made once for each place, shape and strides: a map says where and how large, not what is there, so
+    that one serves every tensor that comes to lie at the same place in the same shape."""
+    key = (tensor.get_device(), tensor.data_ptr(), *tensor.shape, *tensor.stride(), rows)
+    found = _kept_maps.get(key)
+    if found is None:
+        found = _kept_maps[key] = tensor_map(tensor, rows)
+    return found
 
 
 _MAPS = 4096

@@ -214,6 +214,12 @@ def div_rn_f32(a: Any, b: Any) -> Any:
     return a / b
 
 
+@instruction("max.f32 $0, $1, $2;", "f32", "f32", "f32")
+def max_f32(a: Any, b: Any) -> Any:
+    """The larger one; where one is NaN, the other."""
+    return np.fmax(a, b)
+
+
 @instruction("sqrt.rn.f32 $0, $1;", "f32", "f32")
 def sqrt_rn_f32(a: Any) -> Any:
     """Square root, rounded correctly."""
@@ -465,10 +471,28 @@ def cp_async_bulk_tensor_2d(
     """Start copying the box of a tensor map (`kernels.launch.tensor_map`) whose first element is [row, column] to a
     shared address at a multiple of 1024; its bytes count towards `barrier`. Beyond the tensor are zeros. From sm_90 on.
 
-    policy: how L2 keeps it, EVICT_FIRST or EVICT_LAST.
+    policy: how L2 keeps it, EVICT_NORMAL, EVICT_FIRST or EVICT_LAST.
     """
-    address = int.from_bytes(bytes(tensor_map.bytes(map_index, 16)[:8]), "little")
-    box = simulated_tensor_map(address).box(int(row), int(column))
+    _copy_box(target, tensor_map, map_index, barrier, int(row), int(column))
+
+
+@instruction(
+    "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+    " [$0], [$1, {$3, $4, $5, $6}], [$2], $7;",
+    None, "u32", "p", "u32", "s32", "s32", "s32", "s32", "u64", memory=True,
+)  # fmt: skip
+def cp_async_bulk_tensor_4d(
+    target: Any, tensor_map: Any, map_index: Any, barrier: Any, column: Any, row: Any, inner: Any, outer: Any,
+    policy: Any,
+) -> None:  # fmt: skip
+    """As `cp_async_bulk_tensor_2d` of a tensor of four dimensions: the box's first element is
+    [outer, inner, row, column]."""
+    _copy_box(target, tensor_map, map_index, barrier, int(outer), int(inner), int(row), int(column))
+
+
+def _copy_box(target: Any, tensor_map: Any, map_index: Any, barrier: Any, *first: int) -> None:
+    number = int.from_bytes(bytes(tensor_map.bytes(map_index, 16)[:8]), "little")
+    box = simulated_tensor_map(number).box(*first)
     if int(target) % 1024:
         raise SimulationError(f"a box at shared address {target}, which is not a multiple of 1024")
     for i, line in enumerate(box):
@@ -477,12 +501,18 @@ def cp_async_bulk_tensor_2d(
     current().block.phases.complete(int(barrier), box.size)
 
 
+@instruction("fence.proxy.async.shared::cta;", None, memory=True)
+def fence_proxy_async_shared() -> None:
+    """What this thread has written to shared memory is visible to wgmma and bulk copies that come after a barrier."""
+
+
 @instruction("bar.warp.sync 0xffffffff;", None, memory=True, collective=True)
 def bar_warp_sync() -> None:
     """Meet the other lanes of the warp; what they wrote before is visible after."""
     current().collective("bar.warp.sync", FULL_MASK, None, lambda lanes: dict.fromkeys(lanes))
 
 
+EVICT_NORMAL = 0x1000000000000000
 EVICT_FIRST = 0x12F0000000000000
 EVICT_LAST = 0x14F0000000000000
 
@@ -721,9 +751,9 @@ def cluster_ctarank() -> Any:
     return np.uint32(0)
 
 
-@instruction("barrier.cluster.arrive.aligned;", None, memory=True, collective=True)
-def barrier_cluster_arrive() -> None:
-    """Say to the other blocks of the cluster that all before this is done."""
+@instruction("barrier.cluster.arrive.relaxed.aligned;", None, memory=True, collective=True)
+def barrier_cluster_arrive_relaxed() -> None:
+    """Say to the other blocks of the cluster that this thread is here; what it wrote may not be visible yet."""
 
 
 @instruction("barrier.cluster.wait.aligned;", None, memory=True, collective=True)
@@ -738,9 +768,12 @@ def mapa_shared_cluster(address: Any, rank: Any) -> Any:
     return address
 
 
-@instruction("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [$0];", None, "u32", memory=True)
+@instruction("mbarrier.arrive.shared::cluster.b64 _, [$0];", None, "u32", memory=True)
 def mbarrier_arrive_cluster(address: Any) -> None:
-    """One arrival at a barrier of any block of the cluster, at an address from `mapa_shared_cluster`."""
+    """One arrival at a barrier of any block of the cluster, at an address from `mapa_shared_cluster`.
+
+    It orders reads of shared memory before it, not writes for the other block: that takes a fence as slow as a store.
+    """
     current().block.phases.arrive(int(address))
 
 

@@ -770,7 +770,8 @@ def advance(chosen: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor,
 
     positions[b] += 1, tokens[b] = chosen[b] (0 where that is -1), history[b, positions[b]] = chosen[b] where that is a
     column of history. Rows of a negative position are idle: nothing of theirs changes. chosen, tokens, positions
-    i32[B], history i32[B, C], contiguous. Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
+    i32[B], history i32[B, C], contiguous; history may lie in pinned memory of the host, which can then read it without
+    a copy. Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
     """
     (count,) = check.dimensions("advance", "chosen", chosen, "B")
     _, capacity = check.dimensions("advance", "history", history, "B, C")

@@ -419,17 +419,19 @@ def shared_bytes(address: int, size: int) -> np.ndarray:
 
 
 class TensorMap:
-    """What the bulk tensor copy sees of a matrix: boxes of `rows` rows and 128 bytes, zeros beyond its edges."""
+    """What the bulk tensor copy sees of a tensor: boxes of `rows` rows and 128 bytes, zeros beyond its edges."""
 
-    def __init__(self, matrix: np.ndarray, rows: int) -> None:
-        self.matrix = matrix  # [R, C] of 2-byte elements
+    def __init__(self, tensor: np.ndarray, rows: int) -> None:
+        self.tensor = tensor  # […, R, C] of 2-byte elements
         self.rows = rows
 
-    def box(self, row: int, column: int) -> np.ndarray:
-        """uint8 [rows, 128]: the box whose first element is [row, column]."""
+    def box(self, *first: int) -> np.ndarray:
+        """uint8 [rows, 128]: the box whose first element is at [*first]."""
+        *outer, row, column = first
         found = np.zeros((self.rows, 64), np.uint16)
-        inside = self.matrix[max(row, 0) : row + self.rows, max(column, 0) : column + 64]
-        found[max(-row, 0) :, max(-column, 0) :][: inside.shape[0], : inside.shape[1]] = inside
+        if all(0 <= place < size for place, size in zip(outer, self.tensor.shape, strict=False)):
+            inside = self.tensor[tuple(outer)][max(row, 0) : row + self.rows, max(column, 0) : column + 64]
+            found[max(-row, 0) :, max(-column, 0) :][: inside.shape[0], : inside.shape[1]] = inside
         return found.view(np.uint8)
 
 

@@ -6,8 +6,8 @@ columns, weight rows and token rows, both in the 128-byte swizzle.
 
     copy "bulk"    tensor maps and bulk copies, sm_90 and later: one lane asks for a whole box
     copy "async"   cp.async, sm_80 and later: a lane asks for 16 bytes
-    wgmma          sm_90a: warpgroups of 64 tokens multiply from shared memory; without, warps do from registers
-    cluster        blocks that fetch tokens together, each a share of them for all: many tokens outweigh the weights
+    wgmma          sm_90a, from 32 tokens on: warpgroups of 64 tokens multiply from shared memory; else warps multiply
+                   from registers
 
 In a chain of programmatic launches the ring fills with weights while the kernel ahead still runs: only the tokens wait.
 
@@ -25,15 +25,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels import check, device, ptx
-from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint8, uint16, uint32, uint64
+from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint8, uint32, uint64
 from kernels.launch import (
     LIMITS,
     Kernel,
     LaunchOptions,
     architecture_of,
     has_dependent_launch,
+    kept_tensor_map,
     kernel_factory,
-    tensor_map,
 )
 
 BOX = 64  # columns of a box: 128 bytes of bf16
@@ -42,8 +42,11 @@ TOKENS = (8, 16, 32, 64, 128)
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90a": 132, "sm_100": 148, "sm_120": 170}
 # Bytes of a block at most, so that the small kernels of a chain run beside it.
 RING = 160 << 10
+# Of wgmma with many tokens and few weight rows; what runs beside it waits for a free multiprocessor.
+WIDE_RING = 208 << 10
 # Bytes a stage should have at most: smaller ones cost more barriers, larger ones leave fewer in flight.
 STAGE = 26 << 10
+FEW_STAGE = 32 << 10
 
 
 def tokens_of_a_pass(count: int) -> int:
@@ -56,8 +59,7 @@ class Tiling:
     """How a block works. tokens: of a pass. groups: of 8 weight rows a block owns at a time. each: groups a warp owns.
     split: warps that share a group's tokens. boxes: of 64 columns in a stage. stages: of the ring. batch, together:
     steps of 16 columns and tiles of 16 tokens whose operands a warp loads together. copy: "bulk" or "async". wgmma:
-    whether warpgroups multiply, each all groups for 64 tokens (each, split, batch and together say nothing then).
-    cluster: blocks that fetch tokens together ("bulk")."""
+    whether warpgroups multiply, each all groups for 64 tokens; each, split, batch and together say nothing then."""
 
     tokens: int
     groups: int
@@ -69,7 +71,6 @@ class Tiling:
     together: int
     copy: str
     wgmma: bool = False
-    cluster: int = 1
 
     @property
     def tiles(self) -> int:
@@ -110,22 +111,28 @@ class Tiling:
         """
         bucket = tokens_of_a_pass(tokens)
         share = -(-rows // 8 // multiprocessors)
-        passes = -(-share // (28 if bucket < 128 else 21))
+        passes = -(-share // (21 if bucket == 128 and arch != "sm_90a" else 28))
         groups = max(1, -(-rows // 8 // (multiprocessors * passes)))
-        # Measured on an H200: a warp with more of both reads less of each, as far as registers go; with few groups it
-        # takes several warps a group to keep up.
-        if groups <= 8:
+        few, wgmma = groups <= 8, arch == "sm_90a" and (bucket >= 64 or (bucket == 32 and groups <= 16))
+        # All measured on an H200. Of warps: one with more groups and tokens reads less of each, as far as registers go;
+        # with few groups it takes several a group to keep up, and large stages, as each is a wait in the chain of sums.
+        each, split, batch, stage, ring = 1, 1, 8, STAGE, RING
+        if wgmma:
+            # Tokens outweigh few weights: a deeper ring keeps enough of these on their way.
+            stage = (2 if few else 1) * (groups * 1024 + bucket * 128 + 1024)
+            ring = WIDE_RING if few and bucket > 64 else RING
+        elif few:
             each, split = {8: (1, 1), 16: (1, 1), 32: (1, 2)}.get(bucket, (2, 2) if groups > 2 else (1, 4))
-            batch, stage = {8: 16, 16: 16, 32: 8}.get(bucket, 4), STAGE // 2
-        else:
+            batch, stage = {8: 32, 16: 32, 32: 8}.get(bucket, 4), FEW_STAGE if bucket <= 16 else STAGE // 2
+        elif bucket > 16:
             wide = groups > 16
-            each, split = {8: (1, 1), 16: (1, 1), 32: (1 + wide, 1)}.get(bucket, (3, 1 if wide else 2))
-            batch, stage = {8: 8, 16: 8}.get(bucket, 4), STAGE
+            each, split = (1 + wide, 1) if bucket == 32 else (3, 1 if wide else 2)
+            batch = 4
         each = min(each, groups)
-        budget = min(RING, LIMITS[arch].shared_block - 2048)
+        budget = min(ring, LIMITS[arch].shared_block - 2048)
         copy = "bulk" if has_dependent_launch(arch) else "async"
         tilings = [
-            Tiling(bucket, groups, each, split, boxes, 0, min(boxes * 4, batch), 2, copy)
+            Tiling(bucket, groups, each, split, boxes, 0, min(boxes * 4, batch), 2, copy, wgmma)
             for boxes in (8, 4, 2, 1)
             if depth % (boxes * BOX) == 0
         ]
@@ -150,9 +157,6 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
     split, tiles = tiling.split, tiling.tiles
     # Rows of a box's half: with gates a box is gate rows, then up rows.
     halves = 2 if gated else 1
-    cluster = tiling.cluster
-    box_tokens = tokens // cluster
-    everybody = (1 << cluster) - 1
     half_rows = groups * 8 // halves
     half_bytes = box_bytes // 2 if gated else box_bytes
     columns = boxes * BOX
@@ -166,7 +170,8 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
     wide = -(-half_rows // 8) * 8
     part_accumulators = wide // 2
     warpgroups = tiling.wgmma
-    wgmma, keep = ptx.wgmma_m64k16_bf16(min(wide, 256)), ptx.keep_f32(part_accumulators)
+    wgmma = ptx.wgmma_m64k16_bf16(min(wide, 256))
+    keep = ptx.keep_f32(part_accumulators)
     one_unfinished, none_unfinished = ptx.wgmma_wait_group(1), ptx.wgmma_wait_group(0)
 
     @device_function
@@ -191,16 +196,8 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                         ptx.cp_async_cg_16(target + place, weight, source + k * columns + h * BOX + chunk * 8)
 
     @device_function
-    def copy_tokens(x, target, barrier, first, k, lane, here, depth, rank):
-        if cluster > 1:
-            if lane == 0:
-                for h in range(boxes):
-                    place = uint32(boxes * box_bytes + h * token_bytes) + rank * uint32(box_tokens * 128)
-                    ptx.cp_async_bulk_tensor_2d_multicast(
-                        target + place, x, 0, barrier, int32(k * columns + h * BOX), int32(first + rank * box_tokens),
-                        uint16(everybody), uint64(ptx.EVICT_LAST),
-                    )  # fmt: skip
-        elif bulk:
+    def copy_tokens(x, target, barrier, first, k, lane, here, depth):
+        if bulk:
             if lane == 0:
                 for h in range(boxes):
                     ptx.cp_async_bulk_tensor_2d(
@@ -216,15 +213,6 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                         target + place, x, int64(first + row) * depth + k * columns + h * BOX + chunk * 8
                     )
             ptx.cp_async_mbarrier_arrive(barrier)
-
-    @device_function
-    def release(barrier, lane):
-        """The stage may be filled again; in a cluster every block fills a part of it."""
-        if cluster > 1:
-            if lane < cluster:
-                ptx.mbarrier_arrive_cluster(ptx.mapa_shared_cluster(barrier, uint32(lane)))
-        elif lane == 0:
-            ptx.mbarrier_arrive(barrier)
 
     # Operands of one batch of steps, from shared memory to registers.
     @device_function
@@ -278,6 +266,12 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                         )
                     acc[c], acc[c + 1], acc[c + 2], acc[c + 3] = d[0], d[1], d[2], d[3]
 
+    @device_function
+    def following(stage, parity):
+        """The stage after this one, and the parity of its phase."""
+        last = stage == stages - 1
+        return (int32(0) if last else stage + int32(1)), (parity ^ uint32(1) if last else parity)
+
     def linear(weight, x, out, count, rows, depth):
         memory = cuda.shared.array(0, uint8)
         ring = (ptx.shared_address(memory) + uint32(1023)) & uint32(0xFFFFFC00)
@@ -288,16 +282,10 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
         if thread == 0:
             for s in range(stages):
                 ptx.mbarrier_init(full + uint32(8 * s), uint32(1 if bulk else 32))
-                ptx.mbarrier_init(empty + uint32(8 * s), uint32(warps * cluster))
+                ptx.mbarrier_init(empty + uint32(8 * s), uint32(warps))
             if bulk:
                 ptx.fence_mbarrier_init()
-        rank = int32(0)
-        if cluster > 1:
-            rank = int32(ptx.cluster_ctarank())
-            ptx.barrier_cluster_arrive()
-            ptx.barrier_cluster_wait()
-        else:
-            cuda.syncthreads()
+        cuda.syncthreads()
         ptx.griddepcontrol_launch_dependents()
         first = int32(cuda.blockIdx.y) * tokens
         here = min(count - first, int32(tokens))
@@ -313,22 +301,20 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                 copy_weight(weight, ring + uint32(k * stage_bytes), full + uint32(8 * k), block, k, lane, half, depth)
             ptx.griddepcontrol_wait()
             for k in range(early):
-                copy_tokens(x, ring + uint32(k * stage_bytes), full + uint32(8 * k), first, k, lane, here, depth, rank)
+                copy_tokens(x, ring + uint32(k * stage_bytes), full + uint32(8 * k), first, k, lane, here, depth)
             stage, parity = early, uint32(1)
             if stage == stages:
                 stage, parity = int32(0), uint32(0)
             begin = early
-            while block - rank < blocks:
+            while block < blocks:
                 for k in range(begin, stage_count):
                     while waits(empty + uint32(8 * stage), parity) == 0:
                         pass
                     target = ring + uint32(stage * stage_bytes)
                     barrier = full + uint32(8 * stage)
                     copy_weight(weight, target, barrier, block, k, lane, half, depth)
-                    copy_tokens(x, target, barrier, first, k, lane, here, depth, rank)
-                    stage += int32(1)
-                    if stage == stages:
-                        stage, parity = int32(0), parity ^ uint32(1)
+                    copy_tokens(x, target, barrier, first, k, lane, here, depth)
+                    stage, parity = following(stage, parity)
                 begin = int32(0)
                 block += int32(cuda.gridDim.x)
         elif warpgroups:
@@ -337,7 +323,7 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
             own = warp >> 2
             token_place = uint32(boxes * box_bytes + own * 8192)
             stage, parity, previous = int32(0), uint32(0), int32(0)
-            while block - rank < blocks:
+            while block < blocks:
                 for i in range(part_accumulators):
                     acc[i], up[i] = float32(0.0), float32(0.0)
                 keep(acc)
@@ -349,7 +335,8 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                     at = ring + uint32(stage * stage_bytes)
                     ptx.wgmma_fence()
                     for h in range(boxes):
-                        a = ptx.wgmma_descriptor(at + token_place + uint32(h * token_bytes), uint32(16), uint32(1024))
+                        tokens_at = at + token_place + uint32(h * token_bytes)
+                        a = ptx.wgmma_descriptor(tokens_at, uint32(16), uint32(1024))
                         b = ptx.wgmma_descriptor(at + uint32(h * box_bytes), uint32(16), uint32(1024))
                         for i in range(4):
                             wgmma(acc, a + uint64(2 * i), b + uint64(2 * i), uint32(1))
@@ -357,17 +344,16 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                                 wgmma(up, a + uint64(2 * i), b + uint64(half_bytes // 16 + 2 * i), uint32(1))
                     ptx.wgmma_commit_group()
                     one_unfinished()
-                    if k > 0:
-                        release(empty + uint32(8 * previous), lane)
+                    if k > 0 and lane == 0:
+                        ptx.mbarrier_arrive(empty + uint32(8 * previous))
                     previous = stage
-                    stage += int32(1)
-                    if stage == stages:
-                        stage, parity = int32(0), parity ^ uint32(1)
+                    stage, parity = following(stage, parity)
                 none_unfinished()
                 keep(acc)
                 if gated:
                     keep(up)
-                release(empty + uint32(8 * previous), lane)
+                if lane == 0:
+                    ptx.mbarrier_arrive(empty + uint32(8 * previous))
                 for i in range(wide // 8):
                     column = block * half_rows + i * 8 + (lane & 3) * 2
                     for part in range(2):
@@ -398,7 +384,7 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                 token_row, token_chunk = r8, chunk
             token_place, token_swizzle = uint32(boxes * box_bytes + token_row * 128), uint32(r8)
             stage, parity = int32(0), uint32(0)
-            while block - rank < blocks:
+            while block < blocks:
                 for i in range(accumulators):
                     acc[i] = float32(0.0)
                 for _ in range(stage_count):
@@ -412,11 +398,10 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                             if b == steps // batch - 1 and g == tiles // together - 1:
                                 # The stage is in registers: it may be filled again.
                                 ptx.bar_warp_sync()
-                                release(empty + uint32(8 * stage), lane)
+                                if lane == 0:
+                                    ptx.mbarrier_arrive(empty + uint32(8 * stage))
                             multiply(acc, w, t, g)
-                    stage += int32(1)
-                    if stage == stages:
-                        stage, parity = int32(0), parity ^ uint32(1)
+                    stage, parity = following(stage, parity)
                 for e in range(each):
                     group = own_groups + e
                     for m in range(tiles):
@@ -437,18 +422,14 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                                         ptx.cvt_rn_bf16x2_f32(acc[c + 1], acc[c]),
                                     )
                 block += int32(cuda.gridDim.x)
-        if cluster > 1:
-            # The others may still arrive at this block's barriers.
-            ptx.barrier_cluster_arrive()
-            ptx.barrier_cluster_wait()
 
     kind = f"{'swiglu_' if gated else ''}streamed_{tiling.copy}"
     way = f"wgmma_b{boxes}" if tiling.wgmma else f"x{each}x{split}_b{boxes}x{batch}x{together}"
-    name = f"linear_{kind}_t{tokens}_g{groups}_{way}_s{stages}_c{cluster}_{arch}"
+    name = f"linear_{kind}_t{tokens}_g{groups}_{way}_s{stages}_{arch}"
     kinds = ("u8*" if bulk else "bf16*", "u8*" if bulk else "bf16*", "bf16*", "i32", "i32", "i32")
     return Kernel(
         name, linear, kinds, tiling.threads, dynamic_shared=tiling.shared, blocks_per_sm=1,
-        options=LaunchOptions(programmatic=True, cluster=(cluster, 1, 1) if cluster > 1 else None),
+        options=LaunchOptions(programmatic=True),
         architectures=(arch,),
     )  # fmt: skip
 
@@ -474,19 +455,6 @@ def _plan(tokens: int, rows: int, depth: int, gated: bool, device: int) -> tuple
     return tiling, streamed(tiling, gated, arch), min(-(-rows // (tiling.groups * 8)), multiprocessors)
 
 
-_maps: dict[tuple[int, ...], torch.Tensor] = {}
-
-
-def _map(matrix: torch.Tensor, rows: int) -> torch.Tensor:
-    """The tensor map of a contiguous matrix for boxes of `rows` rows. A map says where and how large, not what is
-    there: one serves every tensor that comes to lie at the same place in the same shape."""
-    key = (matrix.get_device(), matrix.data_ptr(), *matrix.shape, rows)
-    found = _maps.get(key)
-    if found is None:
-        found = _maps[key] = tensor_map(matrix, rows)
-    return found
-
-
 def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, gated: bool) -> torch.Tensor:
     operation = "linear_swiglu" if gated else "linear"
     count, depth = check.dimensions(operation, "x", x, "T, K")
@@ -503,7 +471,10 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, gated: boo
         tiling, kernel, blocks = _plan(tokens_of_a_pass(count), rows, depth, gated, max(x.get_device(), 0))
         weight_source, x_source = weight, x
         if tiling.copy == "bulk":
-            weight_source, x_source = _map(weight, tiling.groups * (4 if gated else 8)), _map(x, tiling.tokens)
+            weight_source, x_source = (
+                kept_tensor_map(weight, tiling.groups * (4 if gated else 8)),
+                kept_tensor_map(x, tiling.tokens),
+            )
         kernel.launch((blocks, -(-count // tiling.tokens)), weight_source, x_source, out, count, rows, depth)
     return out
 

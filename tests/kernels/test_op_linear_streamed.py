@@ -5,7 +5,7 @@ import torch
 from kernel_numerics import DEVICE, assert_as_good_as_torch, poisoned, randn
 
 from kernels.cuda import SIMULATED
-from kernels.launch import ARCHITECTURES, LIMITS, architecture_of
+from kernels.launch import ARCHITECTURES, LIMITS, architecture_of, tensor_map
 from kernels.linear import reference, streamed
 from kernels.linear.streamed import Tiling
 
@@ -24,8 +24,8 @@ TILINGS = {
     128: Tiling(128, 2, 2, 4, boxes=2, stages=2, batch=2, together=1, copy=""),
 }
 
-# Of the warpgroups' way, for which `each` and what follows say nothing.
-GROUPED = [replace(TILINGS[tokens], copy="bulk", wgmma=True) for tokens in (8, 32, 128)]
+# Of the warpgroups' way.
+GROUPED = [replace(TILINGS[tokens], boxes=2, copy="bulk", wgmma=True) for tokens in (8, 32, 128)]
 HAS_WGMMA = SIMULATED or torch.cuda.get_device_capability()[0] == 9
 
 
@@ -36,11 +36,10 @@ def run(tiling, x, weight, gated=False, blocks=2):
     sources = [weight, x]
     if tiling.copy == "bulk":
         sources = [
-            streamed.tensor_map(weight, tiling.groups * (4 if gated else 8)),
-            streamed.tensor_map(x, tiling.tokens // tiling.cluster),
+            tensor_map(weight, tiling.groups * (4 if gated else 8)),
+            tensor_map(x, tiling.tokens),
         ]
-    width = -(-min(blocks, -(-rows // (8 * tiling.groups))) // tiling.cluster) * tiling.cluster
-    grid = (width, -(-count // tiling.tokens))
+    grid = (min(blocks, -(-rows // (8 * tiling.groups))), -(-count // tiling.tokens))
     arch = "sm_90a" if SIMULATED else architecture_of(torch.cuda.get_device_capability())
     streamed.streamed(tiling, gated, arch).launch(grid, *sources, out, count, rows, depth)
     return out
@@ -77,13 +76,11 @@ def test_tilings_change_no_bit():
 @pytest.mark.skipif(not HAS_WGMMA, reason="wgmma is sm_90a's")
 @pytest.mark.parametrize("tiling", GROUPED)
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("cluster", [1, pytest.param(2, marks=pytest.mark.gpu), pytest.param(4, marks=pytest.mark.gpu)])
-def test_warpgroups_change_no_bit(tiling, gated, cluster):
+def test_warpgroups_change_no_bit(tiling, gated):
     # The simulator adds 16 products in one rounding, whatever the instruction; a GPU has its own way in both.
-    tiling = replace(tiling, cluster=min(cluster, tiling.tokens // 8))
     x, weight = randn(tiling.tokens + 9, 256, dtype=BF16), randn(80, 256, dtype=BF16)
     expected = run(replace(TILINGS[16], copy="async"), x, weight, gated)
-    assert torch.equal(run(tiling, x, weight, gated, blocks=2 * cluster), expected)
+    assert torch.equal(run(tiling, x, weight, gated), expected)
 
 
 def test_one_accumulator_in_order_of_depth():

@@ -250,12 +250,13 @@ def test_wide_stores_and_atomics():
 
 
 @pytest.mark.skipif(not (SIMULATED or torch.cuda.get_device_capability()[0] == 9), reason="wgmma is sm_90a's")
-@pytest.mark.parametrize(("n", "a", "b_major"), ptx_kernels.WARPGROUPS)
-def test_warpgroups_multiply(n, a, b_major):
+@pytest.mark.parametrize(("n", "source", "b_major"), ptx_kernels.WARPGROUPS)
+def test_warpgroups_multiply(n, source, b_major):
     generator = torch.Generator().manual_seed(n)
     left, right = (torch.randint(-9, 10, shape, generator=generator).bfloat16() for shape in ((64, 64), (n, 64)))
-    stored = right if b_major == "k" else right.t().contiguous()
-    a_map, b_map = tensor_map(left.to(DEVICE), 64), tensor_map(stored.to(DEVICE), len(stored))
+    # A map holds no reference: the matrices must live until the kernel has run.
+    a, b = left.to(DEVICE), (right if b_major == "k" else right.t().contiguous()).to(DEVICE)
+    a_map, b_map = tensor_map(a, 64), tensor_map(b, len(b))
     out = torch.full((64, n), torch.nan, device=DEVICE)
-    ptx_kernels.warpgroup_multiply(n, a, b_major).launch((1,), a_map, b_map, out)
+    ptx_kernels.warpgroup_multiply(n, source, b_major).launch((1,), a_map, b_map, out)
     assert torch.equal(out.cpu(), 2 * left.float() @ right.float().t())

@@ -90,7 +90,7 @@ def _fastest(backend: str, cuda_graph: bool = True) -> dict[str, Any]:
         "backend": "cuda" if backend == "cuda" or (backend == "auto" and gpu) else "reference",
         "device": "cuda" if gpu or backend == "cuda" else "cpu",
         "attention": "flash",
-        "linear": "streamed",
+        "linear": "tiled",
         "sampling": "split",
         "cuda_graph": cuda_graph,
     }

@@ -1,17 +1,18 @@
 """The operations as CUDA kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.ops import Composed, Placement, Rounding
+from engine.ops import Composed, Placement, Rounding, Run
 from kernels import add_norm, embedding, kv_write, residual, rms_norm, rope, rope_write, sampling, swiglu
-from kernels.attention import flash
+from kernels.attention import flash, prefill
 from kernels.attention import naive as naive_attention
 from kernels.cuda import SIMULATED
 from kernels.linear import naive as naive_linear
-from kernels.linear import streamed
+from kernels.linear import streamed, tiled
 
 FLASH_WIDTHS = (64, 128)  # elements of a head
 FLASH_GROUP = 16  # query heads that share a KV head, at most
@@ -25,9 +26,10 @@ class CudaOps(Composed):
 
     Args:
         device: A CUDA device; or the CPU when NUMBA_ENABLE_CUDASIM=1, where the same kernels run in the simulator.
-        attention: "naive", or "flash" (head_dim 64 or 128), which in a decode step is one kernel with the norms of q
-            and k, the rotation and the cache write.
-        linear: "naive", or "streamed", where SwiGLU is part of the product ahead of it and norm part of the addition.
+        attention: "naive", or "flash" (head_dim 64 or 128): in a decode step one kernel with the norms of q and k, the
+            rotation and the cache write; for runs of tokens `kernels.attention.prefill`.
+        linear: "naive"; "streamed", where SwiGLU is part of the product ahead of it and norm part of the addition; or
+            "tiled", which is that with more tokens than a pass of it by `kernels.linear.tiled`.
         sampling: "naive" or "split".
 
     Raises:
@@ -47,7 +49,8 @@ class CudaOps(Composed):
                 f"device = {self.device.type!r} with the cuda backend and NUMBA_ENABLE_CUDASIM={int(SIMULATED)}; "
                 "a GPU needs 0, and the simulator runs on 'cpu' with 1 set before the start"
             )
-        self._flash, self._streamed, self._split = attention == "flash", linear == "streamed", sampling == "split"
+        self._flash, self._tiled, self._split = attention == "flash", linear == "tiled", sampling == "split"
+        self._streamed = linear in ("streamed", "tiled")
         self._workspaces: dict[tuple[str | int, ...], Tensor] = {}
 
     def head_major(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
@@ -58,6 +61,10 @@ class CudaOps(Composed):
         """Whether the streamed version multiplies with this weight: rows in groups of `rows`, 64 columns at a time."""
         fits = weight.shape[0] % rows == 0 and weight.shape[1] % streamed.BOX == 0
         return self._streamed and weight.dtype == torch.bfloat16 and fits
+
+    def _products(self, x: Tensor) -> Any:
+        """The version, of two with the same bits, for so many tokens."""
+        return tiled if self._tiled and x.shape[0] > streamed.TOKENS[-1] else streamed
 
     def _fuses(self, weight: Tensor) -> bool:
         """Whether a norm of this weight is part of the addition, and alone in the same order of summation."""
@@ -104,7 +111,7 @@ class CudaOps(Composed):
     def linear(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         out = x.new_empty((x.shape[0], weight.shape[0])) if out is None else out
         if self._streams(weight):
-            streamed.linear(x, weight, out)
+            self._products(x).linear(x, weight, out)
         else:
             naive_linear.linear(x, weight, out)
         return out
@@ -113,7 +120,7 @@ class CudaOps(Composed):
         if not self._streams(gate_up, rows=16):
             return super().linear_swiglu(x, gate_up, out)
         out = x.new_empty((x.shape[0], gate_up.shape[0] // 2)) if out is None else out
-        streamed.linear_swiglu(x, gate_up, out)
+        self._products(x).linear_swiglu(x, gate_up, out)
         return out
 
     def swiglu(self, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
@@ -154,10 +161,13 @@ class CudaOps(Composed):
             naive_attention.attention(q, k_cache, v_cache, slots, positions, scale, window, out)
         return out
 
+    def plan(self, runs: Sequence[Run], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> Any:
+        return prefill.plan(runs, head_dim, self.device) if self.head_major(dtype, heads, kv_heads, head_dim) else None
+
     def attend(
         self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding, cos: Tensor,
         sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float, window: int,
-        single: bool,
+        single: bool, plan: Any = None,
     ) -> Tensor:  # fmt: skip
         projected = (qkv, q_norm, k_norm, eps, rounding, cos, sin, k_cache, v_cache, slots, positions)
         count, (capacity, kv_heads, width) = qkv.shape[0], k_cache.shape[1:]
@@ -169,6 +179,8 @@ class CudaOps(Composed):
             workspace = self._attention_workspace(count, heads, width, capacity)
             return flash.decode(*projected, scale, window, out, workspace)
         q = rope_write.rope_write(*projected, out.view(count, heads, width))
+        if plan is not None:
+            return prefill.attention(q, k_cache, v_cache, plan, scale, window, torch.empty_like(q)).flatten(1)
         return self.attention(q, k_cache, v_cache, slots, positions, scale, window).flatten(1)
 
     def repetition_penalty(self, logits: Tensor, seen: Tensor, penalty: Tensor) -> None:

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from engine.cost import Ceilings, StepCost, kv_bytes_per_token, step_cost
 from engine.decode_loop import DecodeLoop, Row, bucket
 from engine.kv_cache import ContiguousCache
 from engine.model import Model
+from engine.ops import Run
 from engine.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -152,11 +154,13 @@ def measure_prompt(model: Model, batch: int, prompt: int, depth: int, repeats: i
     for begin in range(0, total, chunk):
         end = min(begin + chunk, total)
         last = [place - begin for place in range(begin, end) if (place + 1) % prompt == 0]
-        pieces.append((slice(begin, end), torch.tensor(last, dtype=torch.int32, device=device)))
+        edges = [begin, *range(-(-(begin + 1) // prompt) * prompt, end, prompt), end]
+        runs = [Run(b - a, a // prompt, a % prompt + depth) for a, b in pairwise(edges)]
+        pieces.append((slice(begin, end), torch.tensor(last, dtype=torch.int32, device=device), runs))
 
     def run() -> None:
-        for here, last in pieces:
-            model.forward(tokens[here], slots[here], positions[here], cache, logits_at=last)
+        for here, last, runs in pieces:
+            model.forward(tokens[here], slots[here], positions[here], cache, logits_at=last, runs=runs)
 
     run()
     return [seconds(run, device) for _ in range(repeats)]

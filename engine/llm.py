@@ -20,7 +20,7 @@ from engine.config import DTYPES, ConfigError, ModelConfig
 from engine.decode_loop import DecodeLoop, Row, bucket
 from engine.kv_cache import ContiguousCache
 from engine.model import Model
-from engine.ops import Ops, ReferenceOps
+from engine.ops import Ops, ReferenceOps, Run
 from engine.sampling import SamplingParams
 from engine.tokenizer import StreamDecoder, Tokenizer
 from engine.weights import Weights, load_weights
@@ -31,7 +31,7 @@ _CHOICES = {
     "device": ("cpu", "cuda"),
     "dtype": ("bfloat16", "float32"),
     "attention": ("naive", "flash"),
-    "linear": ("naive", "streamed"),
+    "linear": ("naive", "streamed", "tiled"),
     "sampling": ("naive", "split"),
     "kv_cache": ("none", "contiguous"),
     "cuda_graph": (False, True),
@@ -50,7 +50,7 @@ class EngineConfig:
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Literal["naive", "flash"] = "naive"
-    linear: Literal["naive", "streamed"] = "naive"
+    linear: Literal["naive", "streamed", "tiled"] = "naive"
     sampling: Literal["naive", "split"] = "naive"
     kv_cache: Literal["none", "contiguous"] = "contiguous"  # none: every step computes the whole prefix again
     cuda_graph: bool = False  # decode steps by engine.decode_loop, captured where the cuda backend runs on a GPU
@@ -368,6 +368,7 @@ class LLM:
         tokens: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
+        runs: list[Run] = []
         ready: list[tuple[_Request, int]] = []  # and the row of its last token
         for request in running:
             count = min(request.pending, self.engine.max_step_tokens - len(tokens))
@@ -375,12 +376,14 @@ class LLM:
             tokens += request.tokens[begin:end]
             slots += [request.slot] * count
             positions += range(begin, end)
+            if count:
+                runs.append(Run(count, request.slot, begin))
             request.computed = end
             if count and not request.pending:
                 ready.append((request, len(tokens) - 1))
         packed = torch.tensor([tokens, slots, positions], dtype=torch.int32).to(self.engine.device)
         rows = torch.tensor([row for _, row in ready], dtype=torch.int32).to(self.engine.device)
-        logits = self.model.forward(packed[0], packed[1], packed[2], cache, logits_at=rows)
+        logits = self.model.forward(packed[0], packed[1], packed[2], cache, logits_at=rows, runs=runs)
         chosen = self._sample([request for request, _ in ready], logits)
         return [(request, token) for (request, _), token in zip(ready, chosen, strict=True)]
 

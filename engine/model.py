@@ -5,14 +5,15 @@ prefill and any mix of them are the same call.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.config import ModelConfig, Rope
 from engine.kv_cache import ContiguousCache
-from engine.ops import Ops
+from engine.ops import Ops, Run
 from engine.weights import LayerWeights, Weights
 
 Observe = Callable[[str, Tensor], None]
@@ -69,6 +70,7 @@ class Model:
         logits_at: Tensor | None = None,
         observe: Observe | None = None,
         single: bool = False,
+        runs: Sequence[Run] | None = None,
     ) -> Tensor:
         """Logits after T packed tokens; their keys and values are written to `cache` on the way.
 
@@ -82,12 +84,16 @@ class Model:
                 "layers.{i}.mlp" (what is added to the residual stream), "layers.{i}" (the stream after layer i),
                 "norm", "logits".
             single: No slot occurs twice among the tokens, as in a decode step; changes no bit.
+            runs: Of each sequence the tokens in the list, where the caller knows; changes no bit.
 
         Returns:
             [n, V] in the weights' dtype.
         """
         see = observe or (lambda name, tensor: None)
         ops, weights, layers = self.ops, self.weights, self.weights.layers
+        if runs and all(run.count == 1 for run in runs):
+            single = len({run.slot for run in runs}) == len(runs)
+        plan = ops.plan(runs, weights.dtype, *self._heads) if runs and not single else None
         x = ops.embedding(tokens, weights.embedding)
         see("embedding", x)
         # The norm applied where a branch is added: of the branch (post), or for the branch that comes next (pre).
@@ -106,7 +112,7 @@ class Model:
             return both
 
         for index, layer in enumerate(layers):
-            y = self._attention(index, layer, y, slots, positions, cache, single)
+            y = self._attention(index, layer, y, slots, positions, cache, single, plan)
             x, y = add(f"layers.{index}.attention", x, y, norms[2 * index])
             y = ops.linear(ops.linear_swiglu(y, layer.gate_up), layer.down)
             x, y = add(f"layers.{index}.mlp", x, y, norms[2 * index + 1])
@@ -125,9 +131,13 @@ class Model:
     def new_cache(self, slots: int, capacity: int) -> ContiguousCache:
         """An empty cache, laid out as the operations want it."""
         config, weights = self.config, self.weights
-        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        head_major = self.ops.head_major(weights.dtype, *heads)
+        head_major = self.ops.head_major(weights.dtype, *self._heads)
         return ContiguousCache(config, slots, capacity, weights.dtype, weights.device, head_major)
+
+    @property
+    def _heads(self) -> tuple[int, int, int]:
+        config = self.config
+        return config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.ops.rms_norm(x, weight, self.config.rms_norm_eps, self.config.norm_rounding)
@@ -141,11 +151,13 @@ class Model:
         positions: Tensor,
         cache: ContiguousCache,
         single: bool,
+        plan: Any,
     ) -> Tensor:
         config, ops = self.config, self.ops
         qkv = ops.linear(x, layer.qkv)
         out = ops.attend(
             qkv, layer.q_norm, layer.k_norm, config.rms_norm_eps, config.norm_rounding, *self.tables[index],
             cache.k[index], cache.v[index], slots, positions, self.scale, config.window(index), single,
+            plan,
         )  # fmt: skip
         return ops.linear(out, layer.o)

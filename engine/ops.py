@@ -5,7 +5,8 @@ positions, B rows of V logits. Integer tensors (tokens, slots, positions, top_k,
 filled and returned when given. The graph calls the composite operations; `Composed` makes them of the single ones.
 """
 
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,14 @@ CHUNK = 64  # key positions whose partial attention is computed together
 _WEIGHT_ROWS = 8192  # rows of a bf16 weight held in fp32 at a time
 Rounding = Literal["once", "twice"]
 Placement = Literal["pre", "post"]
+
+
+class Run(NamedTuple):
+    """Tokens of one sequence next to each other in a packed list: how many, their slot, the first one's position."""
+
+    count: int
+    slot: int
+    position: int
 
 
 class Ops(Protocol):
@@ -96,14 +105,19 @@ class Ops(Protocol):
         """
         ...
 
+    def plan(self, runs: Sequence[Run], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> Any:
+        """What `attend` wants to know of a packed list of these runs, once for all layers; None where nothing."""
+        ...
+
     def attend(
         self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding, cos: Tensor,
         sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float, window: int,
-        single: bool,
+        single: bool, plan: Any = None,
     ) -> Tensor:  # fmt: skip
         """Everything between two projections: q and k norms where given, rotation, cache write, attention.
 
-        qkv [T, (Hq + 2Hk) D], which may be overwritten -> [T, Hq D]. single: no slot occurs twice.
+        qkv [T, (Hq + 2Hk) D], which may be overwritten -> [T, Hq D]. single: no slot occurs twice. plan: of these
+        tokens' runs, where the caller knows them. Neither changes a bit.
         """
         ...
 
@@ -124,10 +138,13 @@ class Composed:
         stream = self.add(x, y)
         return stream, self.rms_norm(stream, weight, eps, rounding)
 
+    def plan(self, runs: Sequence[Run], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> Any:
+        return None
+
     def attend(
         self: Ops, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding,
         cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float,
-        window: int, single: bool,
+        window: int, single: bool, plan: Any = None,
     ) -> Tensor:  # fmt: skip
         kv_heads, width = k_cache.shape[2:]
         kv_size = kv_heads * width

@@ -20,10 +20,10 @@ def catalogue(dtypes: Sequence[str] = ("bf16", "f32"), head_dims: Sequence[int] 
     Of kernels made for a shape those of OLMo-2 7B.
     """
     from kernels import add_norm, embedding, kv_write, residual, rms_norm, rope, rope_write, sampling, swiglu
-    from kernels.attention import flash
+    from kernels.attention import flash, prefill
     from kernels.attention import naive as attention
     from kernels.linear import naive as linear
-    from kernels.linear import streamed
+    from kernels.linear import streamed, tiled
 
     kernels: list[Kernel] = []
     for dtype in dtypes:
@@ -46,9 +46,12 @@ def catalogue(dtypes: Sequence[str] = ("bf16", "f32"), head_dims: Sequence[int] 
             embedding.vectors("bf16"),
             *streamed.catalogue(12288, 4096, gated=False),
             *streamed.catalogue(22016, 4096, gated=True),
+            *tiled.catalogue(12288, 4096, gated=False, tokens=(2048,)),
+            *tiled.catalogue(22016, 4096, gated=True, tokens=(2048,)),
             *(add_norm.fused(2, kind, False) for kind in ("post", "pre", "norm")),
             *(rope_write.fast(head_dim, "once", False) for head_dim in head_dims),
             *(flash.flash(head_dim, 1, "once", paged) for head_dim in head_dims for paged in (False, True)),
+            *prefill.catalogue(head_dims),
             sampling.split_argmax(),
             sampling.split_floor(),
             sampling.split_sample(),

@@ -118,6 +118,25 @@ def silu(value):
 
 
 @device_function
+def is_common(value):
+    """Whether common_silu may be taken."""
+    return (abs(value) >= float32(2.0**-60)) & (abs(value) <= float32(60.0))
+
+
+@device_function
+def common_silu(value):
+    """silu, bit by bit, of a value that is_common: the division as div.rn does it where nothing comes near the limits
+    of float32, without the branch to where it does."""
+    divisor = float32(1.0) + exp(-value)
+    guess = ptx.rcp_approx_f32(divisor)
+    inverse = ptx.fma_rn_f32(guess, ptx.fma_rn_f32(-divisor, guess, float32(1.0)), guess)
+    quotient = ptx.mul_rn_f32(value, inverse)
+    # Twice: after the first a quotient next to the middle between two float32 may still be the wrong one.
+    quotient = ptx.fma_rn_f32(inverse, ptx.fma_rn_f32(-divisor, quotient, value), quotient)
+    return ptx.fma_rn_f32(inverse, ptx.fma_rn_f32(-divisor, quotient, value), quotient)
+
+
+@device_function
 def low(pair):
     """float32 of the lower bf16 of a pair."""
     return ptx.f32_from_bits(uint32(pair << uint32(16)))

@@ -214,6 +214,12 @@ def div_rn_f32(a: Any, b: Any) -> Any:
     return a / b
 
 
+@instruction("rcp.approx.ftz.f32 $0, $1;", "f32", "f32")
+def rcp_approx_f32(a: Any) -> Any:
+    """1 / a for a normal a, up to one unit in the last place wrong; the twin's is rounded correctly."""
+    return np.float32(1.0) / a
+
+
 @instruction("max.f32 $0, $1, $2;", "f32", "f32", "f32")
 def max_f32(a: Any, b: Any) -> Any:
     """The larger one; where one is NaN, the other."""

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import decode, peers
+from stages import decode, peers, prefill
 from stages.host import read_host, use_gpu
 from stages.metrics import COLUMNS, KNOBS, Rows, read
 from stages.params import Gpu, Model, ParamsError, Week, Workload
@@ -282,7 +282,7 @@ def measure_standard(context: Context, cases: list[Any]) -> None:
             add_latency(context.rows, case, latency, bounds, None if context.gpu else NO_GPU, **knobs)
 
 
-# --- the decode step ------------------------------------------------------------------------------------------------
+# --- prompts and the decode step --------------------------------------------------------------------------------------
 
 
 def bench_decode(context: Context, suite: str) -> None:
@@ -298,6 +298,21 @@ def bench_decode(context: Context, suite: str) -> None:
         llm = context.llm
         graph = llm.engine.captures
         decode.bench(suite, context.rows, llm.model, context.workload, ceilings, graph, **context.knobs)
+
+
+def bench_prefill(context: Context) -> None:
+    """`stages.prefill`, which needs a GPU."""
+    from stages.timing import measurement_lock
+
+    if not context.gpu:
+        knobs: dict[str, Any] = context.knobs | {"backend": "cuda"}
+        prefill.add_missing(context.rows, NO_GPU, **knobs)
+        return
+    ceilings = read_ceilings(context.run, context.gpu)
+    with measurement_lock():
+        llm = context.llm
+        chunk = llm.engine.max_step_tokens
+        prefill.bench(context.rows, llm.model, context.workload, ceilings, chunk, **context.knobs)
 
 
 def bench_peers(context: Context) -> None:
@@ -323,7 +338,7 @@ SUITES: dict[str, Callable[[Context], None]] = {
 
 @stage(Gpu, Model, Week, Workload)
 def main(run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload) -> None:
-    known = [*SUITES, PREFILL, DECODE, *decode.SUITES, peers.PEERS]
+    known = [*SUITES, PREFILL, DECODE, prefill.LENGTHS, *decode.SUITES, peers.PEERS]
     unknown = [name for name in week.bench if name not in known]
     if unknown:
         raise ParamsError(f"weeks.{week.name}.bench: no suite '{unknown[0]}'; there are: {', '.join(known)}")
@@ -333,6 +348,8 @@ def main(run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload) -> No
         if name in SUITES:
             SUITES[name](context)
     bench_standard(context)
+    if prefill.LENGTHS in week.bench:
+        bench_prefill(context)
     for name in week.bench:
         if name in decode.SUITES:
             bench_decode(context, name)

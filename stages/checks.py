@@ -83,6 +83,8 @@ def forward(model: Model, pieces: Sequence[Piece], cache: ContiguousCache, obser
     """One packed forward pass; each piece's logits [its tokens, V]."""
     import torch
 
+    from engine.ops import Run
+
     device = model.weights.device
 
     def column(values: list[int]) -> Tensor:
@@ -91,9 +93,9 @@ def forward(model: Model, pieces: Sequence[Piece], cache: ContiguousCache, obser
     tokens = column([token for piece in pieces for token in piece.token_ids])
     slots = column([piece.slot for piece in pieces for _ in piece.token_ids])
     positions = column([piece.begin + index for piece in pieces for index in range(len(piece.token_ids))])
-    single = len({piece.slot for piece in pieces}) == len(tokens)
+    runs = [Run(len(piece.token_ids), piece.slot, piece.begin) for piece in pieces]
     with torch.inference_mode():
-        logits = model.forward(tokens, slots, positions, cache, observe=observe, single=single)
+        logits = model.forward(tokens, slots, positions, cache, observe=observe, runs=runs)
     return list(logits.split([len(piece.token_ids) for piece in pieces]))
 
 

@@ -24,13 +24,18 @@ BASELINE = "w01"
 PLANNED_WEEKS = 12
 SPEED_STAGES = ("provision", "baseline", "bench")  # where a limit is a ceiling of the machine and not a gate
 STANDARD = ("standard_prefill", "standard_decode", "workload_prompts")
+PREFILL_SUITES = {"prompt_lengths": "prompts by length"}
 DECODE_SUITES = {
     "decode_step": "decode steps",
     "kernels": "each kernel of a decode step by itself",
     "graphs": "CUDA graphs of a decode step",
     "peers": "what others take: cuBLAS through torch, transformers under torch.compile",
 }
-DECODE_LABELS = {
+STEP_LABELS = {
+    "ttft_ms": "TTFT",
+    "prompt_throughput": "prompt",
+    "compute_rate": "computed",
+    "activation_bytes": "activations at most",
     "step_ms": "step",
     "output_throughput": "output",
     "call_us": "a call",
@@ -492,7 +497,7 @@ def results_section(inputs: Inputs) -> Section:
         if rows:
             blocks.append(standard_table(run, rows, folded=len(blocks) > 1))
     for run in inputs.runs:
-        rows = [row for row in inputs.speed(run) if row.suite not in (*STANDARD, *DECODE_SUITES)]
+        rows = [row for row in inputs.speed(run) if row.suite not in (*STANDARD, *PREFILL_SUITES, *DECODE_SUITES)]
         if rows:
             blocks.append(list_rows(f"{run_title(run)}: each week's own measurements", rows, DETAIL, folded=True))
     if len(blocks) == 1:
@@ -500,22 +505,21 @@ def results_section(inputs: Inputs) -> Section:
     return Section("results", "Results against limits", blocks)
 
 
-def decode_table(run: str, suite: str, rows: Sequence[Row], folded: bool) -> Table:
+def step_table(title: str, rows: Sequence[Row], folded: bool) -> Table:
     """A line a case, week and engine, as they were measured; a column a metric."""
     lines: dict[tuple[str, str, str], dict[str, Row]] = defaultdict(dict)
     for row in rows:
         lines[row.case, row.week, engine_of(row)][row.metric] = row
-    names = [name for name in DECODE_LABELS if any(row.metric == name for row in rows)]
+    names = [name for name in STEP_LABELS if any(row.metric == name for row in rows)]
     table = [
-        [Cell(case), Cell(week, engine), *(decode_cell(found.get(name)) for name in names)]
+        [Cell(case), Cell(week, engine), *(step_cell(found.get(name)) for name in names)]
         for (case, week, engine), found in sorted(lines.items(), key=lambda item: item[0][1])
     ]
-    columns = ["case", "week", *(DECODE_LABELS[name] for name in names)]
-    title = f"{run_title(run)}: {DECODE_SUITES[suite]}"
+    columns = ["case", "week", *(STEP_LABELS[name] for name in names)]
     return drop_unmeasured(Table(columns, table, title, provenance(rows)[0], folded), first=2)
 
 
-def decode_cell(row: Row | None) -> Cell:
+def step_cell(row: Row | None) -> Cell:
     if row is None:
         return Cell("")
     if row.metric == "step_share" and row.value is not None:
@@ -532,14 +536,29 @@ def decode_section(inputs: Inputs) -> Section:
         "share of the step is of their sum. Host time, single steps (graph): to enqueue a step and to take over its "
         "tokens once they are there, a token; many steps: to enqueue a run of them, a token."
     )
+    return Section("decode", "The decode step", step_blocks(inputs, said, DECODE_SUITES))
+
+
+def step_blocks(inputs: Inputs, said: str, suites: Mapping[str, str]) -> list[Block]:
+    """What is said of these suites (by name their title), then a table of each that a run has."""
     blocks: list[Block] = [Text(said)]
     for run in inputs.runs:
-        for suite in DECODE_SUITES:
+        for suite, title in suites.items():
             rows = [row for row in inputs.of(run, "bench") if row.suite == suite]
             if rows:
-                table = decode_table(run, suite, rows, folded=run != inputs.runs[0])
+                table = step_table(f"{run_title(run)}: {title}", rows, folded=run != inputs.runs[0])
                 blocks.append(table if table.rows else Text(f"{table.title}. {table.note}"))
-    return Section("decode", "The decode step", blocks if len(blocks) > 1 else [Text("Not measured: no run has it.")])
+    return blocks if len(blocks) > 1 else [Text("Not measured: no run has it.")]
+
+
+def prefill_section(inputs: Inputs) -> Section:
+    """What prompts of several lengths take."""
+    said = (
+        "One prompt of random tokens at a time, until the logits of its last token are there. Under a figure: its "
+        "share of the limit, the larger of the bytes over the copy bandwidth and the operations over the rate of a "
+        "large matrix product of that machine. Activations: the memory in use at most, without weights and cache."
+    )
+    return Section("prefill", "Prompts", step_blocks(inputs, said, PREFILL_SUITES))
 
 
 def week_figures(inputs: Inputs, run: str) -> Figures | None:
@@ -889,6 +908,7 @@ SECTIONS: tuple[Callable[[Inputs], Section], ...] = (
     glance_section,
     week_section,
     results_section,
+    prefill_section,
     decode_section,
     progress_section,
     parity_section,

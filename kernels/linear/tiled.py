@@ -1,12 +1,11 @@
 """Matrix product, version tiled: many tokens against the weights, a tile of the output a block at a time.
 
     multiply "wgmma"    sm_90a: one warp copies boxes by tensor maps into a ring, warpgroups multiply out of it. Blocks
-                        stay and take one tile after another; the blocks of a cluster share the copies of what they
-                        have in common.
+                        stay and take one tile after another.
     multiply "mma"      sm_80 and later: cp.async, ldmatrix and mma.sync; all warps copy and multiply, a tile a block.
 
-Tokens are the products' 16 or 64 rows and weight rows their columns, so that a thread holds neighbours of an output row.
-A tile of `linear_swiglu` has the gate rows of its outputs and their up rows: a thread holds both of an output.
+Tokens are the products' 16 or 64 rows and weight rows their columns: a thread holds neighbours of an output row. A tile
+of `linear_swiglu` has the gate rows of its outputs and their up rows: a thread holds both of an output.
 
 Order of summation: K in order on one fp32 accumulator, rounded once to bf16: the bits of `kernels.linear.streamed`,
 whatever the tiling. For `linear_swiglu` gate and up stay fp32 until silu(gate) * up is rounded.
@@ -16,30 +15,32 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from kernels import check, device, ptx
-from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint8, uint16, uint32, uint64
-from kernels.launch import LIMITS, Kernel, LaunchOptions, architecture_of, kernel_factory
-from kernels.linear.streamed import BOX, MULTIPROCESSORS, matrix_map
+from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint8, uint32, uint64
+from kernels.launch import LIMITS, Kernel, LaunchOptions, architecture_of, kept_tensor_map, kernel_factory
+from kernels.linear.streamed import BOX, MULTIPROCESSORS
 
 # A warp passes its results on in pieces of 16 tokens and 64 columns; the rows lie apart so that no two of its accesses
 # meet in a bank.
 PIECE = 8  # fragments of 8 columns
 PITCH = 2 * 8 * PIECE + 16
 STAGING = 16 * PITCH
+# Of a multiprocessor, measured on an H200: clock cycles of a stage and of a tile beyond their multiplications.
+STAGE = 100
+TILE = 2000
 
 
 @dataclass(frozen=True)
 class Tiling:
     """How a block works. tokens, rows: of a tile (gate and up rows together). down, across: parts that the tile's
-    tokens and rows are divided into, one a warpgroup ("wgmma") or warp ("mma"). columns: of K in a stage. stages: of
-    the ring. cluster: blocks of a cluster; they take neighbouring tiles that have `common` ("tokens" or "rows") in
-    common."""
+    tokens and rows are divided into, one a warpgroup ("wgmma", which divides tokens only) or warp ("mma"). columns: of
+    K in a stage. stages: of the ring. turns: such groups of warpgroups, which take tiles in turn: one multiplies as the
+    other writes."""
 
     multiply: str
     tokens: int
@@ -48,23 +49,36 @@ class Tiling:
     across: int
     columns: int
     stages: int
-    cluster: int = 1
-    common: str = ""
+    turns: int = 1
+
+    @staticmethod
+    def of_warpgroups(rows: int, turns: int = 1) -> Tiling:
+        """128 tokens between two warpgroups, or all of them for each of two in turn; the ring takes what memory there
+        is."""
+        columns = 2 * BOX if rows <= 64 else BOX
+        tiling = Tiling("wgmma", 128, rows, 2 // turns, 1, columns, 0, turns)
+        return replace(tiling, stages=(LIMITS["sm_90a"].shared_block - tiling.shared) // (tiling.stage_bytes + 16))
+
+    @staticmethod
+    def of_warps(tokens: int, rows: int, down: int, across: int, arch: str) -> Tiling:
+        tiling = Tiling("mma", tokens, rows, down, across, 32, 0)
+        return replace(tiling, stages=min(5, LIMITS[arch].shared_block // tiling.stage_bytes))
 
     @property
     def name(self) -> str:
-        cluster = f"_c{self.cluster}{self.common}" if self.cluster > 1 else ""
-        return f"{self.multiply}_{self.tokens}x{self.rows}x{self.columns}_{self.down}x{self.across}_s{self.stages}{cluster}"
+        size = f"{self.tokens}x{self.rows}x{self.columns}_{self.down}x{self.across}_s{self.stages}"
+        return f"{self.multiply}_{size}" + (f"_t{self.turns}" if self.turns > 1 else "")
 
     @property
     def warps(self) -> int:
         """That multiply."""
-        return self.down * self.across * (4 if self.multiply == "wgmma" else 1)
+        return self.turns * self.down * self.across * (4 if self.multiply == "wgmma" else 1)
 
     @property
     def threads(self) -> int:
-        """With "wgmma" one warp more, which copies."""
-        return 32 * (self.warps + (self.multiply == "wgmma"))
+        """With "wgmma" one warp more, which copies; with turns it has a warpgroup, which leaves registers to others."""
+        copying = (4 if self.turns > 1 else 1) if self.multiply == "wgmma" else 0
+        return 32 * (self.warps + copying)
 
     @property
     def stage_bytes(self) -> int:
@@ -78,30 +92,46 @@ class Tiling:
             return 1024 + self.stages * (self.stage_bytes + 16) + self.warps * STAGING
         return max(self.stages * self.stage_bytes, self.warps * STAGING)
 
-    @property
-    def token_tiles(self) -> int:
-        """That the blocks of a cluster take at a time, side by side in tokens."""
-        return 1 if self.common == "tokens" else self.cluster
-
-    @property
-    def row_tiles(self) -> int:
-        return self.cluster if self.common == "tokens" else 1
-
-    def clusters(self, count: int, rows: int) -> tuple[int, int]:
-        """Tiles of a cluster that `count` tokens and `rows` weight rows are divided into."""
-        return -(-count // (self.tokens * self.token_tiles)), -(-rows // (self.rows * self.row_tiles))
+    def tiles(self, count: int, rows: int) -> tuple[int, int]:
+        """That `count` tokens and `rows` weight rows are divided into."""
+        return -(-count // self.tokens), -(-rows // self.rows)
 
     def group(self, count: int, rows: int, multiprocessors: int) -> int:
         """Tiles down which are worked on together, such that those at work at a time cover about a square."""
-        down, _ = self.clusters(count, rows)
-        at_work = multiprocessors // self.cluster
-        square = math.sqrt(at_work * self.rows * self.row_tiles / (self.tokens * self.token_tiles))
-        return min(down, max(1, round(square)))
+        down, _ = self.tiles(count, rows)
+        return min(down, max(1, round(math.sqrt(multiprocessors * self.rows / self.tokens))))
+
+    def fits(self, gated: bool) -> bool:
+        """Whether the tile divides into whole fragments."""
+        step = 8 if self.multiply == "wgmma" else 16 * self.across
+        return self.rows % (2 * step if gated else step) == 0
+
+    def blocks(self, count: int, rows: int, multiprocessors: int) -> int:
+        """Of the grid: with "wgmma" as many as are at work at a time, else one a tile."""
+        down, wide = self.tiles(count, rows)
+        return min(down * wide, multiprocessors) if self.multiply == "wgmma" else down * wide
+
+    def clocks(self, count: int, rows: int, depth: int, multiprocessors: int) -> float:
+        """About how many clock cycles the product takes: as many tiles one after another as the busiest has."""
+        down, wide = self.tiles(count, rows)
+        multiply = self.tokens * self.rows / (32 if self.multiply == "wgmma" else 16)
+        return -(-down * wide // multiprocessors) * (depth / BOX * (multiply + STAGE) + TILE)
 
     @staticmethod
     def choose(count: int, rows: int, depth: int, gated: bool, arch: str, multiprocessors: int) -> Tiling:
         """For `count` tokens and a weight [rows, depth] on a GPU of so many multiprocessors."""
-        raise NotImplementedError
+        return min(
+            (tiling for tiling in tilings(arch) if tiling.fits(gated)),
+            key=lambda tiling: tiling.clocks(count, rows, depth, multiprocessors),
+        )
+
+
+@functools.cache
+def tilings(arch: str) -> tuple[Tiling, ...]:
+    """What `Tiling.choose` chooses from."""
+    if arch == "sm_90a":
+        return tuple(Tiling.of_warpgroups(rows) for rows in (32, 40, 64, 80, 96, 128, 160, 192, 224, 240, 256))
+    return tuple(Tiling.of_warps(*tile, arch) for tile in ((128, 256, 2, 4), (64, 128, 2, 4)))
 
 
 def _writer(blocks: int, fragments: int, gated: bool) -> Callable[..., None]:
@@ -111,115 +141,127 @@ def _writer(blocks: int, fragments: int, gated: bool) -> Callable[..., None]:
     after block; gated: of the fragments the first half are gates, the other half ups.
     """
     kept = fragments // 2 if gated else fragments
+    pieces = -(-kept // PIECE)
 
     @device_function
-    def pair(acc, c):
-        if gated:
-            u = c + kept * 4
-            first = ptx.mul_rn_f32(device.silu(acc[c]), acc[u])
-            second = ptx.mul_rn_f32(device.silu(acc[c + 1]), acc[u + 1])
-            return ptx.cvt_rn_bf16x2_f32(second, first)
+    def plain(acc, c):
         return ptx.cvt_rn_bf16x2_f32(acc[c + 1], acc[c])
 
-    @device_function
-    def write(acc, staging, lane, out, token, column, count, columns):
-        """From [token, column] on of out [count, columns], through the warp's STAGING bytes of shared memory."""
-        into = staging + uint32((lane >> 2) * PITCH + (lane & 3) * 4)
-        row, chunk = lane >> 3, lane & 7
-        outof = staging + uint32(row * PITCH + chunk * 16)
-        for m in range(blocks):
-            for p in range(-(-kept // PIECE)):
-                for j in range(PIECE):
-                    if p * PIECE + j < kept:
-                        c = (m * fragments + p * PIECE + j) * 4
-                        ptx.st_shared_b32(into + uint32(j * 16), pair(acc, c))
-                        ptx.st_shared_b32(into + uint32(8 * PITCH + j * 16), pair(acc, c + 2))
-                ptx.bar_warp_sync()
-                place = column + (p * PIECE + chunk) * 8
-                inside = p * PIECE + chunk < kept and place < columns
-                for i in range(4):
-                    here = token + m * 16 + i * 4 + row
-                    if inside and here < count:
-                        v = ptx.ld_shared_v4(outof + uint32(i * 4 * PITCH))
-                        ptx.st_global_v4(out, int64(here) * columns + place, v[0], v[1], v[2], v[3])
-                ptx.bar_warp_sync()
+    def swiglu(silu: Callable[..., float]) -> Callable[..., int]:
+        @device_function
+        def pair(acc, c):
+            u = c + kept * 4
+            first, second = ptx.mul_rn_f32(silu(acc[c]), acc[u]), ptx.mul_rn_f32(silu(acc[c + 1]), acc[u + 1])
+            return ptx.cvt_rn_bf16x2_f32(second, first)
 
-    return write
+        return pair
+
+    @device_function
+    def nothing(acc, staging, lane, out, token, column, count, columns):
+        pass
+
+    def writer(piece: int) -> Callable[..., None]:
+        # A function a piece, not a loop: the compiler would not unroll one as large, and an index that it does not know
+        # sends the accumulators to memory.
+        m, p = piece // pieces, piece % pieces
+        first, last = m * fragments + p * PIECE, m * fragments + min(kept, (p + 1) * PIECE)
+        following = writer(piece + 1) if piece + 1 < blocks * pieces else nothing
+
+        def staging_of(pair: Callable[..., int]) -> Callable[..., None]:
+            @device_function
+            def stage(acc, into):
+                for f in range(first, last):
+                    place = into + uint32((f - first) * 16)
+                    ptx.st_shared_b32(place, pair(acc, f * 4))
+                    ptx.st_shared_b32(place + uint32(8 * PITCH), pair(acc, f * 4 + 2))
+
+            return stage
+
+        # Without branches the compiler works on many outputs at a time.
+        stage_plain = staging_of(plain)
+        stage_common, stage_any = staging_of(swiglu(device.common_silu)), staging_of(swiglu(device.silu))
+
+        @device_function
+        def write(acc, staging, lane, out, token, column, count, columns):
+            """From [token, column] on of out [count, columns], through the warp's STAGING bytes of shared memory."""
+            into = staging + uint32((lane >> 2) * PITCH + (lane & 3) * 4)
+            row, chunk = lane >> 3, lane & 7
+            outof = staging + uint32(row * PITCH + chunk * 16)
+            if gated:
+                common = True
+                for c in range(first * 4, last * 4):
+                    common = common & device.is_common(acc[c])
+                if common:
+                    stage_common(acc, into)
+                else:
+                    stage_any(acc, into)
+            else:
+                stage_plain(acc, into)
+            ptx.bar_warp_sync()
+            place = column + (p * PIECE + chunk) * 8
+            inside = p * PIECE + chunk < kept and place < columns
+            for i in range(4):
+                here = token + m * 16 + i * 4 + row
+                if inside and here < count:
+                    v = ptx.ld_shared_v4(outof + uint32(i * 4 * PITCH))
+                    ptx.st_global_v4(out, int64(here) * columns + place, v[0], v[1], v[2], v[3])
+            ptx.bar_warp_sync()
+            following(acc, staging, lane, out, token, column, count, columns)
+
+        return write
+
+    return writer(0)
+
+
+@device_function
+def _place(tile, group, down, wide):
+    """Row and column of tile number `tile` of [down, wide]: down through `group` of them, then across, then the next
+    `group`."""
+    # Unsigned: a division of 32 bits, not of 64.
+    tile, group, wide = uint32(tile), uint32(group), uint32(wide)
+    begin = uint32(uint32(tile // uint32(group * wide)) * group)
+    within = uint32(tile - uint32(begin * wide))
+    high = min(group, uint32(uint32(down) - begin))
+    return int32(begin + within % high), int32(within // high)
 
 
 @kernel_factory
 def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
-    """Tensor maps of weight [N, K] and x [T, K], out [T, N or N/2], T, N, K, group; grid (n * cluster,).
+    """Tensor maps of weight [N, K] and x [T, K], out [T, N or N/2], T, N, K, group; grid (n,), n at most the tiles.
 
     gated: rows i and N/2 + i of the weight are gate and up of output i.
     """
-    tokens, rows, stages, cluster = tiling.tokens, tiling.rows, tiling.stages, tiling.cluster
-    across, token_tiles, row_tiles = tiling.across, tiling.token_tiles, tiling.row_tiles
+    tokens, rows, stages, down_parts, turns = tiling.tokens, tiling.rows, tiling.stages, tiling.down, tiling.turns
     boxes = tiling.columns // BOX
     halves = 2 if gated else 1
-    own_rows = rows // across  # of a warpgroup
     kept_rows = rows // halves  # columns of out
-    # A box of weight rows is a warpgroup's gates, or ups; of the operand in common each block copies a share.
-    part_rows = own_rows // halves
-    share_rows, share_tokens = part_rows // token_tiles, tokens // row_tiles
     weight_bytes, token_bytes, stage_bytes = rows * 128, tokens * 128, tiling.stage_bytes
-    accumulators = own_rows // 2
-    warps = tiling.warps
-    everyone = uint16((1 << cluster) - 1)
-    multiply = ptx.wgmma_m64k16_bf16(own_rows)
-    keep = ptx.keep_f32(accumulators)
+    accumulators = rows // 2
+    # A warpgroup multiplies 64 tokens at a time: all of its part, or the lower and the higher half of it.
+    two = tokens // down_parts == 128
+    high_accumulators = accumulators if two else 1
+    warps, turn_warps = tiling.warps, tiling.warps // turns
+    multiply = ptx.wgmma_m64k16_bf16(rows)
+    keep, keep_high = ptx.keep_f32(accumulators), ptx.keep_f32(high_accumulators)
     all_but_one, all_done = ptx.wgmma_wait_group(1), ptx.wgmma_wait_group(0)
-    write = _writer(1, own_rows // 8, gated)
+    few_registers, many_registers = ptx.setmaxnreg_dec(40), ptx.setmaxnreg_inc(232)
+    write = _writer(1, rows // 8, gated)
 
     @device_function
-    def place(tile, group, down, wide, rank):
-        """Tile of tokens and tile of rows that block `rank` of a cluster has of its tile `tile`, in the order: down
-        through `group` tiles, then across, then the next `group`."""
-        begin = tile // (group * wide) * group
-        within = tile - begin * wide
-        high = min(group, down - begin)
-        m, n = begin + within % high, within // high
-        if token_tiles > 1:
-            m = m * token_tiles + rank
-        if row_tiles > 1:
-            n = n * row_tiles + rank
-        return m, n
-
-    @device_function
-    def release(barrier, lane):
-        if cluster == 1:
-            if lane == 0:
-                ptx.mbarrier_arrive(barrier)
-        elif lane < cluster:
-            ptx.mbarrier_arrive_cluster(ptx.mapa_shared_cluster(barrier, uint32(lane)))
-
-    @device_function
-    def copy_weight(weight, stage_at, barrier, n, k, rank, half, policy):
+    def copy_weight(weight, stage_at, barrier, n, k, half, policy):
         ptx.mbarrier_arrive_expect_tx(barrier, uint32(stage_bytes))
         for h in range(boxes):
-            for a in range(across):
-                for part in range(halves):
-                    own = rank * share_rows if token_tiles > 1 else 0
-                    place = uint32(h * weight_bytes + ((a * halves + part) * part_rows + own) * 128)
-                    column, row = int32((k * boxes + h) * BOX), int32(part * half + n * kept_rows + a * part_rows + own)
-                    if token_tiles > 1:
-                        ptx.cp_async_bulk_tensor_2d_multicast(
-                            stage_at + place, weight, 0, barrier, column, row, everyone, policy
-                        )
-                    else:
-                        ptx.cp_async_bulk_tensor_2d(stage_at + place, weight, 0, barrier, column, row, policy)
+            for part in range(halves):
+                place = uint32(h * weight_bytes + part * kept_rows * 128)
+                column, row = int32((k * boxes + h) * BOX), int32(part * half + n * kept_rows)
+                ptx.cp_async_bulk_tensor_2d(stage_at + place, weight, 0, barrier, column, row, policy)
 
     @device_function
-    def copy_tokens(x, stage_at, barrier, m, k, rank):
-        policy = uint64(ptx.EVICT_LAST)
+    def copy_tokens(x, stage_at, barrier, m, k, policy):
         for h in range(boxes):
-            own = rank * share_tokens if row_tiles > 1 else 0
-            place = uint32(boxes * weight_bytes + h * token_bytes + own * 128)
-            column, row = int32((k * boxes + h) * BOX), int32(m * tokens + own)
-            if row_tiles > 1:
-                ptx.cp_async_bulk_tensor_2d_multicast(stage_at + place, x, 0, barrier, column, row, everyone, policy)
-            else:
-                ptx.cp_async_bulk_tensor_2d(stage_at + place, x, 0, barrier, column, row, policy)
+            place = uint32(boxes * weight_bytes + h * token_bytes)
+            column, row = int32((k * boxes + h) * BOX), int32(m * tokens)
+            ptx.cp_async_bulk_tensor_2d(stage_at + place, x, 0, barrier, column, row, policy)
 
     def linear(weight, x, out, count, weight_rows, depth, group):
         memory = cuda.shared.array(0, uint8)
@@ -229,106 +271,352 @@ def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
         empty = full + uint32(8 * stages)
         thread = int32(cuda.threadIdx.x)
         warp, lane = thread >> 5, thread & 31
-        rank = int32(ptx.cluster_ctarank()) if cluster > 1 else int32(0)
         if thread == 0:
             for s in range(stages):
                 ptx.mbarrier_init(full + uint32(8 * s), uint32(1))
-                ptx.mbarrier_init(empty + uint32(8 * s), uint32(warps * cluster))
+                ptx.mbarrier_init(empty + uint32(8 * s), uint32(turn_warps))
             ptx.fence_mbarrier_init()
         cuda.syncthreads()
-        if cluster > 1:
-            ptx.barrier_cluster_arrive()
-            ptx.barrier_cluster_wait()
         ptx.griddepcontrol_launch_dependents()
         half = weight_rows // halves
-        down = (count + tokens * token_tiles - 1) // (tokens * token_tiles)
-        wide = (half + kept_rows * row_tiles - 1) // (kept_rows * row_tiles)
-        stage_count = depth // (boxes * BOX)
-        tile = int32(cuda.blockIdx.x) // cluster
-        step = int32(cuda.gridDim.x) // cluster
+        down, wide = (count + (tokens - 1)) // tokens, (half + (kept_rows - 1)) // kept_rows
+        # The last stage of an odd number of boxes ends in zeros, which change no sum.
+        stage_count = (depth + (boxes * BOX - 1)) // (boxes * BOX)
+        tile, step = int32(cuda.blockIdx.x), int32(cuda.gridDim.x)
 
-        if warp == warps:
-            if lane == 0:
-                # Read by one tile of tokens alone, a weight need not stay in L2.
-                policy = uint64(ptx.EVICT_FIRST) if down == 1 else uint64(ptx.EVICT_NORMAL)
+        if warp >= warps:
+            if turns > 1:
+                few_registers()
+            if warp == warps and lane == 0:
+                # Weights that one tile of tokens alone reads need not stay in L2.
+                weight_policy, token_policy = uint64(ptx.EVICT_NORMAL), uint64(ptx.EVICT_NORMAL)
+                if down == 1:
+                    weight_policy, token_policy = uint64(ptx.EVICT_FIRST), uint64(ptx.EVICT_LAST)
                 # The first stages of weights need nothing of the kernels ahead.
-                m, n = place(tile, group, down, wide, rank)
+                m, n = _place(tile, group, down, wide)
                 early = min(stage_count, int32(stages))
                 for k in range(early):
-                    copy_weight(
-                        weight, ring + uint32(k * stage_bytes), full + uint32(8 * k), n, k, rank, half, policy
-                    )
+                    copy_weight(weight, ring + uint32(k * stage_bytes), full + uint32(8 * k), n, k, half, weight_policy)
                 ptx.griddepcontrol_wait()
                 for k in range(early):
-                    copy_tokens(x, ring + uint32(k * stage_bytes), full + uint32(8 * k), m, k, rank)
+                    copy_tokens(x, ring + uint32(k * stage_bytes), full + uint32(8 * k), m, k, token_policy)
                 stage, parity = early, uint32(1)
                 if stage == stages:
                     stage, parity = int32(0), uint32(0)
                 begin = early
                 while tile < down * wide:
-                    m, n = place(tile, group, down, wide, rank)
+                    m, n = _place(tile, group, down, wide)
                     for k in range(begin, stage_count):
                         while ptx.mbarrier_try_wait(empty + uint32(8 * stage), parity) == 0:
                             pass
                         stage_at, barrier = ring + uint32(stage * stage_bytes), full + uint32(8 * stage)
-                        copy_weight(weight, stage_at, barrier, n, k, rank, half, policy)
-                        copy_tokens(x, stage_at, barrier, m, k, rank)
+                        copy_weight(weight, stage_at, barrier, n, k, half, weight_policy)
+                        copy_tokens(x, stage_at, barrier, m, k, token_policy)
                         stage += int32(1)
                         if stage == stages:
                             stage, parity = int32(0), parity ^ uint32(1)
                     begin = int32(0)
-                    tile += step
+                    tile = int32(tile + step)
             ptx.bar_warp_sync()
         else:
-            warpgroup = warp >> 2
-            own_down, own_across = warpgroup // across, warpgroup % across
+            if turns > 1:
+                many_registers()
+            turn, own_down = (warp >> 2) // down_parts, (warp >> 2) % down_parts
             a_place = uint32(boxes * weight_bytes + own_down * 8192)
-            b_place = uint32(own_across * own_rows * 128)
             own_staging = staging + uint32(warp * STAGING)
             own_token = own_down * 64 + (warp & 3) * 16
-            own_column = own_across * part_rows
             acc = cuda.local.array(accumulators, float32)
+            high = cuda.local.array(high_accumulators, float32)
+            tile = int32(tile + turn * step)
             stage, parity = int32(0), uint32(0)
+            others = int32(turn * stage_count)
             while tile < down * wide:
                 for i in range(accumulators):
                     acc[i] = float32(0.0)
+                if two:
+                    for i in range(accumulators):
+                        high[i] = float32(0.0)
+                if turns > 1:
+                    # Past the stages of the other turns' tiles, after the turn before this one has seen its own full:
+                    # of an earlier round of the ring, a barrier's parity would say nothing.
+                    stage = int32(stage + others)
+                    parity ^= uint32(stage // stages) & uint32(1)
+                    stage = int32(stage % stages)
+                    others = int32((turns - 1) * stage_count)
+                    if tile >= step:
+                        ptx.bar_sync(uint32(1 + turn), uint32(64 * turn_warps))
                 previous = int32(-1)
                 for _ in range(stage_count):
                     while ptx.mbarrier_try_wait(full + uint32(8 * stage), parity) == 0:
                         pass
                     stage_at = ring + uint32(stage * stage_bytes)
                     a = ptx.wgmma_descriptor(stage_at + a_place, uint32(16), uint32(1024))
-                    b = ptx.wgmma_descriptor(stage_at + b_place, uint32(16), uint32(1024))
+                    b = ptx.wgmma_descriptor(stage_at, uint32(16), uint32(1024))
                     keep(acc)
+                    if two:
+                        keep_high(high)
                     ptx.wgmma_fence()
                     for h in range(boxes):
                         for i in range(4):
-                            multiply(
-                                acc,
-                                a + uint64((h * token_bytes + i * 32) >> 4),
-                                b + uint64((h * weight_bytes + i * 32) >> 4),
-                                uint32(1),
-                            )
+                            a_step = a + uint64((h * token_bytes + i * 32) >> 4)
+                            b_step = b + uint64((h * weight_bytes + i * 32) >> 4)
+                            multiply(acc, a_step, b_step, uint32(1))
+                            if two:
+                                multiply(high, a_step + uint64(8192 >> 4), b_step, uint32(1))
                     ptx.wgmma_commit_group()
                     # While these multiply, those before them are done: their stage may be filled again.
                     all_but_one()
-                    if previous >= 0:
-                        release(empty + uint32(8 * previous), lane)
+                    if previous >= 0 and lane == 0:
+                        ptx.mbarrier_arrive(empty + uint32(8 * previous))
                     previous = stage
                     stage += int32(1)
                     if stage == stages:
                         stage, parity = int32(0), parity ^ uint32(1)
+                if turns > 1 and tile + step < down * wide:
+                    ptx.bar_arrive(uint32(1 + (turn + 1) % turns), uint32(64 * turn_warps))
                 all_done()
                 keep(acc)
-                release(empty + uint32(8 * previous), lane)
-                m, n = place(tile, group, down, wide, rank)
-                write(
-                    acc, own_staging, lane, out, m * tokens + own_token, n * kept_rows + own_column, count, half
-                )
-                tile += step
-        if cluster > 1:
-            # A block stays as long as others copy to it or arrive at its barriers.
-            ptx.barrier_cluster_arrive()
-            ptx.barrier_cluster_wait()
+                if two:
+                    keep_high(high)
+                if lane == 0:
+                    ptx.mbarrier_arrive(empty + uint32(8 * previous))
+                m, n = _place(tile, group, down, wide)
+                write(acc, own_staging, lane, out, m * tokens + own_token, n * kept_rows, count, half)
+                if two:
+                    write(high, own_staging, lane, out, m * tokens + own_token + 64, n * kept_rows, count, half)
+                tile = int32(tile + turns * step)
 
-    raise NotImplementedError
+    name = f"linear_{'swiglu_' if gated else ''}tiled_{tiling.name}_{arch}"
+    return Kernel(
+        name, linear, ("u8*", "u8*", "bf16*", "i32", "i32", "i32", "i32"), tiling.threads,
+        dynamic_shared=tiling.shared, blocks_per_sm=1,
+        options=LaunchOptions(programmatic=True),
+        architectures=(arch,),
+    )  # fmt: skip
+
+
+@kernel_factory
+def warps(tiling: Tiling, gated: bool, arch: str) -> Kernel:
+    """weight [N, K], x [T, K], out [T, N or N/2], T, N, K, group; grid (tiles,).
+
+    gated: rows i and N/2 + i of the weight are gate and up of output i.
+    """
+    tokens, rows, columns, stages = tiling.tokens, tiling.rows, tiling.columns, tiling.stages
+    across, threads = tiling.across, tiling.threads
+    halves = 2 if gated else 1
+    kept_rows = rows // halves  # columns of out
+    own_tokens, own_rows = tokens // tiling.down, rows // across  # of a warp
+    blocks, fragments = own_tokens // 16, own_rows // 8
+    kept = fragments // halves
+    chunks = columns // 8  # of 16 bytes in a row of a stage
+    row_bytes, token_bytes, stage_bytes = columns * 2, tokens * columns * 2, tiling.stage_bytes
+    steps = columns // 16
+    accumulators, a_words, b_words = blocks * fragments * 4, blocks * 4, fragments * 2
+    two_a, two_b = 2 * a_words, 2 * b_words
+    landed = ptx.cp_async_wait_group(stages - 2)
+    write = _writer(blocks, fragments, gated)
+
+    @device_function
+    def swizzled(row, chunk):
+        """Bytes from a row's begin to a chunk: 8 rows have the same chunk in 8 different places of 128 bytes."""
+        return (chunk ^ (row & 7 if chunks == 8 else row >> 1 & 3)) * 16
+
+    @device_function
+    def copy_tokens(x, stage_at, first, k, thread, count, depth):
+        for i in range(-(-tokens * chunks // threads)):
+            item = i * threads + thread
+            row, chunk = item // chunks, item % chunks
+            if tokens * chunks % threads == 0 or item < tokens * chunks:
+                place = uint32(row * row_bytes + swizzled(row, chunk))
+                source = int64(min(first + row, count - 1)) * depth + k * columns + chunk * 8
+                ptx.cp_async_cg_16(stage_at + place, x, source)
+
+    @device_function
+    def copy_weight(weight, stage_at, first, k, thread, half, depth):
+        for i in range(-(-rows * chunks // threads)):
+            item = i * threads + thread
+            row, chunk = item // chunks, item % chunks
+            if rows * chunks % threads == 0 or item < rows * chunks:
+                place = uint32(token_bytes + row * row_bytes + swizzled(row, chunk))
+                source = int64(row // kept_rows * half + min(first + row % kept_rows, half - 1)) * depth
+                ptx.cp_async_cg_16(stage_at + place, weight, source + k * columns + chunk * 8)
+
+    @device_function
+    def load(a, b, buffer, a_at, b_at, step, a_chunk, b_chunk, swizzle):
+        """Operands of a step of 16 columns to registers."""
+        a_place = uint32(((step * 2 + a_chunk) ^ swizzle) * 16)
+        b_place = uint32(((step * 2 + b_chunk) ^ swizzle) * 16)
+        for m in range(blocks):
+            got = ptx.ldmatrix_x4(a_at + uint32(m * 16 * row_bytes) + a_place)
+            for j in range(4):
+                a[buffer * a_words + m * 4 + j] = got[j]
+        for f in range(fragments // 2):
+            # Of two fragments; ups lie half a tile behind the gates.
+            row = (2 * f) // kept * kept_rows + (2 * f) % kept * 8
+            got = ptx.ldmatrix_x4(b_at + uint32(row * row_bytes) + b_place)
+            for j in range(4):
+                b[buffer * b_words + f * 4 + j] = got[j]
+
+    @device_function
+    def multiply(acc, a, b, buffer):
+        for m in range(blocks):
+            for f in range(fragments):
+                c, i, j = (m * fragments + f) * 4, buffer * a_words + m * 4, buffer * b_words + f * 2
+                d = ptx.mma_m16n8k16_bf16(
+                    a[i], a[i + 1], a[i + 2], a[i + 3], b[j], b[j + 1], acc[c], acc[c + 1], acc[c + 2], acc[c + 3]
+                )
+                acc[c], acc[c + 1], acc[c + 2], acc[c + 3] = d[0], d[1], d[2], d[3]
+
+    def linear(weight, x, out, count, weight_rows, depth, group):
+        memory = cuda.shared.array(0, uint8)
+        ring = ptx.shared_address(memory)
+        thread = int32(cuda.threadIdx.x)
+        warp, lane = thread >> 5, thread & 31
+        half = weight_rows // halves
+        down, wide = (count + tokens - 1) // tokens, (half + kept_rows - 1) // kept_rows
+        stage_count = depth // columns
+        m, n = _place(int32(cuda.blockIdx.x), group, down, wide)
+        first_token, first_column = m * tokens, n * kept_rows
+        ptx.griddepcontrol_launch_dependents()
+
+        # The first stages of weights need nothing of the kernels ahead.
+        for s in range(stages - 1):
+            if s < stage_count:
+                copy_weight(weight, ring + uint32(s * stage_bytes), first_column, s, thread, half, depth)
+        ptx.griddepcontrol_wait()
+        for s in range(stages - 1):
+            if s < stage_count:
+                copy_tokens(x, ring + uint32(s * stage_bytes), first_token, s, thread, count, depth)
+            ptx.cp_async_commit_group()
+
+        own_down, own_across = warp // across, warp % across
+        a_row, b_row = lane & 15, (lane & 7) + (lane >> 4) * 8
+        a_chunk, b_chunk, swizzle = lane >> 4, lane >> 3 & 1, swizzled(lane & 7, 0) >> 4
+        a_place = uint32((own_down * own_tokens + a_row) * row_bytes)
+        b_place = uint32(token_bytes + (own_across * kept * 8 + b_row) * row_bytes)
+        acc = cuda.local.array(accumulators, float32)
+        a = cuda.local.array(two_a, uint32)
+        b = cuda.local.array(two_b, uint32)
+        for i in range(accumulators):
+            acc[i] = float32(0.0)
+        stage, free = int32(0), int32(stages - 1)
+        for k in range(stage_count):
+            landed()
+            cuda.syncthreads()
+            # Every warp is done with the stage before this one: it is filled again.
+            following = k + (stages - 1)
+            if following < stage_count:
+                free_at = ring + uint32(free * stage_bytes)
+                copy_weight(weight, free_at, first_column, following, thread, half, depth)
+                copy_tokens(x, free_at, first_token, following, thread, count, depth)
+            ptx.cp_async_commit_group()
+            stage_at = ring + uint32(stage * stage_bytes)
+            a_at, b_at = stage_at + a_place, stage_at + b_place
+            load(a, b, 0, a_at, b_at, 0, a_chunk, b_chunk, swizzle)
+            for step in range(steps):
+                if step + 1 < steps:
+                    load(a, b, (step + 1) % 2, a_at, b_at, step + 1, a_chunk, b_chunk, swizzle)
+                multiply(acc, a, b, step % 2)
+            free = stage
+            stage = stage + int32(1) if stage + 1 < stages else int32(0)
+        cuda.syncthreads()
+        write(
+            acc, ring + uint32(warp * STAGING), lane, out, first_token + own_down * own_tokens,
+            first_column + own_across * kept * 8, count, half,
+        )  # fmt: skip
+
+    name = f"linear_{'swiglu_' if gated else ''}tiled_{tiling.name}_{arch}"
+    return Kernel(
+        name, linear, ("bf16*", "bf16*", "bf16*", "i32", "i32", "i32", "i32"), threads,
+        dynamic_shared=tiling.shared, blocks_per_sm=1,
+        options=LaunchOptions(programmatic=True),
+        architectures=(arch,),
+    )  # fmt: skip
+
+
+def _kernel(tiling: Tiling, gated: bool, arch: str) -> Kernel:
+    return (warpgroups if tiling.multiply == "wgmma" else warps)(tiling, gated, arch)
+
+
+def catalogue(rows: int, depth: int, gated: bool, tokens: Sequence[int] = range(64, 8193, 64)) -> list[Kernel]:
+    """The kernels for a weight [rows, depth] and these numbers of tokens, each once, as an architecture's usual GPU
+    takes them."""
+    kernels = {}
+    for arch, multiprocessors in MULTIPROCESSORS.items():
+        for count in tokens:
+            kernel = _kernel(Tiling.choose(count, rows, depth, gated, arch, multiprocessors), gated, arch)
+            kernels[kernel.name] = kernel
+    return list(kernels.values())
+
+
+@functools.cache
+def _plan(
+    tiling: Tiling, count: int, rows: int, gated: bool, arch: str, multiprocessors: int
+) -> tuple[Kernel, tuple[int], int, tuple[int, int] | None]:
+    """Kernel, grid, group and, where it reads by tensor maps, rows of the boxes of weights and tokens."""
+    grid = (tiling.blocks(count, rows, multiprocessors),)
+    boxes = (tiling.rows // (2 if gated else 1), tiling.tokens) if tiling.multiply == "wgmma" else None
+    return _kernel(tiling, gated, arch), grid, tiling.group(count, rows, multiprocessors), boxes
+
+
+def launch(
+    tiling: Tiling, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, gated: bool, machine: tuple[str, int]
+) -> None:
+    """The product by one tiling; machine: architecture and multiprocessors. Tensors as those of `linear`, unchecked."""
+    count, (rows, depth) = len(x), weight.shape
+    kernel, grid, group, boxes = _plan(tiling, count, rows, gated, *machine)
+    if boxes is None:
+        kernel.launch(grid, weight, x, out, count, rows, depth, group)
+    else:
+        maps = kept_tensor_map(weight, boxes[0]), kept_tensor_map(x, boxes[1])
+        kernel.launch(grid, *maps, out, count, rows, depth, group)
+
+
+@functools.cache
+def _machine(device: int) -> tuple[str, int]:
+    """Architecture and multiprocessors of a device."""
+    if SIMULATED:
+        return "sm_90a", 2
+    properties = torch.cuda.get_device_properties(device)
+    return architecture_of((properties.major, properties.minor)), properties.multi_processor_count
+
+
+_choose = functools.cache(Tiling.choose)
+
+
+def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, gated: bool) -> torch.Tensor:
+    operation = "linear_swiglu" if gated else "linear"
+    count, depth = check.dimensions(operation, "x", x, "T, K")
+    rows, _ = check.dimensions(operation, "weight", weight, "N, K")
+    if depth % BOX or rows % (16 if gated else 8):
+        multiple = 16 if gated else 8
+        raise ValueError(
+            f"{operation}: weight is {tuple(weight.shape)}: rows of {multiple} and columns of {BOX} needed"
+        )
+    check.tensor(operation, "x", x, (count, depth), torch.bfloat16)
+    check.tensor(operation, "weight", weight, (rows, depth), torch.bfloat16)
+    check.tensor(operation, "out", out, (count, rows // 2 if gated else rows), torch.bfloat16)
+    for name, tensor in (("x", x), ("weight", weight), ("out", out)):
+        check.aligned(operation, name, tensor)
+    if count:
+        machine = _machine(max(x.get_device(), 0))
+        launch(_choose(count, rows, depth, gated, *machine), x, weight, out, gated, machine)
+    return out
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = x @ weight.T, accumulated in fp32 in order of K and rounded once.
+
+    x [T, K], weight [N, K], out [T, N], bf16, contiguous; N a multiple of 8, K of 64. Returns out.
+    Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
+    """
+    return _launch(x, weight, out, False)
+
+
+def linear_swiglu(x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = silu(x @ gate.T) * (x @ up.T), gate and up the halves of gate_up; in fp32, rounded once.
+
+    x [T, K], gate_up [2 I, K], out [T, I], bf16, contiguous; I a multiple of 8, K of 64. Returns out.
+    Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
+    """
+    return _launch(x, gate_up, out, True)

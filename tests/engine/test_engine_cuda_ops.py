@@ -10,7 +10,7 @@ import torch
 from engine.config import ModelConfig
 from engine.llm import LLM, EngineConfig
 from engine.model import Model
-from engine.ops import Ops, ReferenceOps, gumbel
+from engine.ops import Ops, ReferenceOps, Run, gumbel
 from engine.sampling import SamplingParams
 from engine.weights import LayerWeights, Weights, random_weights
 
@@ -30,7 +30,7 @@ MICRO_LLAMA = MICRO | {
 MICRO_LLAMA_64 = MICRO | {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_key_value_heads": 1, "num_hidden_layers": 1,
 }  # fmt: skip
-FAST = {"attention": "flash", "linear": "streamed", "sampling": "split"}
+FAST = {"attention": "flash", "linear": "tiled", "sampling": "split"}
 
 
 def cuda_ops(**versions: str) -> Ops:
@@ -97,11 +97,12 @@ def test_fast_versions_of_decode_and_prefill_are_equal(fields: dict):
     config, weights = micro(fields, torch.bfloat16)
     model = Model(config, on_device(weights), cuda_ops(**FAST), max_positions=64)
 
-    def run(cache: Any, parts: list[tuple[int, int, int]], single: bool) -> torch.Tensor:
+    def run(cache: Any, parts: list[tuple[int, int, int]], **known: Any) -> torch.Tensor:
         packed = torch.tensor(parts, dtype=torch.int32, device=DEVICE).t().contiguous()
-        return model.forward(packed[0], packed[1], packed[2], cache, single=single)
+        return model.forward(packed[0], packed[1], packed[2], cache, **known)
 
-    whole = run(model.new_cache(2, 64), [(3, 1, 0), (5, 1, 1)], single=False)
+    whole = run(model.new_cache(2, 64), [(3, 1, 0), (5, 1, 1)])
+    assert torch.equal(run(model.new_cache(2, 64), [(3, 1, 0), (5, 1, 1)], runs=[Run(2, 1, 0)]), whole)
     cache = model.new_cache(2, 64)
     assert torch.equal(run(cache, [(3, 1, 0)], single=True)[0], whole[0])
     assert torch.equal(run(cache, [(7, 0, 0), (5, 1, 1)], single=True)[1], whole[1])

@@ -90,7 +90,7 @@ def test_equals_step_by_step(reference: Reference, dtype: torch.dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("versions", [("naive", "naive", "naive"), ("flash", "streamed", "split")], ids=str)
+@pytest.mark.parametrize("versions", [("naive", "naive", "naive"), ("flash", "tiled", "split")], ids=str)
 def test_graph_equals_step_by_step(olmo2: Reference, versions: tuple[str, str, str]):
     """On the GPU: steps replayed from a graph, single and many, against forward passes without one."""
     from engine.cuda_ops import CudaOps

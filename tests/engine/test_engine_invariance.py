@@ -8,6 +8,7 @@ import torch
 from engine.config import ModelConfig
 from engine.decode_loop import DecodeLoop, Row
 from engine.model import Model
+from engine.ops import Run
 from engine.sampling import SamplingParams
 from engine.weights import random_weights
 
@@ -41,7 +42,7 @@ def model() -> Model:
 
     config = ModelConfig.from_dict(SHAPE)
     weights = random_weights(config, "cuda", torch.bfloat16, 0)
-    return Model(config, weights, CudaOps("cuda", attention="flash", linear="streamed", sampling="split"))
+    return Model(config, weights, CudaOps("cuda", attention="flash", linear="tiled", sampling="split"))
 
 
 def logits(model: Model, neighbours: int, slot: int, graph: bool) -> tuple[torch.Tensor, list[int]]:
@@ -87,3 +88,31 @@ def test_repeats(model: Model):
         loop.start(rows)
         loop.advance(1)
         assert torch.equal(loop.logits, first)
+
+
+@torch.inference_mode()
+def test_prompts_whole_in_chunks_packed_and_token_by_token(model: Model):
+    length, steps = 1100, 200
+    ids = torch.randint(0, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(1)).int().cuda()
+    places = torch.arange(length, dtype=torch.int32, device="cuda")
+    slots = torch.zeros_like(places)
+
+    def run(chunk: int, until: int = length) -> torch.Tensor:
+        cache, found = model.new_cache(1, length), []
+        for begin in range(0, until, chunk):
+            here = slice(begin, min(begin + chunk, until))
+            runs = [Run(here.stop - begin, 0, begin)]
+            found.append(model.forward(ids[here], slots[here], places[here], cache, runs=runs))
+        return torch.cat(found)
+
+    whole = run(length)
+    assert torch.isfinite(whole).all()
+    for chunk in (17, 128, 1000):
+        assert torch.equal(run(chunk), whole), f"chunks of {chunk}"
+    assert torch.equal(run(1, steps), whole[:steps])
+    assert torch.equal(model.forward(ids, slots, places, model.new_cache(1, length)), whole), "without runs"
+    before = 37
+    packed = torch.cat([ids.flip(0)[:before], ids]), torch.cat([slots[:before] + 1, slots])
+    runs = [Run(before, 1, 0), Run(length, 0, 0)]
+    beside = model.forward(*packed, torch.cat([places[:before], places]), model.new_cache(2, length), runs=runs)
+    assert torch.equal(beside[before:], whole), "packed with another"

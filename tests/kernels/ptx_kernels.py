@@ -8,6 +8,7 @@ UNARY = {
     "f32_from_bits": "i32*",
     "sqrt_rn_f32": "f32*",
     "ex2_approx_f32": "f32*",
+    "rcp_approx_f32": "f32*",
 }
 BINARY = ("add_rn_f32", "mul_rn_f32", "div_rn_f32")
 

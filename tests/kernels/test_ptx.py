@@ -87,6 +87,13 @@ def test_square_root_and_exp2():
     assert out[0] == 0 and out[1] == 1
 
 
+def test_reciprocal():
+    x = np.linspace(-2, 2, 64).astype(np.float32) * np.float32(2.0) ** np.arange(-60, 68, 2, dtype=np.float32)
+    out = torch.zeros(64, device=DEVICE)
+    ptx_kernels.unary("rcp_approx_f32").launch((2,), tensor(x), out, 64)
+    assert np.allclose(out.cpu().numpy(), 1 / x.astype(np.float64), rtol=2.0**-22, atol=0)
+
+
 @pytest.mark.parametrize("name", ptx_kernels.BINARY)
 def test_rounded_arithmetic(name):
     x, y = numbers(64, 1), numbers(64, 2)[::-1].copy()

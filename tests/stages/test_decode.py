@@ -90,7 +90,7 @@ def test_suites_on_a_gpu(tmp_path: Path):
 
     config = ModelConfig.from_dict(tiny.ARCHITECTURE | {"hidden_size": 128, "max_position_embeddings": 2048})
     weights = random_weights(config, "cuda", torch.bfloat16, 0)
-    made = Model(config, weights, CudaOps("cuda", attention="flash", linear="streamed", sampling="split"))
+    made = Model(config, weights, CudaOps("cuda", attention="flash", linear="tiled", sampling="split"))
     rows = Rows("bench", "w06", "tiny", read_host())
     for suite in decode.SUITES:
         decode.bench(suite, rows, made, WORKLOAD, Ceilings(4e12, 7e14), True, dtype="bfloat16", backend="cuda")

@@ -1,0 +1,977 @@
+"""Attention, version prefill: flash attention of many tokens of a sequence at a time, over the KV cache.
+
+A block works on a tile of queries of one head, which stay, and walks over the keys and values that any of them sees in
+tiles of 128 positions. One warp copies, the others multiply:
+
+    multiply "wgmma"    sm_90a: bulk copies by tensor maps; warpgroups of 64 queries, the product with the next keys
+                        under way while the last scores become weights. Blocks stay and take one tile after another.
+    multiply "mma"      sm_80 and later: cp.async, ldmatrix and mma.sync; warps of 16 queries, a tile a block
+
+Order of operations: that of `kernels.attention.flash`, so that a token's result has the same bits whichever computes
+it. A tile of positions that a query does not see at all is an identity here (weights 0, alpha 1), and so is a segment
+(factors 1 and 0); what may differ between the queries of a tile is no more than that.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from kernels import check, ptx
+from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint8, uint32, uint64
+from kernels.launch import LIMITS, Kernel, LaunchOptions, architecture_of, has_dependent_launch, kernel_factory
+from kernels.launch import kept_tensor_map as _map
+from kernels.rope_write import cache_of
+
+TILE = 128  # positions
+TILES = 4  # of a segment
+PART = 64  # positions of a stage of the ring of "mma"
+# Bytes of keys and values that the blocks at work at a time should share: of an L2 of 50 MB.
+SHARED_KEYS = 24 << 20
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a block works. rows: queries of a tile, 64 a warpgroup ("wgmma") or 16 a warp ("mma") that multiplies.
+    stages: "wgmma": tiles of keys, and as many of values, that are on their way at a time; "mma": parts of PART
+    positions. alternate: two warpgroups take turns in issuing their products. late: the combination of segments waits
+    until the next product with keys is under way."""
+
+    multiply: str
+    rows: int
+    stages: int
+    alternate: bool = False
+    late: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.multiply}_r{self.rows}_s{self.stages}{'_a' if self.alternate else ''}{'_l' if self.late else ''}"
+
+    @property
+    def threads(self) -> int:
+        """ "wgmma": with a warpgroup that copies: what registers it does not need the others get."""
+        return 2 * self.rows + (128 if self.multiply == "wgmma" else 0)
+
+    def shared(self, head_dim: int) -> int:
+        """Bytes of a block: ring, running totals of the queries, barriers, from a multiple of 1024 ("wgmma",
+        and with the queries) or 256 on."""
+        row = 2 * head_dim
+        totals = self.rows * 2 * row
+        if self.multiply == "wgmma":
+            return 1024 + self.rows * row + 2 * self.stages * TILE * row + totals + 128
+        return 256 + self.stages * PART * row + totals + 16 * self.stages
+
+    @staticmethod
+    def choose(head_dim: int, arch: str) -> Tiling:
+        """For heads of `head_dim` elements on an architecture."""
+        if arch == "sm_90a":
+            return Tiling("wgmma", 128, 2)
+        return Tiling.of_warps(head_dim, arch)
+
+    @staticmethod
+    def of_warps(head_dim: int, arch: str) -> Tiling:
+        """The way of every architecture: as many stages as memory has room for."""
+        tilings = [Tiling("mma", 128, stages) for stages in (4, 2)]
+        return next(tiling for tiling in tilings if tiling.shared(head_dim) <= LIMITS[arch].shared_block)
+
+
+class Plan(NamedTuple):
+    """What `plan` makes. tiles: i32 [1 + n, 4] on the device: two counters, 0 between launches, and two unused; then
+    of each tile of queries the first one's token, how many they are, the first one's position, and the slot.
+    rows: of a tile at most. positions: that the sequences' last tokens see, together."""
+
+    tiles: torch.Tensor
+    rows: int
+    positions: int
+
+
+# --- parts of both ---------------------------------------------------------------------------------------------------
+# A thread's registers: of a tile's scores and of O columns 8 i + 2 c and the next of the rows q and q + 8, where q is
+# lane / 4 and c lane % 4: rows h = 0, 1 at [4 i + 2 h], [4 i + 2 h + 1].
+
+
+@device_function
+def _tile_of(tiles, item):
+    """First token, count, first position and slot of a tile of queries."""
+    words = ptx.ld_global_v4(tiles, (item + 1) * 4)
+    return int32(words[0]), int32(words[1]), int32(words[2]), int32(words[3])
+
+
+@device_function
+def _mask(score, position, first, window, count, column):
+    """-inf for what rows do not see of the tile that begins at position `first`.
+
+    position: of row h = 0. count: rows from there on; later ones are taken as the last.
+    """
+    for h in range(2):
+        high = position + min(int32(8 * h), count - int32(1)) - first
+        low = int32(0)
+        if window > 0:
+            low = high - window + int32(1)
+        for i in range(TILE // 8):
+            for e in range(2):
+                here = int32(8 * i + e) + column
+                if here < low or here > high:
+                    score[4 * i + 2 * h + e] = float32(-math.inf)
+
+
+@device_function
+def _weigh(score, largest, total, alpha, factor):
+    """Scores of a tile become weights; largest and total go on, alpha is what O is to be multiplied with."""
+    for h in range(2):
+        value = largest[h]
+        for g in range(4):
+            most = ptx.max_f32(score[16 * g + 2 * h], score[16 * g + 2 * h + 1])
+            for i in range(4 * g + 1, 4 * g + 4):
+                most = ptx.max_f32(most, ptx.max_f32(score[4 * i + 2 * h], score[4 * i + 2 * h + 1]))
+            value = ptx.max_f32(value, most)
+        value = ptx.max_f32(value, ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, value, uint32(1)))
+        value = ptx.max_f32(value, ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, value, uint32(2)))
+        # Where a row has seen nothing yet, any number but -inf makes its weights 0.
+        pivot = value if value > float32(-math.inf) else float32(0.0)
+        alpha[h] = _power(largest[h], pivot, factor)
+        largest[h] = value
+        shift = -ptx.mul_rn_f32(pivot, factor)
+        added = float32(0.0)
+        for g in range(4):
+            part = float32(0.0)
+            for i in range(4 * g, 4 * g + 4):
+                first = ptx.ex2_approx_f32(ptx.fma_rn_f32(score[4 * i + 2 * h], factor, shift))
+                second = ptx.ex2_approx_f32(ptx.fma_rn_f32(score[4 * i + 2 * h + 1], factor, shift))
+                score[4 * i + 2 * h], score[4 * i + 2 * h + 1] = first, second
+                part = ptx.add_rn_f32(first if i == 4 * g else ptx.add_rn_f32(part, first), second)
+            added = part if g == 0 else ptx.add_rn_f32(added, part)
+        total[h] = ptx.fma_rn_f32(total[h], alpha[h], added)
+
+
+@device_function
+def _pack(p, score):
+    """Weights as the operand of 16 rows: registers 4 s … of positions 16 s …."""
+    for i in range(TILE // 4):
+        p[i] = ptx.cvt_rn_bf16x2_f32(score[2 * i + 1], score[2 * i])
+
+
+@device_function
+def _power(largest, pivot, factor):
+    """2 ** ((largest - pivot) * factor)."""
+    return ptx.ex2_approx_f32(ptx.mul_rn_f32(ptx.add_rn_f32(largest, -pivot), factor))
+
+
+@device_function
+def _row_sum(value):
+    """(l_0 + l_1) + (l_2 + l_3) of the four lanes of a row."""
+    value = ptx.add_rn_f32(value, ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, value, uint32(1)))
+    return ptx.add_rn_f32(value, ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, value, uint32(2)))
+
+
+def _totals(words: int, stride: int):
+    """Functions that keep the running total of a thread's `words` elements of O in shared memory, 16 bytes at `at` and
+    the next ones `stride` bytes on."""
+
+    @device_function
+    def keep(o, at):
+        for i in range(words // 4):
+            ptx.st_shared_v4(
+                at + uint32(i * stride), ptx.bits_from_f32(o[4 * i]), ptx.bits_from_f32(o[4 * i + 1]),
+                ptx.bits_from_f32(o[4 * i + 2]), ptx.bits_from_f32(o[4 * i + 3]),
+            )  # fmt: skip
+
+    @device_function
+    def combine(o, largest, total, all_largest, all_total, factor, at):
+        """A segment's O, m and l become those of the segments up to it; all_largest and all_total too."""
+        old = cuda.local.array(2, float32)
+        new = cuda.local.array(2, float32)
+        for h in range(2):
+            value = ptx.max_f32(all_largest[h], largest[h])
+            pivot = value if value > float32(-math.inf) else float32(0.0)
+            old[h], new[h] = _power(all_largest[h], pivot, factor), _power(largest[h], pivot, factor)
+            all_largest[h] = value
+            all_total[h] = ptx.fma_rn_f32(all_total[h], old[h], ptx.mul_rn_f32(_row_sum(total[h]), new[h]))
+        for i in range(words // 4):
+            held = ptx.ld_shared_v4(at + uint32(i * stride))
+            for e in range(4):
+                added = ptx.mul_rn_f32(o[4 * i + e], new[e // 2])
+                o[4 * i + e] = ptx.fma_rn_f32(ptx.f32_from_bits(held[e]), old[e // 2], added)
+
+    return keep, combine
+
+
+def _writer(head_dim: int):
+    @device_function
+    def write(out, o, total, place, stride, row, count, column):
+        """O / l of rows row, row + 8 (of `count`) to out, where the head of row 0 begins at `place`."""
+        for h in range(2):
+            if row + 8 * h < count:
+                at = place + (row + 8 * h) * stride + column
+                for i in range(head_dim // 8):
+                    ptx.st_global_b32(
+                        out, at + 8 * i,
+                        ptx.cvt_rn_bf16x2_f32(
+                            ptx.div_rn_f32(o[4 * i + 2 * h + 1], total[h]), ptx.div_rn_f32(o[4 * i + 2 * h], total[h])
+                        ),
+                    )  # fmt: skip
+
+    return write
+
+
+# --- mma.sync --------------------------------------------------------------------------------------------------------
+
+
+@kernel_factory
+def warps(head_dim: int, paged: bool, tiling: Tiling, arch: str) -> Kernel:
+    """q, k_cache, v_cache, tiles, table, out, Hq / Hk, pages of a slot, log2 of a page, strides of the cache (slot or
+    page, position, head), of q and of out, factor, window; grid (Hq, tiles of queries).
+
+    paged: whether the cache is.
+    """
+    workers, stages = tiling.rows // 16, tiling.stages
+    threads = tiling.threads
+    ahead = stages // 2  # parts that are on their way while one is worked on
+    row_bytes, chunks = 2 * head_dim, head_dim // 8  # 16-byte chunks of a row
+    stage_bytes = PART * row_bytes
+    steps, columns = head_dim // 16, head_dim // 8
+    copied_rows = threads // chunks  # that the block copies at a time
+    totals_at = stages * stage_bytes
+    full_at = totals_at + head_dim // 8 * threads * 16
+    empty_at = full_at + 8 * stages
+    score_words, o_words, q_words, p_words = TILE // 2, head_dim // 2, head_dim // 4, TILE // 4
+    keep_total, combine = _totals(o_words, threads * 16)
+    write = _writer(head_dim)
+    waits = ptx.mbarrier_try_wait if has_dependent_launch(arch) else ptx.mbarrier_test_wait
+
+    # Parts 0, 1 of a tile are its keys, 2, 3 its values; turn counts tiles. With two stages each is used twice a tile.
+    @device_function
+    def wait(barrier, part, turn, before):
+        """For the stage of a part, or with `before` for that of the part ahead of it in the same place."""
+        parity = uint32((turn + before) & 1) if stages == 4 else uint32(part // 2 ^ before)
+        while waits(barrier + uint32(8 * (part % stages)), parity) == 0:
+            pass
+
+    @device_function
+    def release(ring, part, lane):
+        ptx.bar_warp_sync()
+        if lane == 0:
+            ptx.mbarrier_arrive(ring + uint32(empty_at + 8 * (part % stages)))
+
+    @device_function
+    def copy(
+        part, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits, slot_stride, position_stride,
+        ring, thread,
+    ):  # fmt: skip
+        """Start copying a part of a tile once its stage is free; rows outside low … limit - 1 become 0."""
+        wait(ring + uint32(empty_at), part, turn, 1)
+        cache = k_cache if part < 2 else v_cache
+        chunk, row = thread % chunks, thread // chunks
+        first = int32(tile * TILE + part % 2 * PART)
+        begin, end = int32(low - first), int32(limit - first)
+        at = base + chunk * 8 + (first + row) * position_stride
+        for i in range(PART // copied_rows):
+            here = int32(row + i * copied_rows)
+            place = part % stages * stage_bytes + i * copied_rows * row_bytes
+            place = ring + uint32(row * row_bytes + ((chunk ^ (here & 7)) * 16)) + uint32(place)
+            inside = begin <= here < end
+            if paged:
+                position = int32(first + here)
+                page = int64(0)
+                if inside:
+                    page = int64(table[int32(table_row + (position >> page_bits))])
+                within = position & ((int64(1) << page_bits) - 1)
+                at = base + chunk * 8 + page * slot_stride + within * position_stride
+            size = uint32(16) if inside else uint32(0)
+            ptx.cp_async_cg_16_zfill(place, cache, at, size)
+            if not paged:
+                at += copied_rows * position_stride
+        ptx.cp_async_mbarrier_arrive(ring + uint32(full_at + 8 * (part % stages)))
+
+    @device_function
+    def advance(
+        part, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits, slot_stride,
+        position_stride, ring, thread,
+    ):  # fmt: skip
+        """Start copying the part that lies `ahead` of this one, and wait for this one."""
+        following = (part + ahead) // 4
+        if int32((tile + following) * TILE) < limit:
+            copy(
+                (part + ahead) % 4, turn + following, tile + following, low, limit, k_cache, v_cache, base, table,
+                table_row, page_bits, slot_stride, position_stride, ring, thread,
+            )  # fmt: skip
+        wait(ring + uint32(full_at), part, turn, 0)
+
+    # The steps are written out: as loops they are too long for the compiler to unroll.
+    @device_function
+    def multiply_keys(score, queries, at, part):
+        """at: where the lane's row of the first part's first matrices begins."""
+        two_key_steps(score, queries, at, part, 0)
+        two_key_steps(score, queries, at, part, 1)
+        if steps > 4:
+            two_key_steps(score, queries, at, part, 2)
+            two_key_steps(score, queries, at, part, 3)
+
+    @device_function
+    def two_key_steps(score, queries, at, part, s):
+        b = cuda.local.array(16, uint32)
+        for n in range(2):
+            for i in range(4):
+                place = part % stages * stage_bytes + (n * 4 + i) * 8 * row_bytes
+                got = ptx.ldmatrix_x4((at ^ uint32(64 * s)) + uint32(place))
+                for e in range(4):
+                    b[4 * i + e] = got[e]
+            for half in range(2):
+                a = 4 * (2 * s + half)
+                for i in range(4):
+                    c = 4 * (part * 8 + n * 4 + i)
+                    d4 = ptx.mma_m16n8k16_bf16(
+                        queries[a], queries[a + 1], queries[a + 2], queries[a + 3],
+                        b[4 * i + 2 * half], b[4 * i + 2 * half + 1],
+                        score[c], score[c + 1], score[c + 2], score[c + 3],
+                    )  # fmt: skip
+                    for e in range(4):
+                        score[c + e] = d4[e]
+
+    @device_function
+    def multiply_values(o, p, at, part):
+        value_step(o, p, at, part, 0)
+        value_step(o, p, at, part, 1)
+        value_step(o, p, at, part, 2)
+        value_step(o, p, at, part, 3)
+
+    @device_function
+    def value_step(o, p, at, part, s):
+        b = cuda.local.array(8, uint32)
+        a = 4 * (part % 2 * 4 + s)
+        for n in range(columns // 4):
+            for i in range(2):
+                place = part % stages * stage_bytes + s * 16 * row_bytes
+                got = ptx.ldmatrix_x4_trans((at ^ uint32(64 * n + 32 * i)) + uint32(place))
+                for e in range(4):
+                    b[4 * i + e] = got[e]
+            for i in range(4):
+                c = 4 * (4 * n + i)
+                d4 = ptx.mma_m16n8k16_bf16(
+                    p[a], p[a + 1], p[a + 2], p[a + 3], b[2 * i], b[2 * i + 1], o[c], o[c + 1], o[c + 2], o[c + 3]
+                )
+                for e in range(4):
+                    o[c + e] = d4[e]
+
+    def attention(
+        q, k_cache, v_cache, tiles, table, out, group, pages, page_bits, slot_stride, position_stride, head_stride,
+        q_stride, out_stride, factor, window,
+    ):  # fmt: skip
+        ptx.griddepcontrol_launch_dependents()
+        memory = cuda.shared.array(0, uint8)
+        ring = (ptx.shared_address(memory) + uint32(255)) & uint32(0xFFFFFF00)
+        thread = int32(cuda.threadIdx.x)
+        warp, lane = int32(thread >> 5), int32(thread & 31)
+        if thread == 0:
+            for s in range(stages):
+                ptx.mbarrier_init(ring + uint32(full_at + 8 * s), uint32(threads))
+                ptx.mbarrier_init(ring + uint32(empty_at + 8 * s), uint32(workers))
+        cuda.syncthreads()
+        ptx.griddepcontrol_wait()
+        head = int64(cuda.blockIdx.x)
+        token, count, position, slot = _tile_of(tiles, int64(cuda.blockIdx.y))
+        low, limit = int32(0), int32(position + count)
+        if window > 0:
+            low = max(low, int32(position - window + 1))
+        tile = int32(low >> 7)
+        turn = int32(0)
+        table_row = int32(slot * pages)
+        base = head // group * head_stride
+        if not paged:
+            base += int64(slot) * slot_stride
+        for part in range(ahead):
+            copy(
+                part, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits, slot_stride,
+                position_stride, ring, thread,
+            )  # fmt: skip
+
+        r8, matrix, column = int32(lane & 7), int32(lane >> 3), int32((lane & 3) * 2)
+        k_at = ring + uint32(r8 * row_bytes + (matrix ^ r8) * 16)
+        v_at = ring + uint32((r8 + (matrix & 1) * 8) * row_bytes + ((matrix >> 1) ^ r8) * 16)
+        row = int32(warp * 16 + (lane >> 2))
+        queries = cuda.local.array(q_words, uint32)
+        score = cuda.local.array(score_words, float32)
+        o = cuda.local.array(o_words, float32)
+        p = cuda.local.array(p_words, uint32)
+        largest = cuda.local.array(2, float32)
+        total = cuda.local.array(2, float32)
+        alpha = cuda.local.array(2, float32)
+        all_largest = cuda.local.array(2, float32)
+        all_total = cuda.local.array(2, float32)
+        for h in range(2):
+            from_row = q_stride * (token + min(row + 8 * h, count - 1)) + head * head_dim + column
+            for s in range(steps):
+                for e in range(2):
+                    queries[4 * s + 2 * e + h] = ptx.ld_global_b32(q, from_row + 16 * s + 8 * e)
+            largest[h], total[h] = float32(-math.inf), float32(0.0)
+            all_largest[h], all_total[h] = float32(-math.inf), float32(0.0)
+        for i in range(o_words):
+            o[i] = float32(0.0)
+        totals = ring + uint32(totals_at) + uint32(thread * 16)
+        kept = False
+        # Of the warp's rows the first one's position, and what any of them sees: nothing, where there are none.
+        own = int32(position + warp * 16)
+        seen_end = int32(own + 16) if int32(warp * 16) < count else int32(0)
+        seen = int32(max(own - window + 1, 0)) if window > 0 else int32(0)
+        while int32(tile * TILE) < limit:
+            # Halves of the tile that no row of the warp sees are waited for and no more.
+            first, middle, end = int32(tile * TILE), int32(tile * TILE + PART), int32(tile * TILE + TILE)
+            for i in range(score_words):
+                score[i] = float32(0.0)
+            advance(0, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
+                    slot_stride, position_stride, ring, thread)  # fmt: skip
+            if first < seen_end and middle > seen:
+                multiply_keys(score, queries, k_at, 0)
+            release(ring, 0, lane)
+            advance(1, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
+                    slot_stride, position_stride, ring, thread)  # fmt: skip
+            if middle < seen_end and end > seen:
+                multiply_keys(score, queries, k_at, 1)
+            release(ring, 1, lane)
+            if end > own + 1 or (window > 0 and first < own + 16 - window):
+                _mask(score, int32(position + row), first, window, int32(count - row), column)
+            _weigh(score, largest, total, alpha, factor)
+            _pack(p, score)
+            for i in range(o_words):
+                o[i] = ptx.mul_rn_f32(o[i], alpha[i // 2 & 1])
+            advance(2, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
+                    slot_stride, position_stride, ring, thread)  # fmt: skip
+            if first < seen_end and middle > seen:
+                multiply_values(o, p, v_at, 2)
+            release(ring, 2, lane)
+            advance(3, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
+                    slot_stride, position_stride, ring, thread)  # fmt: skip
+            if middle < seen_end and end > seen:
+                multiply_values(o, p, v_at, 3)
+            release(ring, 3, lane)
+            tile += int32(1)
+            turn += int32(1)
+            more = int32(tile * TILE) < limit
+            if not more or tile % TILES == 0:
+                if kept:
+                    combine(o, largest, total, all_largest, all_total, factor, totals)
+                else:
+                    for h in range(2):
+                        all_largest[h], all_total[h] = largest[h], _row_sum(total[h])
+                if more:
+                    keep_total(o, totals)
+                    kept = True
+                    for i in range(o_words):
+                        o[i] = float32(0.0)
+                    for h in range(2):
+                        largest[h], total[h] = float32(-math.inf), float32(0.0)
+        write(out, o, all_total, out_stride * token + head * head_dim, out_stride, row, count, column)
+
+    name = f"attention_prefill_{tiling.name}_{'paged_' if paged else ''}d{head_dim}_{arch}"
+    kinds = (*("bf16*",) * 3, "i32*", "i32*", "bf16*", *("i32",) * 3, *("i64",) * 5, "f32", "i32")
+    return Kernel(
+        name, attention, kinds, tiling.threads, dynamic_shared=tiling.shared(head_dim), blocks_per_sm=1,
+        options=LaunchOptions(programmatic=True),
+        architectures=(arch,),
+    )  # fmt: skip
+
+
+# --- wgmma -----------------------------------------------------------------------------------------------------------
+
+
+@kernel_factory
+def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
+    """Tensor maps of q [T, Hq D] (boxes of `rows` rows), k_cache and v_cache [S or P, Hk, C or page, D] (boxes of a
+    tile or page); tiles, table, out, tiles of queries, Hq, Hq / Hk, heads that go together, pages of a slot (0: not
+    paged), log2 of a page, stride of out, factor, window; grid (blocks,): at most tiles times Hq.
+    """
+    groups, rows, stages = tiling.rows // 64, tiling.rows, tiling.stages
+    boxes = head_dim // 64  # of 64 columns
+    box_bytes = TILE * 128
+    q_bytes, tile_bytes = boxes * rows * 128, boxes * box_bytes
+    workers = 128 * groups
+    k_at, v_at = q_bytes, q_bytes + stages * tile_bytes
+    totals_at = v_at + stages * tile_bytes
+    barriers_at = totals_at + head_dim // 8 * workers * 16
+    # Barriers: queries, keys and values there; queries, keys and values used up. Behind them the tile of queries.
+    q_full, k_full, v_full = barriers_at, barriers_at + 8, barriers_at + 8 + 8 * stages
+    used = 8 + 16 * stages
+    q_used, k_used, v_used = q_full + used, k_full + used, v_full + used
+    tile_at = barriers_at + -(-2 * used // 16) * 16
+    score_words, o_words, p_words = TILE // 2, head_dim // 2, TILE // 4
+    steps = head_dim // 16
+    alternate, late = tiling.alternate, tiling.late
+    keep_total, combine = _totals(o_words, workers * 16)
+    write = _writer(head_dim)
+    by_keys = ptx.wgmma_m64k16_bf16(TILE)
+    by_values = ptx.wgmma_m64k16_bf16(head_dim, "registers", "n")
+    keep_score, keep_o, keep_p = ptx.keep_f32(score_words), ptx.keep_f32(o_words), ptx.keep_u32(p_words)
+    one_unfinished, none_unfinished = ptx.wgmma_wait_group(1), ptx.wgmma_wait_group(0)
+    give_registers, take_registers = {
+        2: (ptx.setmaxnreg_dec(24), ptx.setmaxnreg_inc(240)),
+        3: (ptx.setmaxnreg_dec(32), ptx.setmaxnreg_inc(160)),
+    }[groups]
+
+    @device_function
+    def wait(barrier, parity):
+        while ptx.mbarrier_try_wait(barrier, parity) == 0:
+            pass
+
+    @device_function
+    def await_stage(barriers, tile):
+        """For the tile of this number, of all that the block works on."""
+        wait(barriers + uint32(8) * (tile % uint32(stages)), tile // uint32(stages) & uint32(1))
+
+    @device_function
+    def release(barriers, tile, lane):
+        if lane == 0:
+            ptx.mbarrier_arrive(barriers + uint32(8) * (tile % uint32(stages)))
+
+    @device_function
+    def offset(matrix, tile):
+        """The tile's of this number, from that of tile 0."""
+        return uint32(matrix + uint32(tile % uint32(stages)) * uint32(tile_bytes >> 4))
+
+    @device_function
+    def copy(tensor_map, target, barrier, table, table_row, pages, page_bits, tile, low, limit, kv_head, slot, lane):
+        """Start copying a tile: the lanes a page each, those beyond what is seen as zeros."""
+        if lane == 0:
+            ptx.mbarrier_arrive_expect_tx(barrier, uint32(tile_bytes))
+        row, outer = int32(tile * TILE), slot
+        if pages > 0:
+            row += int32(lane << page_bits)
+            outer = int32(-1)
+            if low < row + (int32(1) << page_bits) and row < limit and lane < TILE >> page_bits:
+                outer = table[table_row + (row >> page_bits)]
+            row = int32(0)
+        if lane < TILE >> page_bits:
+            place = target + (uint32(lane) << uint32(page_bits + 7))
+            for b in range(boxes):
+                ptx.cp_async_bulk_tensor_4d(
+                    place + uint32(b * box_bytes), tensor_map, 0, barrier, int32(b * 64), row, kv_head, outer,
+                    uint64(ptx.EVICT_LAST),
+                )  # fmt: skip
+
+    @device_function
+    def clear(v_tiles, tile, first, low, limit, thread, group):
+        """Rows outside low … limit - 1 of the tile of values at position `first` become 0: a weight of 0 times what
+        memory happens to hold need not be 0. Each warpgroup does so by itself."""
+        if first < low or first + TILE > limit:
+            v_tile = v_tiles + tile % uint32(stages) * uint32(tile_bytes)
+            begin, end = int32(low - first), int32(limit - first)
+            for i in range(8):
+                row = int32(i * 16 + (thread >> 3))
+                if row < begin or row >= end:
+                    for b in range(boxes):
+                        zero = uint32(0)
+                        place = uint32(b * box_bytes + i * 2048) + uint32(thread * 16)
+                        ptx.st_shared_v4(v_tile + place, zero, zero, zero, zero)
+            ptx.fence_proxy_async_shared()
+            ptx.bar_sync(uint32(3 + group), uint32(128))
+
+    @device_function
+    def descriptor(matrix, units):
+        """Of the place that lies so many units of 16 bytes on from a matrix; `matrix` is its descriptor's lower half,
+        of which alone a register is needed."""
+        return ptx.wgmma_descriptor(uint32(0), uint32(0), uint32(1024)) | uint64(uint32(matrix + uint32(units)))
+
+    @device_function
+    def multiply_keys(score, q_matrix, k_matrix):
+        for s in range(steps):
+            along = s % 4 * 2
+            by_keys(
+                score, descriptor(q_matrix, s // 4 * rows * 8 + along),
+                descriptor(k_matrix, s // 4 * box_bytes // 16 + along), uint32(0) if s == 0 else uint32(1),
+            )  # fmt: skip
+        ptx.wgmma_commit_group()
+
+    @device_function
+    def multiply_values(o, p, v_matrix, fresh):
+        for s in range(TILE // 16):
+            by_values(
+                o, p[4 * s], p[4 * s + 1], p[4 * s + 2], p[4 * s + 3], descriptor(v_matrix, 128 * s),
+                fresh if s == 0 else uint32(1),
+            )  # fmt: skip
+        ptx.wgmma_commit_group()
+
+    @device_function
+    def take_turn(group):
+        if alternate:
+            ptx.bar_sync(uint32(1 + group), uint32(256))
+
+    @device_function
+    def give_turn(group):
+        if alternate:
+            ptx.bar_arrive(uint32(2 - group), uint32(256))
+
+    @device_function
+    def rescale(o, alpha):
+        for i in range(o_words):
+            o[i] = ptx.mul_rn_f32(o[i], alpha[i // 2 & 1])
+
+    @device_function
+    def pass_on(o, largest, total, all_largest, all_total, kept, factor, totals):
+        """A segment is complete: the total goes on, and O begins anew."""
+        if kept:
+            combine(o, largest, total, all_largest, all_total, factor, totals)
+        else:
+            for h in range(2):
+                all_largest[h], all_total[h] = largest[h], _row_sum(total[h])
+        keep_total(o, totals)
+
+    def attention(
+        q_map, k_map, v_map, tiles, table, out, tile_count, heads, group_heads, together, pages, page_bits, out_stride,
+        factor, window,
+    ):  # fmt: skip
+        ptx.griddepcontrol_launch_dependents()
+        memory = cuda.shared.array(0, uint8)
+        base = (ptx.shared_address(memory) + uint32(1023)) & uint32(0xFFFFFC00)
+        thread = int32(cuda.threadIdx.x)
+        if thread == 0:
+            for i in range(1 + 2 * stages):
+                ptx.mbarrier_init(base + uint32(q_full + 8 * i), uint32(1))
+                ptx.mbarrier_init(base + uint32(q_used + 8 * i), uint32(4 * groups))
+            ptx.fence_mbarrier_init()
+        cuda.syncthreads()
+        if thread >= workers:
+            give_registers()
+            if thread < workers + 32:
+                lane = int32(thread - workers)
+                works = int32(tile_count * heads)
+                work = int32(cuda.blockIdx.x)
+                stage, parity, turn = uint32(0), uint32(1), uint32(1)
+                ptx.griddepcontrol_wait()
+                while work < works:
+                    following = uint32(0)
+                    if lane == 0:
+                        following = ptx.atom_add_acq_rel_u32(tiles, 0, uint32(1)) + uint32(cuda.gridDim.x)
+                    # Some heads take all tiles, then the next ones do: their keys and values stay in L2 meanwhile.
+                    at_once = int32(tile_count * together)
+                    head = int32(work // at_once * together + work % together)
+                    token, count, position, slot = _tile_of(tiles, int64(work % at_once // together))
+                    low, limit = int32(0), int32(position + count)
+                    if window > 0:
+                        low = max(low, int32(position - window + 1))
+                    wait(base + uint32(q_used), turn)
+                    turn ^= uint32(1)
+                    if lane == 0:
+                        ptx.st_shared_v4(
+                            base + uint32(tile_at), uint32(token), uint32(count), uint32(position), uint32(head)
+                        )
+                        ptx.mbarrier_arrive_expect_tx(base + uint32(q_full), uint32(q_bytes))
+                        for b in range(boxes):
+                            ptx.cp_async_bulk_tensor_2d(
+                                base + uint32(b * rows * 128), q_map, 0, base + uint32(q_full),
+                                int32(head * head_dim + b * 64), token, uint64(ptx.EVICT_FIRST),
+                            )  # fmt: skip
+                    kv_head = int32(head // group_heads)
+                    table_row = int32(slot * pages)
+                    tile, last_tile = int32(low >> 7), int32(int32(limit - 1) >> 7)
+                    while tile <= last_tile:
+                        wait(base + uint32(k_used) + uint32(8) * stage, parity)
+                        copy(
+                            k_map, base + uint32(k_at) + stage * uint32(tile_bytes),
+                            base + uint32(k_full) + uint32(8) * stage, table, table_row, pages, page_bits, tile, low,
+                            limit, kv_head, slot, lane,
+                        )  # fmt: skip
+                        wait(base + uint32(v_used) + uint32(8) * stage, parity)
+                        copy(
+                            v_map, base + uint32(v_at) + stage * uint32(tile_bytes),
+                            base + uint32(v_full) + uint32(8) * stage, table, table_row, pages, page_bits, tile, low,
+                            limit, kv_head, slot, lane,
+                        )  # fmt: skip
+                        stage += uint32(1)
+                        if stage == uint32(stages):
+                            stage, parity = uint32(0), parity ^ uint32(1)
+                        tile += int32(1)
+                    work = int32(ptx.shfl_sync_idx_u32(ptx.FULL_MASK, following, uint32(0)))
+                wait(base + uint32(q_used), turn)
+                if lane == 0:
+                    # A tile of no queries: there is no more work.
+                    ptx.st_shared_v4(base + uint32(tile_at), uint32(0), uint32(0), uint32(0), uint32(0))
+                    ptx.mbarrier_arrive(base + uint32(q_full))
+                    if ptx.atom_add_acq_rel_u32(tiles, 1, uint32(1)) == uint32(cuda.gridDim.x) - uint32(1):
+                        # Every block has drawn its last number.
+                        tiles[0] = int32(0)
+                        tiles[1] = int32(0)
+        else:
+            take_registers()
+            group, lane = int32(thread >> 7), int32(thread & 31)
+            row, column = int32((thread >> 5) * 16 + (lane >> 2)), int32((lane & 3) * 2)
+            score = cuda.local.array(score_words, float32)
+            o = cuda.local.array(o_words, float32)
+            p = cuda.local.array(p_words, uint32)
+            largest = cuda.local.array(2, float32)
+            total = cuda.local.array(2, float32)
+            alpha = cuda.local.array(2, float32)
+            done_largest = cuda.local.array(2, float32)
+            done_total = cuda.local.array(2, float32)
+            all_largest = cuda.local.array(2, float32)
+            all_total = cuda.local.array(2, float32)
+            for i in range(score_words):
+                score[i] = float32(0.0)
+            for i in range(o_words):
+                o[i] = float32(0.0)
+            for i in range(p_words):
+                p[i] = uint32(0)
+            q_matrix = uint32(ptx.wgmma_descriptor(base + uint32(group * 8192), uint32(16), uint32(1024)))
+            k_matrices = uint32(ptx.wgmma_descriptor(base + uint32(k_at), uint32(16), uint32(1024)))
+            v_matrices = uint32(ptx.wgmma_descriptor(base + uint32(v_at), uint32(box_bytes), uint32(1024)))
+            totals = base + uint32(totals_at) + uint32(thread * 16)
+            # Of tiles that this warpgroup is done with, of earlier queries and these; then of queries.
+            done, turn = uint32(0), uint32(0)
+            if group == 1:
+                give_turn(group)
+            wait(base + uint32(q_full), turn)
+            words = ptx.ld_shared_v4(base + uint32(tile_at))
+            token, count, position, head = int32(words[0]), int32(words[1]), int32(words[2]), int32(words[3])
+            while count > 0:
+                low, limit = int32(0), int32(position + count)
+                if window > 0:
+                    low = max(low, int32(position - window + 1))
+                tile, last_tile = int32(low >> 7), int32(int32(limit - 1) >> 7)
+                # Of this warpgroup's queries: the first one's position, and the last tile that any of them sees.
+                own = int32(position + group * 64)
+                own_last = last_tile
+                if not alternate:
+                    own_last = min(last_tile, int32(int32(own + 63) >> 7))
+                    if int32(group * 64) >= count:
+                        own_last = int32(tile - 1)
+                if tile <= own_last:
+                    for h in range(2):
+                        largest[h], total[h] = float32(-math.inf), float32(0.0)
+                        all_largest[h], all_total[h] = float32(-math.inf), float32(0.0)
+                    kept, ended = False, False
+                    fresh = uint32(0)
+                    await_stage(base + uint32(k_full), done)
+                    take_turn(group)
+                    keep_score(score)
+                    ptx.wgmma_fence()
+                    multiply_keys(score, q_matrix, offset(k_matrices, done))
+                    give_turn(group)
+                    none_unfinished()
+                    keep_score(score)
+                    release(base + uint32(k_used), done, lane)
+                    first = int32(tile * TILE)
+                    if int32(first + TILE) > int32(own + 1) or (window > 0 and first < int32(own + 64 - window)):
+                        _mask(score, int32(position + row), first, window, int32(count - row), column)
+                    _weigh(score, largest, total, alpha, factor)
+                    _pack(p, score)
+                    tile += int32(1)
+                    while tile <= own_last:
+                        # The product with these keys, and that of the last weights with the values before.
+                        following = done + uint32(1)
+                        await_stage(base + uint32(k_full), following)
+                        await_stage(base + uint32(v_full), done)
+                        first = int32(tile * TILE)
+                        clear(base + uint32(v_at), done, int32(first - TILE), low, limit, int32(thread & 127), group)
+                        take_turn(group)
+                        keep_score(score)
+                        keep_o(o)
+                        keep_p(p)
+                        ptx.wgmma_fence()
+                        # Anew each time: else the compiler keeps the descriptors of all steps in registers.
+                        q_matrix = ptx.shfl_sync_idx_u32(ptx.FULL_MASK, q_matrix, uint32(0))
+                        multiply_keys(score, q_matrix, offset(k_matrices, following))
+                        if late:
+                            if ended:
+                                pass_on(o, done_largest, done_total, all_largest, all_total, kept, factor, totals)
+                                kept = True
+                            elif fresh != uint32(0):
+                                rescale(o, alpha)
+                            keep_o(o)
+                            ptx.wgmma_fence()
+                        multiply_values(o, p, offset(v_matrices, done), fresh)
+                        give_turn(group)
+                        one_unfinished()
+                        keep_score(score)
+                        release(base + uint32(k_used), following, lane)
+                        if int32(first + TILE) > int32(own + 1) or (window > 0 and first < int32(own + 64 - window)):
+                            _mask(score, int32(position + row), first, window, int32(count - row), column)
+                        # With this tile another segment begins: O is about to be complete for the one before.
+                        ended = tile % TILES == 0
+                        if ended:
+                            for h in range(2):
+                                done_largest[h], done_total[h] = largest[h], total[h]
+                                largest[h], total[h] = float32(-math.inf), float32(0.0)
+                        _weigh(score, largest, total, alpha, factor)
+                        none_unfinished()
+                        keep_o(o)
+                        keep_p(p)
+                        release(base + uint32(v_used), done, lane)
+                        fresh = uint32(0) if ended else uint32(1)
+                        if not late:
+                            if ended:
+                                pass_on(o, done_largest, done_total, all_largest, all_total, kept, factor, totals)
+                                kept = True
+                            else:
+                                rescale(o, alpha)
+                        _pack(p, score)
+                        done = following
+                        tile += int32(1)
+                    # The queries are used up, and so is where they come from.
+                    if lane == 0:
+                        ptx.mbarrier_arrive(base + uint32(q_used))
+                    await_stage(base + uint32(v_full), done)
+                    clear(base + uint32(v_at), done, int32(own_last * TILE), low, limit, int32(thread & 127), group)
+                    if late:
+                        if ended:
+                            pass_on(o, done_largest, done_total, all_largest, all_total, kept, factor, totals)
+                            kept = True
+                        elif fresh != uint32(0):
+                            rescale(o, alpha)
+                    keep_o(o)
+                    keep_p(p)
+                    ptx.wgmma_fence()
+                    multiply_values(o, p, offset(v_matrices, done), fresh)
+                    none_unfinished()
+                    keep_o(o)
+                    release(base + uint32(v_used), done, lane)
+                    done += uint32(1)
+                    if kept:
+                        combine(o, largest, total, all_largest, all_total, factor, totals)
+                    else:
+                        for h in range(2):
+                            all_largest[h], all_total[h] = largest[h], _row_sum(total[h])
+                    write(
+                        out, o, all_total, int64(token) * out_stride + head * head_dim, out_stride, row, count, column
+                    )
+                else:
+                    ptx.bar_warp_sync()
+                    if lane == 0:
+                        ptx.mbarrier_arrive(base + uint32(q_used))
+                # Tiles that only later warpgroups' queries see.
+                while tile <= last_tile:
+                    await_stage(base + uint32(k_full), done)
+                    await_stage(base + uint32(v_full), done)
+                    ptx.bar_warp_sync()
+                    release(base + uint32(k_used), done, lane)
+                    release(base + uint32(v_used), done, lane)
+                    done += uint32(1)
+                    tile += int32(1)
+                turn ^= uint32(1)
+                wait(base + uint32(q_full), turn)
+                words = ptx.ld_shared_v4(base + uint32(tile_at))
+                token, count, position, head = int32(words[0]), int32(words[1]), int32(words[2]), int32(words[3])
+
+    name = f"attention_prefill_{tiling.name}_d{head_dim}"
+    kinds = ("u8*", "u8*", "u8*", "i32*", "i32*", "bf16*", *("i32",) * 6, "i64", "f32", "i32")
+    return Kernel(
+        name, attention, kinds, tiling.threads, dynamic_shared=tiling.shared(head_dim), blocks_per_sm=1,
+        options=LaunchOptions(programmatic=True), architectures=("sm_90a",),
+    )  # fmt: skip
+
+
+# --- launch ----------------------------------------------------------------------------------------------------------
+
+
+def catalogue(head_dims: Iterable[int] = (128,)) -> list[Kernel]:
+    """The kernels for heads of these dimensions."""
+    kernels = []
+    for head_dim in head_dims:
+        for arch in LIMITS:
+            tiling = Tiling.choose(head_dim, arch)
+            if tiling.multiply == "wgmma":
+                kernels.append(warpgroups(head_dim, tiling))
+            else:
+                kernels += [warps(head_dim, paged, tiling, arch) for paged in (False, True)]
+    return kernels
+
+
+@functools.cache
+def _choice(head_dim: int, index: int) -> tuple[Tiling, str, int]:
+    """Tiling, architecture and multiprocessors of a device; the simulator's has few threads."""
+    if SIMULATED:
+        return Tiling("mma", 32, 4), "sm_80", 2
+    properties = torch.cuda.get_device_properties(index)
+    arch = architecture_of((properties.major, properties.minor))
+    return Tiling.choose(head_dim, arch), arch, properties.multi_processor_count
+
+
+def plan(
+    runs: Iterable[tuple[int, int, int]], head_dim: int, device: torch.device, tiling: Tiling | None = None
+) -> Plan:
+    """How `attention` divides a packed list of tokens: made once for all layers of a pass.
+
+    runs: of each sequence in the list how many tokens it has, its slot, and its first token's position; the tokens of a
+    run are at consecutive positions. tiling: of `attention` (default: the device's).
+    """
+    if tiling is None:
+        tiling, *_ = _choice(head_dim, device.index or 0)
+    begin, positions, tiles = 0, 0, []
+    for count, slot, position in runs:
+        for row in range(0, count, tiling.rows):
+            tiles.append((begin + row, min(tiling.rows, count - row), position + row, slot))
+        begin += count
+        positions += position + count
+    # The longest first: the last ones to be done are short.
+    tiles.sort(key=lambda tile: -tile[1] - tile[2])
+    packed = torch.tensor([(0, 0, 0, 0), *tiles], dtype=torch.int32)
+    return Plan(packed.to(device, non_blocking=True), tiling.rows, positions)
+
+
+def attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    plan: Plan,
+    scale: float,
+    window: int,
+    out: torch.Tensor,
+    table: torch.Tensor | None = None,
+    tiling: Tiling | None = None,
+) -> torch.Tensor:
+    """Causal attention of the runs of tokens that `plan` was made of over the cache, where their keys and values are.
+
+    q, out bf16 [T, Hq, D], heads contiguous, any token stride; D is 64 or 128. k_cache, v_cache bf16 [S, C, Hk, D] of
+    the same strides, the last one 1, Hq / Hk at most 16; with table i32[S, pages] they are [P, page, Hk, D] and
+    position p of slot s is place p % page of page table[s, p // page], page a power of two from 8 to 128. A token at
+    position p reads positions max(0, p - window + 1) … p of its slot; window 0 is no window. All rows at multiples of
+    16 bytes. plan: of these T tokens, for heads of D elements, on this device (not checked: 0 <= slot < S, position <
+    C); not in two launches at a time. tiling: another one than the device's, as the plan's. Returns out.
+    Raises TypeError or ValueError, naming the argument, where something does not fit.
+    """
+    count, heads, width = check.dimensions("attention", "q", q, "T, Hq, D")
+    if width not in (64, 128):
+        raise ValueError(f"attention: q has head dimension {width}: 64 or 128 needed")
+    for name, given in (("q", q), ("out", out)):
+        check.rows("attention", name, given, (count, heads, width), torch.bfloat16)
+        check.aligned("attention", name, given)
+    cache = cache_of("attention", k_cache, v_cache, width, table)
+    kv_heads = cache.kv_heads
+    if kv_heads == 0 or heads % kv_heads or heads > 16 * kv_heads:
+        raise ValueError(f"attention: q has {heads} heads and k_cache {kv_heads}: 1 to 16 times as many needed")
+    if not scale > 0:
+        raise ValueError(f"attention: scale is {scale}: a positive number needed")
+    if window < 0:
+        raise ValueError(f"attention: window is {window}: 0 (none) or a number of positions needed")
+    chosen, arch, multiprocessors = _choice(width, max(q.get_device(), 0))
+    tiling = tiling or chosen
+    if plan.rows != tiling.rows:
+        raise ValueError(f"attention: plan has tiles of {plan.rows} queries: {tiling.rows} needed")
+    if not count:
+        return out
+    tiles, group, factor = len(plan.tiles) - 1, heads // kv_heads, scale * math.log2(math.e)
+    entries = plan.tiles if table is None else table
+    if tiling.multiply == "wgmma":
+        together = _together(plan.positions * width * 4, heads, group)
+        box = TILE if table is None else 1 << cache.page_bits
+        maps = [_map(given.transpose(1, 2), box) for given in (k_cache, v_cache)]
+        warpgroups(width, tiling).launch(
+            (min(tiles * heads, multiprocessors),), _map(q.flatten(1), tiling.rows), *maps, plan.tiles, entries, out,
+            tiles, heads, group, together, 0 if table is None else cache.pages,
+            7 if table is None else cache.page_bits, out.stride(0), factor, window,
+        )  # fmt: skip
+    else:
+        warps(width, table is not None, tiling, arch).launch(
+            (heads, tiles), q, k_cache, v_cache, plan.tiles, entries, out, group, cache.pages, cache.page_bits,
+            cache.slot_stride, cache.position_stride, cache.head_stride, q.stride(0), out.stride(0), factor, window,
+        )  # fmt: skip
+    return out
+
+
+def _together(head_bytes: int, heads: int, group: int) -> int:
+    """Query heads whose keys and values, `head_bytes` a KV head, stay in L2 together: a divisor of `heads` in whole
+    groups of one KV head."""
+    fitting = [n for n in range(group, heads + 1, group) if heads % n == 0 and n // group * head_bytes <= SHARED_KEYS]
+    return max(fitting, default=group)

@@ -25,6 +25,7 @@ from engine.decode_loop import DecodeLoop, Row, bucket
 from engine.kv_cache import ContiguousCache
 from engine.model import Model
 from engine.ops import Run
+from engine.prompt_loop import PromptLoop
 from engine.sampling import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -139,14 +140,17 @@ def measure_decode(model: Model, batch: int, steps: int, depth: int, repeats: in
 
 
 @torch.inference_mode()
-def measure_prompt(model: Model, batch: int, prompt: int, depth: int, repeats: int, chunk: int) -> list[float]:
+def measure_prompt(
+    model: Model, batch: int, prompt: int, depth: int, repeats: int, chunk: int, graph: bool = False
+) -> list[float]:  # fmt: skip
     """Seconds of each of `repeats` passes over `batch` prompts of `prompt` tokens, in pieces of `chunk` tokens at most,
-    until the logits of each last one are there. Raises TooLarge."""
+    until the logits of each last one are there. graph: whether short ones are CUDA graphs. Raises TooLarge."""
     device = model.weights.device
     cache = random_cache(model, batch, depth + prompt)
     total = batch * prompt
     tokens = torch.randint(0, model.config.vocab_size, (total,), generator=torch.Generator().manual_seed(0))
-    tokens = tokens.to(device, torch.int32)
+    ids, tokens = tokens.tolist(), tokens.to(device, torch.int32)
+    loop = PromptLoop(model, cache, graph) if graph else None
     places = torch.arange(total, device=device)
     slots = (places // prompt).int()
     positions = (places % prompt + depth).int()
@@ -160,6 +164,9 @@ def measure_prompt(model: Model, batch: int, prompt: int, depth: int, repeats: i
 
     def run() -> None:
         for here, last, runs in pieces:
+            if loop and len(runs) == 1 and loop.takes(runs[0]):
+                loop.forward(ids[here], runs[0])
+                continue
             model.forward(tokens[here], slots[here], positions[here], cache, logits_at=last, runs=runs)
 
     run()
@@ -205,7 +212,7 @@ def measure(
 ) -> Result:  # fmt: skip
     """Run one case. Raises TooLarge."""
     if case.prompt:
-        samples = measure_prompt(model, batch, case.prompt, case.depth, repeats, chunk)
+        samples = measure_prompt(model, batch, case.prompt, case.depth, repeats, chunk, graph)
     else:
         samples = measure_decode(model, batch, case.new, case.depth, repeats, graph)
     cost, steps = case_cost(model.config, model.weights.dtype, case, batch)

@@ -2,7 +2,8 @@
 
 A step takes every running request's tokens that the model has not seen (a prompt, a part of one, or the token sampled
 last), packs them into one list without padding, and samples a token for each request whose list is complete. With
-`cuda_graph`, steps that are nothing but decoding run in `engine.decode_loop`, one ahead of the host.
+`cuda_graph`, steps that are nothing but decoding run in `engine.decode_loop`, one ahead of the host, and those that are
+one short prompt in `engine.prompt_loop`.
 """
 
 import json
@@ -21,6 +22,7 @@ from engine.decode_loop import DecodeLoop, Row, bucket
 from engine.kv_cache import ContiguousCache
 from engine.model import Model
 from engine.ops import Ops, ReferenceOps, Run
+from engine.prompt_loop import PromptLoop
 from engine.sampling import SamplingParams
 from engine.tokenizer import StreamDecoder, Tokenizer
 from engine.weights import Weights, load_weights
@@ -228,6 +230,7 @@ class LLM:
         self.model = Model(self.config, self.weights, ops, self.max_model_len)
         self._cache: ContiguousCache | None = None
         self._loop: DecodeLoop | None = None
+        self._prompts: PromptLoop | None = None
 
     def generate(
         self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -313,9 +316,11 @@ class LLM:
         capacity = max(len(r.prompt) + r.params.max_new_tokens for r in requests)
         # Idle rows of a decode loop's bucket need slots too.
         cache = self._take_cache(bucket(slots) if self.engine.cuda_graph else slots, capacity)
-        loop, self._loop = self._loop, None
+        loop, prompts = self._loop, self._prompts
+        self._loop = self._prompts = None
         if self.engine.cuda_graph and (loop is None or loop.cache is not cache):
             loop = DecodeLoop(self.model, cache, self.engine.captures)
+            prompts = PromptLoop(self.model, cache, self.engine.captures)
         waiting, running, free = requests[::-1], [], list(range(slots))[::-1]
         try:
             while waiting or running:
@@ -326,7 +331,7 @@ class LLM:
                 if loop and all(r.pending == 1 and r.seen is None for r in running):
                     produced = self._decode(list(running), loop)
                 else:
-                    produced = self._step(running, cache)
+                    produced = self._step(running, cache, prompts)
                 for request, token in produced:
                     if token < 0:
                         raise ArithmeticError(f"every logit after token {len(request.tokens)} of a request is NaN")
@@ -340,7 +345,7 @@ class LLM:
                         free.append(request.slot)
                     yield request, piece
         finally:
-            self._cache, self._loop = cache, loop
+            self._cache, self._loop, self._prompts = cache, loop, prompts
 
     def _decode(self, running: list[_Request], loop: DecodeLoop) -> Iterator[tuple[_Request, int]]:
         """Decode until a request has ended: (request, new token), for the caller to accept before it takes the next.
@@ -363,7 +368,9 @@ class LLM:
             done += 1
 
     @torch.inference_mode()
-    def _step(self, running: list[_Request], cache: ContiguousCache) -> list[tuple[_Request, int]]:
+    def _step(
+        self, running: list[_Request], cache: ContiguousCache, prompts: PromptLoop | None
+    ) -> list[tuple[_Request, int]]:
         """One forward pass over as many pending tokens as fit; (request, new token) for those that are complete."""
         tokens: list[int] = []
         slots: list[int] = []
@@ -381,9 +388,12 @@ class LLM:
             request.computed = end
             if count and not request.pending:
                 ready.append((request, len(tokens) - 1))
-        packed = torch.tensor([tokens, slots, positions], dtype=torch.int32).to(self.engine.device)
-        rows = torch.tensor([row for _, row in ready], dtype=torch.int32).to(self.engine.device)
-        logits = self.model.forward(packed[0], packed[1], packed[2], cache, logits_at=rows, runs=runs)
+        if prompts and ready and len(runs) == 1 and prompts.takes(runs[0]):
+            logits = prompts.forward(tokens, runs[0])
+        else:
+            packed = torch.tensor([tokens, slots, positions], dtype=torch.int32).to(self.engine.device)
+            rows = torch.tensor([row for _, row in ready], dtype=torch.int32).to(self.engine.device)
+            logits = self.model.forward(packed[0], packed[1], packed[2], cache, logits_at=rows, runs=runs)
         chosen = self._sample([request for request, _ in ready], logits)
         return [(request, token) for (request, _), token in zip(ready, chosen, strict=True)]
 
@@ -429,7 +439,7 @@ class LLM:
         if cache is None or cache.slots < slots or cache.capacity < capacity:
             slots = max(slots, cache.slots if cache else 0)
             capacity = max(min(-(-capacity // 256) * 256, self.max_model_len), cache.capacity if cache else 0)
-            cache = self._loop = None  # their memory is free before the next is taken
+            cache = self._loop = self._prompts = None  # their memory is free before the next is taken
             cache = self.model.new_cache(slots, capacity)
         return cache
 

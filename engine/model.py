@@ -71,6 +71,7 @@ class Model:
         observe: Observe | None = None,
         single: bool = False,
         runs: Sequence[Run] | None = None,
+        plan: Any = None,
     ) -> Tensor:
         """Logits after T packed tokens; their keys and values are written to `cache` on the way.
 
@@ -85,6 +86,7 @@ class Model:
                 "norm", "logits".
             single: No slot occurs twice among the tokens, as in a decode step; changes no bit.
             runs: Of each sequence the tokens in the list, where the caller knows; changes no bit.
+            plan: `plan` of those runs, where it is made already.
 
         Returns:
             [n, V] in the weights' dtype.
@@ -93,7 +95,7 @@ class Model:
         ops, weights, layers = self.ops, self.weights, self.weights.layers
         if runs and all(run.count == 1 for run in runs):
             single = len({run.slot for run in runs}) == len(runs)
-        plan = ops.plan(runs, weights.dtype, *self._heads) if runs and not single else None
+        plan = self.plan(runs) if runs and not single else plan
         x = ops.embedding(tokens, weights.embedding)
         see("embedding", x)
         # The norm applied where a branch is added: of the branch (post), or for the branch that comes next (pre).
@@ -127,6 +129,10 @@ class Model:
         logits = ops.linear(y, weights.lm_head)
         see("logits", logits)
         return logits
+
+    def plan(self, runs: Sequence[Run]) -> Any:
+        """What the operations want to know of a packed list of these runs before its pass; None where nothing."""
+        return self.ops.plan(runs, self.weights.dtype, *self._heads)
 
     def new_cache(self, slots: int, capacity: int) -> ContiguousCache:
         """An empty cache, laid out as the operations want it."""

@@ -311,8 +311,8 @@ def bench_prefill(context: Context) -> None:
     ceilings = read_ceilings(context.run, context.gpu)
     with measurement_lock():
         llm = context.llm
-        chunk = llm.engine.max_step_tokens
-        prefill.bench(context.rows, llm.model, context.workload, ceilings, chunk, **context.knobs)
+        how = llm.engine.max_step_tokens, llm.engine.captures
+        prefill.bench(context.rows, llm.model, context.workload, ceilings, *how, **context.knobs)
 
 
 def bench_peers(context: Context) -> None:

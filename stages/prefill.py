@@ -40,9 +40,12 @@ def add_missing(rows: Rows, reason: str, lengths: tuple[int, ...] = TOKENS, **kn
 
 
 def bench(
-    rows: Rows, model: Model, workload: Workload, ceilings: Ceilings, chunk: int, **knobs: Any
+    rows: Rows, model: Model, workload: Workload, ceilings: Ceilings, chunk: int, graph: bool, **knobs: Any
 ) -> None:  # fmt: skip
-    """The suite's rows. chunk: tokens of a pass at most. One beyond the model's positions is a row that says so."""
+    """The suite's rows. A length beyond the model's positions is a row that says so.
+
+    chunk: tokens of a pass at most. graph: whether short prompts are CUDA graphs.
+    """
     import torch
 
     from engine.cost import kv_bytes_per_token
@@ -57,7 +60,7 @@ def bench(
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         try:
-            result = measure(model, case, 1, workload.repeats, False, chunk, ceilings)
+            result = measure(model, case, 1, workload.repeats, graph, chunk, ceilings)
         except TooLarge as reason:
             add_missing(rows, str(reason), (tokens,), **knobs)
             continue

@@ -33,13 +33,14 @@ def test_lengths_are_measured_beside_their_limit(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(prefill, "TOKENS", (24, 4000))
     model = Model(CONFIG, random_weights(CONFIG, "cpu", torch.bfloat16, 0), ReferenceOps())
     rows = Rows("bench", "w05", "tiny", read_host())
-    prefill.bench(rows, model, WORKLOAD, Ceilings(1e15, 1e12), 16, dtype="bfloat16", backend="cuda")
+    prefill.bench(rows, model, WORKLOAD, Ceilings(1e15, 1e12), 16, False, dtype="bfloat16", backend="cuda")
     check(rows.rows)
     found = {row["metric"]: row for row in rows.rows if row["prompt_tokens"] == 24}
     assert set(found) == {"ttft_ms", "prompt_throughput", "compute_rate"}  # memory is a GPU's
     flops = step_cost(CONFIG, "bfloat16", [24], [24]).flops
     assert found["ttft_ms"]["limit"] == pytest.approx(flops / 1e12 * 1e3)
     assert found["compute_rate"]["limit"] == pytest.approx(1e12) and found["ttft_ms"]["value"] > 0
-    assert found["prompt_throughput"]["value"] == pytest.approx(24 / found["ttft_ms"]["value"] * 1e3)
+    rates = [24 / sample * 1e3 for sample in found["ttft_ms"]["samples"]]
+    assert found["prompt_throughput"]["samples"] == pytest.approx(rates)
     long = [row for row in rows.rows if row["prompt_tokens"] == 4000]
     assert {row["status"] for row in long} == {"not_measured"} and "4000 positions" in long[0]["note"]

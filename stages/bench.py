@@ -300,19 +300,19 @@ def bench_decode(context: Context, suite: str) -> None:
         decode.bench(suite, context.rows, llm.model, context.workload, ceilings, graph, **context.knobs)
 
 
-def bench_prefill(context: Context) -> None:
-    """`stages.prefill`, which needs a GPU."""
+def bench_prefill(context: Context, suite: str) -> None:
+    """One of `stages.prefill`'s suites, which need a GPU."""
     from stages.timing import measurement_lock
 
     if not context.gpu:
         knobs: dict[str, Any] = context.knobs | {"backend": "cuda"}
-        prefill.add_missing(context.rows, NO_GPU, **knobs)
+        prefill.add_missing(context.rows, suite, NO_GPU, **knobs)
         return
     ceilings = read_ceilings(context.run, context.gpu)
     with measurement_lock():
         llm = context.llm
         how = llm.engine.max_step_tokens, llm.engine.captures
-        prefill.bench(context.rows, llm.model, context.workload, ceilings, *how, **context.knobs)
+        prefill.bench(suite, context.rows, llm.model, context.workload, ceilings, *how, **context.knobs)
 
 
 def bench_peers(context: Context) -> None:
@@ -338,7 +338,7 @@ SUITES: dict[str, Callable[[Context], None]] = {
 
 @stage(Gpu, Model, Week, Workload)
 def main(run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload) -> None:
-    known = [*SUITES, PREFILL, DECODE, prefill.LENGTHS, *decode.SUITES, peers.PEERS]
+    known = [*SUITES, PREFILL, DECODE, *prefill.SUITES, *decode.SUITES, peers.PEERS]
     unknown = [name for name in week.bench if name not in known]
     if unknown:
         raise ParamsError(f"weeks.{week.name}.bench: no suite '{unknown[0]}'; there are: {', '.join(known)}")
@@ -348,9 +348,9 @@ def main(run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload) -> No
         if name in SUITES:
             SUITES[name](context)
     bench_standard(context)
-    if prefill.LENGTHS in week.bench:
-        bench_prefill(context)
     for name in week.bench:
+        if name in prefill.SUITES:
+            bench_prefill(context, name)
         if name in decode.SUITES:
             bench_decode(context, name)
     if peers.PEERS in week.bench:

@@ -24,7 +24,11 @@ BASELINE = "w01"
 PLANNED_WEEKS = 12
 SPEED_STAGES = ("provision", "baseline", "bench")  # where a limit is a ceiling of the machine and not a gate
 STANDARD = ("standard_prefill", "standard_decode", "workload_prompts")
-PREFILL_SUITES = {"prompt_lengths": "prompts by length"}
+PREFILL_SUITES = {
+    "prompt_lengths": "prompts by length",
+    "prompt_products": "a prompt's matrix products, and torch's (cuBLAS)",
+    "prompt_attention": "a prompt's attention, and torch's by cuDNN and FlashAttention-2",
+}
 DECODE_SUITES = {
     "decode_step": "decode steps",
     "kernels": "each kernel of a decode step by itself",
@@ -556,7 +560,9 @@ def prefill_section(inputs: Inputs) -> Section:
     said = (
         "One prompt of random tokens at a time, until the logits of its last token are there. Under a figure: its "
         "share of the limit, the larger of the bytes over the copy bandwidth and the operations over the rate of a "
-        "large matrix product of that machine. Activations: the memory in use at most, without weights and cache."
+        "large matrix product of that machine, for products and attention the latter. Of gate and up the engine's "
+        "kernel computes SwiGLU too. Causal attention counts the half of the scores that is used. Activations: the "
+        "memory in use at most, without weights and cache."
     )
     return Section("prefill", "Prompts", step_blocks(inputs, said, PREFILL_SUITES))
 

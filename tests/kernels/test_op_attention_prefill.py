@@ -25,6 +25,11 @@ def each(*names):
 both = each("mma", "wgmma")
 
 
+def on_gpu(value):
+    """A parameter that the simulator takes too long for."""
+    return pytest.param(value, marks=pytest.mark.gpu)
+
+
 def tokens_of(runs):
     """Slot and position of each token."""
     slots = [slot for count, slot, _ in runs for _ in range(count)]
@@ -65,14 +70,14 @@ def assert_as_good(tiling, runs, q, k_cache, v_cache, scale, window):
 
 
 @both
-@pytest.mark.parametrize("count", [1, 17, 63, 64, 65, 127, 128, 129])
+@pytest.mark.parametrize("count", [1, 17, on_gpu(63), on_gpu(64), 65, on_gpu(127), on_gpu(128), 129])
 def test_lengths(tiling, count):
     q, cache, runs = randn(count, 1, 64, dtype=BF16), caches(1, 136, 1, 64), [(count, 0, 0)]
     out = assert_as_good(tiling, runs, q, *cache, 0.125, 0)
     assert_as_flash(out, runs, q, *cache, 0.125)
 
 
-@each(*TILINGS)
+@both
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "window", "runs"),
     [
@@ -114,7 +119,7 @@ def test_what_lies_beyond_is_never_used(tiling, window):
 
 
 @both
-@pytest.mark.parametrize("page", [8, 64, 128])
+@pytest.mark.parametrize("page", [8, on_gpu(64), 128])
 def test_pages_strides_and_chunks_change_no_bit(tiling, page):
     runs = [(9, 1, 125), (4, 0, 2)]
     q, cache = randn(13, 2, 64, dtype=BF16), caches(2, 256, 2, 64)

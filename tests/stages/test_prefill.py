@@ -21,19 +21,22 @@ WORKLOAD = Workload("w", ("x",), (1,), (8,), 4, 2, 1)
 
 def test_without_a_gpu_every_row_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tiny.pipeline())
-    week = tiny.make_week(bench=(prefill.LENGTHS,))
+    week = tiny.make_week(bench=prefill.SUITES)
     bench.main.__wrapped__(Run("bench"), tiny.GPU, tiny.MODEL, week, tiny.WORKLOAD)  # type: ignore[attr-defined]
     frame = tiny.read("reports/metrics/bench_w04.parquet")
-    ours = frame[frame.suite == prefill.LENGTHS]
-    assert len(ours) == len(prefill.TOKENS) * len(prefill.METRICS) and set(ours.status) == {"not_measured"}
-    assert set(ours.note) == {"no GPU on this host"} and set(ours.backend) == {"cuda"} and ours.value.isna().all()
+    ours = frame[frame.suite.isin(prefill.SUITES)]
+    assert len(ours) == sum(len(prefill.list_rows(suite)) for suite in prefill.SUITES)
+    assert set(ours.status) == {"not_measured"} and set(ours.note) == {"no GPU on this host"}
+    assert set(ours.backend) == {"cuda", "torch", *prefill.PEERS} and ours.value.isna().all()
 
 
 def test_lengths_are_measured_beside_their_limit(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prefill, "TOKENS", (24, 4000))
     model = Model(CONFIG, random_weights(CONFIG, "cpu", torch.bfloat16, 0), ReferenceOps())
     rows = Rows("bench", "w05", "tiny", read_host())
-    prefill.bench(rows, model, WORKLOAD, Ceilings(1e15, 1e12), 16, False, dtype="bfloat16", backend="cuda")
+    prefill.bench(
+        prefill.LENGTHS, rows, model, WORKLOAD, Ceilings(1e15, 1e12), 16, False, dtype="bfloat16", backend="cuda"
+    )
     check(rows.rows)
     found = {row["metric"]: row for row in rows.rows if row["prompt_tokens"] == 24}
     assert set(found) == {"ttft_ms", "prompt_throughput", "compute_rate"}  # memory is a GPU's
@@ -44,3 +47,34 @@ def test_lengths_are_measured_beside_their_limit(monkeypatch: pytest.MonkeyPatch
     assert found["prompt_throughput"]["samples"] == pytest.approx(rates)
     long = [row for row in rows.rows if row["prompt_tokens"] == 4000]
     assert {row["status"] for row in long} == {"not_measured"} and "4000 positions" in long[0]["note"]
+
+
+def test_products_and_attention_beside_torch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prefill, "PRODUCT_TOKENS", (8,))
+    monkeypatch.setattr(prefill, "ATTENTION_SIZES", ((2, 16),))
+    model = Model(CONFIG, random_weights(CONFIG, "cpu", torch.bfloat16, 0), ReferenceOps())
+    rows = Rows("bench", "w05", "tiny", read_host())
+    for suite in (prefill.PRODUCTS, prefill.ATTENTION):
+        prefill.bench(suite, rows, model, WORKLOAD, Ceilings(1e12, 1e12), 16, False, dtype="bfloat16", backend="cuda")
+    check(rows.rows)
+    products = [row for row in rows.rows if row["suite"] == prefill.PRODUCTS]
+    assert len(products) == 8 and all(row["value"] > 0 and row["limit"] == 1e12 for row in products)
+    assert [row["backend"] for row in products[:2]] == ["cuda", "torch"]
+    attention = {row["backend"]: row for row in rows.rows if row["suite"] == prefill.ATTENTION}
+    assert attention["flash_attention_2"]["value"] > 0  # torch has one for the CPU too
+    assert "no kernel for the prompts' attention" in attention["cuda"]["note"]
+    assert attention["cudnn"]["status"] == "not_measured" and attention["cudnn"]["note"].startswith("torch on cpu")
+
+
+@pytest.mark.gpu
+def test_suites_on_a_gpu():
+    from engine.cuda_ops import CudaOps
+
+    config = ModelConfig.from_dict(tiny.ARCHITECTURE | {"hidden_size": 128, "max_position_embeddings": 4096})
+    weights = random_weights(config, "cuda", torch.bfloat16, 0)
+    made = Model(config, weights, CudaOps("cuda", attention="flash", linear="tiled", sampling="split"))
+    rows = Rows("bench", "w05", "tiny", read_host())
+    for suite in prefill.SUITES:
+        prefill.bench(suite, rows, made, WORKLOAD, Ceilings(4e12, 7e14), 2048, True, dtype="bfloat16", backend="cuda")
+    check(rows.rows)
+    assert {row["status"] for row in rows.rows} == {"ok"} and all(row["value"] > 0 for row in rows.rows)

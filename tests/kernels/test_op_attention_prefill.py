@@ -40,7 +40,8 @@ def tokens_of(runs):
 def caches(*shape):
     """k_cache and v_cache, head-major."""
     slots, capacity, heads, width = shape
-    return tuple(randn(slots, heads, capacity, width, dtype=BF16).transpose(1, 2) for _ in range(2))
+    k, v = (randn(slots, heads, capacity, width, dtype=BF16).transpose(1, 2) for _ in range(2))
+    return k, v
 
 
 def run(tiling, runs, q, k_cache, v_cache, scale=0.2, window=0, table=None):
@@ -55,7 +56,7 @@ def assert_as_flash(out, runs, q, k_cache, v_cache, scale=0.2, window=0):
     """The bits of tokens taken one by one, as in decoding: of all on a GPU, of a few in the simulator."""
     some = torch.arange(0, len(q), max(1, len(q) // 5) if SIMULATED else 1, device=DEVICE)
     q, (slots, positions) = q[some], (given[some] for given in tokens_of(runs))
-    workspace = torch.zeros(flash.workspace_size(len(q), *q.shape[1:], k_cache.shape[1]), device=DEVICE)
+    workspace = torch.zeros(flash.workspace_size(len(q), q.shape[1], q.shape[2], k_cache.shape[1]), device=DEVICE)
     expected = poisoned(*q.shape, dtype=BF16)
     flash.attention(q, k_cache, v_cache, slots, positions, scale, window, expected, workspace)
     assert torch.equal(out[some], expected)
@@ -82,7 +83,7 @@ def test_lengths(tiling, count):
     ("heads", "kv_heads", "width", "window", "runs"),
     [
         (3, 1, 128, 0, [(2, 1, 130), (3, 0, 0), (1, 2, 15)]),
-        (2, 2, 64, 0, [(20, 2, 120), (1, 1, 127)]),
+        pytest.param(2, 2, 64, 0, [(20, 2, 120), (1, 1, 127)], marks=pytest.mark.gpu),
         (16, 1, 64, 0, [(2, 0, 63)]),
         (2, 1, 128, 20, [(10, 0, 125), (1, 1, 5)]),
         (1, 1, 64, 3, [(5, 2, 126), (7, 1, 0)]),
@@ -95,8 +96,15 @@ def test_runs_at_any_position(tiling, heads, kv_heads, width, window, runs):
     assert_as_flash(out, runs, q, *cache, width**-0.5, window)
 
 
-@each(*TILINGS)
-@pytest.mark.parametrize("window", [0, 515])
+@pytest.mark.parametrize(
+    ("tiling", "window"),
+    [
+        (TILINGS["mma"], 0),
+        pytest.param(TILINGS["wgmma"], 0, marks=WGMMA),
+        (TILINGS["mma, a small ring"], 515),
+        pytest.param(TILINGS["wgmma"], 515, marks=[WGMMA, pytest.mark.gpu]),
+    ],
+)
 def test_segments_are_combined_in_order(tiling, window):
     # Queries of one tile of which some see three segments, or begin in another one than the others.
     runs = [(3, 1, 1022), (2, 0, 511)]

@@ -96,7 +96,7 @@ def test_silu_without_branches_has_the_same_bits():
     assert exact.count_nonzero() > count // 5 and torch.equal(exact, branchless)
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 3])
+@pytest.mark.parametrize("multiprocessors", [pytest.param(1, marks=pytest.mark.gpu), 3])
 @HOPPER
 def test_blocks_that_take_several_tiles(multiprocessors):
     x, weight = randn(150, 192, dtype=BF16), randn(104, 192, dtype=BF16)

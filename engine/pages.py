@@ -1,0 +1,186 @@
+"""Who owns which page of the paged KV cache, and which pages hold a content that can be used again.
+
+A page is room for the keys and values of `page_size` tokens in every layer. It is in one of three states:
+
+    used     has owners: sequences whose page tables name it (more than one where they begin with the same tokens)
+    cached   has no owner, but its content is known and found again until the page is needed for something else
+    free     has no owner and no known content
+
+A page that is full has a key: a digest of its tokens and of the key of the page before it, so that equal keys mean
+equal tokens from the sequence's first one on. This is bookkeeping only; the keys and values are elsewhere.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+
+class OutOfPages(RuntimeError):
+    """More pages were asked for than have no owner."""
+
+
+@dataclass
+class HitStatistics:
+    """How much of what sequences begin with was in the cache, in tokens."""
+
+    asked: int = 0
+    found: int = 0
+
+    def record(self, asked: int, found: int) -> None:
+        self.asked += asked
+        self.found += found
+
+    @property
+    def rate(self) -> float:
+        """Found of asked, 0 to 1; 0 when nothing was asked."""
+        return self.found / self.asked if self.asked else 0.0
+
+
+def extend_keys(keys: list[bytes], tokens: Sequence[int], page_size: int, salt: bytes = b"") -> None:
+    """Append to `keys`, the keys of the first pages of `tokens`, those of the other pages that `tokens` fill.
+
+    Args:
+        keys: What an earlier call for the same sequence left, or an empty list.
+        tokens: A sequence's token ids from its first one on, each below 2^31.
+        page_size: Tokens a page.
+        salt: Sequences of different salts share nothing.
+    """
+    for begin in range(len(keys) * page_size, len(tokens) - page_size + 1, page_size):
+        before = keys[-1] if keys else blake2b(salt, digest_size=32).digest()
+        content = array("i", tokens[begin : begin + page_size]).tobytes()
+        keys.append(blake2b(before + content, digest_size=32).digest())
+
+
+class PagePool:
+    """`pages` pages of `page_size` tokens each, numbered from 0. `free` + `cached` + `used` == `pages` at all times.
+
+    Args:
+        pages: Pages in all.
+        page_size: Tokens a page.
+        prefix_cache: Whether contents are found again; without it no page is ever cached.
+
+    Raises:
+        ValueError: `pages` or `page_size` is below 1.
+    """
+
+    def __init__(self, pages: int, page_size: int, prefix_cache: bool = True) -> None:
+        for name, value in (("pages", pages), ("page_size", page_size)):
+            if value < 1:
+                raise ValueError(f"{name} = {value}; it must be at least 1")
+        self.pages, self.page_size, self.prefix_cache = pages, page_size, prefix_cache
+        self.hits = HitStatistics()
+        self._owners = [0] * pages
+        self._keys: list[bytes | None] = [None] * pages
+        self._by_key: dict[bytes, int] = {}
+        self._free = list(range(pages))[::-1]  # the next one last
+        self._cached: OrderedDict[int, None] = OrderedDict()  # the least recently used one first
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
+    def cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def used(self) -> int:
+        return self.pages - self.available
+
+    @property
+    def available(self) -> int:
+        """Pages that `take` can give: free and cached ones."""
+        return len(self._free) + len(self._cached)
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that `tokens` tokens fill, the last one perhaps in part."""
+        return -(-tokens // self.page_size)
+
+    def owners(self, page: int) -> int:
+        return self._owners[page]
+
+    def find(self, keys: Iterable[bytes]) -> list[int]:
+        """The pages that hold the longest known beginning of `keys`; to hold on to them, `share` them."""
+        found = []
+        for key in keys:
+            page = self._by_key.get(key)
+            if page is None:
+                break
+            found.append(page)
+        return found
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more owner for each of `pages`, which have owners or are cached.
+
+        Raises:
+            ValueError: A page is free; those before it in `pages` have been shared.
+        """
+        for page in pages:
+            if not self._owners[page]:
+                if page not in self._cached:
+                    raise ValueError(f"page {page} is free: it holds nothing to share")
+                del self._cached[page]
+            self._owners[page] += 1
+
+    def take(self, count: int) -> list[int]:
+        """`count` pages for one owner: free ones, then the least recently used of the cached, which are forgotten.
+
+        Raises:
+            OutOfPages: Fewer than `count` have no owner; nothing has changed.
+        """
+        if count > self.available:
+            raise OutOfPages(
+                f"{count} pages were asked for; of {self.pages}, {self.free} are free and {self.cached} cached"
+            )
+        taken = []
+        for _ in range(count):
+            page = self._free.pop() if self._free else self._evict()
+            self._owners[page] = 1
+            taken.append(page)
+        return taken
+
+    def _evict(self) -> int:
+        page, _ = self._cached.popitem(last=False)
+        key = self._keys[page]
+        assert key is not None
+        del self._by_key[key]
+        self._keys[page] = None
+        return page
+
+    def release(self, pages: Sequence[int]) -> None:
+        """One owner less for each of `pages`, the first pages of a sequence in order; without one they are cached or
+        free. Its last page counts as the least recently used, so that beginnings outlive their ends.
+
+        Raises:
+            ValueError: A page has no owner; those after it in `pages` have been released.
+        """
+        for page in reversed(pages):
+            if not self._owners[page]:
+                raise ValueError(f"page {page} has no owner to release it")
+            self._owners[page] -= 1
+            if self._owners[page]:
+                continue
+            if self._keys[page] is None:
+                self._free.append(page)
+            else:
+                self._cached[page] = None
+
+    def register(self, page: int, key: bytes) -> bool:
+        """Make `page`, which is full and will not be written again, known by `key`.
+
+        Returns:
+            False where nothing was done: another page already has that content, or there is no prefix cache.
+
+        Raises:
+            ValueError: The page has no owner, or is known by another key.
+        """
+        if not self._owners[page]:
+            raise ValueError(f"page {page} has no owner to register it")
+        if self._keys[page] not in (None, key):
+            raise ValueError(f"page {page} is registered under another key")
+        if not self.prefix_cache or self._by_key.setdefault(key, page) != page:
+            return False
+        self._keys[page] = key
+        return True

@@ -1,0 +1,384 @@
+"""Which tokens the next step computes, and on which pages.
+
+The scheduler knows a sequence's tokens by count before it knows them by value: a step that computes a sequence's last
+token will choose one more. So the next step can be scheduled, and enqueued, while the GPU is still at this one:
+
+    while len(scheduler):
+        step = scheduler.schedule()
+        enqueue(step)                                 # its results are not waited for
+        for work, token in results(step_before):      # of the work that samples
+            if scheduler.append(work.sequence, token) and is_last(token):
+                scheduler.finish(work.sequence)
+        step_before = step
+
+Steps run in the order in which they were scheduled. That makes pages safe: one that is released may still be read or
+written by a step on its way, and whoever takes it next does so in a later step.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left, insort
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Literal, NamedTuple
+
+from engine.pages import PagePool, extend_keys
+
+_by_rank = attrgetter("rank")
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt and what is generated after it.
+
+    Args:
+        id: Its name; no two live sequences have the same.
+        tokens: The prompt's token ids.
+        limit: Tokens of the prompt and of what is generated, at most: no step is scheduled beyond them.
+        priority: 0 is served first; a higher number waits for lower ones (see Scheduler for how long).
+        deadline: When it ends unfinished, in seconds of the scheduler's clock.
+        parent: A sequence of the same prompt, added earlier. Once its prompt is computed, this one starts from its
+            pages and computes the prompt's last token alone.
+        salt: Pages are shared between sequences of the same salt only.
+
+    The other fields are the scheduler's.
+    """
+
+    id: Hashable
+    tokens: list[int] = field(repr=False)  # those known; `append` adds what is generated
+    limit: int
+    priority: int = 0
+    deadline: float | None = None
+    parent: Sequence | None = field(default=None, repr=False)
+    salt: bytes = field(default=b"", repr=False)
+
+    state: Literal["new", "waiting", "running", "drained", "ended"] = field(default="new", init=False)
+    prompt_length: int = field(init=False)
+    arrival: int = field(default=-1, init=False)  # sequences added before it
+    rank: tuple[int, int] = field(default=(0, 0), init=False)  # lower ones first
+    length: int = field(init=False)  # tokens, those included that steps on their way will choose
+    computed: int = field(default=0, init=False)  # tokens whose keys and values are on `pages` once all steps have run
+    pages: list[int] = field(default_factory=list, init=False, repr=False)
+    slot: int = field(default=-1, init=False)  # while it runs: a number below max_running that is its own
+    decoding: bool = field(default=False, init=False)  # its next token was chosen by a step since it got its slot
+    preemptions: int = field(default=0, init=False)
+    keys: list[bytes] = field(default_factory=list, init=False, repr=False)  # of the pages that the known tokens fill
+    registered: int = field(default=0, init=False)  # pages at the front that need not be registered any more
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.tokens)
+        self.length = self.prompt_length = len(self.tokens)
+
+
+class Work(NamedTuple):
+    """A part of a step: `count` tokens of a sequence, from position `begin` on."""
+
+    sequence: Sequence
+    begin: int
+    count: int
+    samples: bool  # they are all it has: the last one's logits choose its next token
+
+
+@dataclass
+class Step:
+    """What one forward pass computes. Its arrays must be built before the scheduler is called again.
+
+    First come the copies, whose pages were complete before this step. Then `work`: first `decodes` pieces of one token
+    each, which was chosen by an earlier step and may not be on the host yet, and which read only what earlier steps
+    wrote; then pieces of prompts, which may read what others of them write in this step, as a layer has written all
+    keys and values before it reads any.
+    """
+
+    work: list[Work]
+    decodes: int
+    copies: list[tuple[int, int]]  # (from page, to page)
+    preempted: list[Sequence]  # they lost their pages and wait again
+    timed_out: list[Sequence]  # they ended at their deadlines
+
+    @property
+    def tokens(self) -> int:
+        return self.decodes + sum(work.count for work in self.work[self.decodes :])
+
+
+class Scheduler:
+    """Sequences that wait and that run, by rank: (priority, order of arrival), with ageing.
+
+    A step has one token of each running sequence that decodes, then prompts as far as `step_tokens` go: the one that
+    the step before has left unfinished, and those that wait, in order. Nothing overtakes a sequence for which a slot
+    or pages are missing. It is let in when there are pages for all its tokens and one to grow for each that runs, and
+    takes those that the step writes. When a running sequence finds no page, the last in rank is preempted: it loses
+    its pages, and computes its tokens again later (those that the prefix cache has not kept). The first in rank never
+    is.
+
+    Waiting is bounded. One level of priority is worth `ageing` steps, so a sequence of priority p is overtaken only by
+    those that arrive less than p × ageing steps after it. Call S the sequences that are live at that moment, itself
+    included, which rank before it or run. Then it ends within
+
+        2 × sum over S of (new tokens + ceil(limit / (step_tokens - max_running + 1)) + 2)
+
+    more steps, where `new tokens` is limit - prompt, and the results of a step are known when the second step after it
+    is scheduled. (In every step the first in rank moves on, or what it waits for: by a token that it decodes, or by
+    step_tokens - max_running + 1 tokens of its prompt at least.)
+
+    Args:
+        pool: The pages.
+        max_running: Sequences that run together.
+        step_tokens: Tokens of a step, at most.
+        max_len: Tokens of a sequence, at most: prompt and generated.
+        ageing: Steps of waiting that make up for one level of priority.
+        clock: Seconds, for deadlines.
+
+    Raises:
+        ValueError: `max_running` or `max_len` is below 1, `ageing` is below 0, or `step_tokens` is below `max_running`.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        max_running: int,
+        step_tokens: int,
+        max_len: int,
+        ageing: int = 1000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        checks = (("max_running", max_running, 1), ("max_len", max_len, 1), ("ageing", ageing, 0))
+        for name, value, least in (*checks, ("step_tokens", step_tokens, max_running)):
+            if value < least:
+                raise ValueError(f"{name} = {value}; it must be at least {least}")
+        self.pool, self.max_running, self.step_tokens, self.max_len = pool, max_running, step_tokens, max_len
+        self.ageing, self.clock = ageing, clock
+        self.steps = 0  # scheduled so far
+        self.waiting: list[Sequence] = []  # by rank, as is `running`
+        self.running: list[Sequence] = []
+        self._live: dict[Hashable, Sequence] = {}
+        self._arrivals = 0
+        self._slots = list(range(max_running))[::-1]  # the next one last
+        self._draining: list[Sequence] = []  # their last token has been scheduled: they need no pages any more
+        self._deadlines: list[tuple[float, int, Sequence]] = []  # sorted; the arrival decides between equal ones
+
+    def __len__(self) -> int:
+        """Sequences that have been added and have not ended."""
+        return len(self._live)
+
+    def add(self, sequence: Sequence) -> None:
+        """Let `sequence` wait for its turn.
+
+        Raises:
+            ValueError: It can never run; names the sequence and why. Nothing has changed.
+        """
+        self._check(sequence)
+        sequence.arrival, self._arrivals = self._arrivals, self._arrivals + 1
+        sequence.rank = (self.steps + sequence.priority * self.ageing, sequence.arrival)
+        if self.pool.prefix_cache:
+            extend_keys(sequence.keys, sequence.tokens, self.pool.page_size, sequence.salt)
+        self._live[sequence.id] = sequence
+        if sequence.deadline is not None:
+            insort(self._deadlines, (sequence.deadline, sequence.arrival, sequence))
+        self._wait(sequence)
+
+    def _check(self, sequence: Sequence) -> None:
+        name = f"sequence {sequence.id!r}"
+        pages, parent = self.pool.pages_for(sequence.limit - 1), sequence.parent
+        if sequence.id in self._live:
+            raise ValueError(f"{name} is live already; an id can be used again when its sequence has ended")
+        if sequence.state != "new":
+            raise ValueError(f"{name} was added before; make a new Sequence")
+        if not sequence.tokens:
+            raise ValueError(f"{name} has no tokens; it must have at least one")
+        if sequence.limit <= sequence.prompt_length:
+            raise ValueError(f"{name} has {sequence.prompt_length} tokens and a limit of {sequence.limit}: none is new")
+        if sequence.limit > self.max_len:
+            raise ValueError(f"{name} has a limit of {sequence.limit} tokens, above max_len = {self.max_len}")
+        if pages > self.pool.pages:
+            raise ValueError(f"{name} takes {pages} pages for {sequence.limit} tokens; the pool has {self.pool.pages}")
+        if sequence.priority < 0:
+            raise ValueError(f"{name} has priority {sequence.priority}; it must be at least 0")
+        if parent and (parent.tokens[: parent.prompt_length] != sequence.tokens or parent.salt != sequence.salt):
+            raise ValueError(f"{name} and its parent {parent.id!r} differ in prompt or salt")
+
+    def append(self, sequence: Sequence, token: int) -> bool:
+        """Tell the token that a step chose for `sequence`, in the order of the steps.
+
+        Returns:
+            False where the sequence has ended since, and the token is to be dropped.
+
+        Raises:
+            ValueError: No step on its way chooses a token for it.
+        """
+        if sequence.state == "ended":
+            return False
+        if len(sequence.tokens) == sequence.length:
+            raise ValueError(f"sequence {sequence.id!r} expects no token: no step has sampled one")
+        sequence.tokens.append(token)
+        self._register(sequence)
+        return True
+
+    def finish(self, sequence: Sequence) -> None:
+        """End `sequence`: its last token is known. What steps on their way compute of it beyond that is dropped.
+
+        Raises:
+            KeyError: It is not live; names it.
+        """
+        if self._live.get(sequence.id) is not sequence:
+            raise KeyError(f"sequence {sequence.id!r} is not live")
+        self._end(sequence)
+
+    def abort(self, id: Hashable) -> Sequence:
+        """End a sequence that waits or runs, and return it.
+
+        Raises:
+            KeyError: No live sequence has that id; names it.
+        """
+        if id not in self._live:
+            raise KeyError(f"no live sequence has the id {id!r}")
+        sequence = self._live[id]
+        self._end(sequence)
+        return sequence
+
+    def schedule(self) -> Step:
+        """The next step; one without work where nothing can run before results are known or sequences are added."""
+        self.steps += 1
+        timed_out = self._expire()
+        self._drain()
+        decodes: list[Work] = []
+        chunks: list[Work] = []
+        copies: list[tuple[int, int]] = []
+        preempted: list[Sequence] = []
+        page_size = self.pool.page_size
+        budget = self.step_tokens - sum(sequence.decoding for sequence in self.running)  # for prompts
+        for sequence in self.running:  # who is preempted stands at its end, and has no part in the step yet
+            count = 1 if sequence.decoding else min(sequence.length - sequence.computed, budget)
+            end = sequence.computed + count
+            if end > len(sequence.pages) * page_size and not self._grow(sequence, end, preempted):
+                break
+            if sequence.decoding:
+                decodes.append(self._advance(sequence, 1))
+            else:
+                budget -= count
+                chunks.append(self._advance(sequence, count))
+                self._register(sequence)
+        while self.waiting and budget and not preempted and len(self.running) < self.max_running:
+            sequence = self.waiting[0]
+            if not self._admit(sequence, chunks, copies):
+                break
+            count = min(sequence.length - sequence.computed, budget)
+            self._grow(sequence, sequence.computed + count, preempted)
+            budget -= count
+            chunks.append(self._advance(sequence, count))
+            self._register(sequence)
+        return Step(decodes + chunks, len(decodes), copies, preempted, timed_out)
+
+    def _expire(self) -> list[Sequence]:
+        timed_out = []
+        if self._deadlines:
+            now = self.clock()
+            while self._deadlines and self._deadlines[0][0] <= now:
+                timed_out.append(self._deadlines[0][2])
+                self._end(timed_out[-1])
+        return timed_out
+
+    def _drain(self) -> None:
+        """Take pages and slots from the sequences whose last token the step before has computed."""
+        for sequence in self._draining:
+            if sequence.state == "running":
+                self._stop(sequence)
+                sequence.state = "drained"
+        self._draining.clear()
+
+    def _grow(self, sequence: Sequence, end: int, preempted: list[Sequence]) -> bool:
+        """Pages for the tokens up to `end`, at the cost of the last in rank; False where that is `sequence` itself."""
+        count = self.pool.pages_for(end) - len(sequence.pages)
+        while self.pool.available < count:
+            last = self.running[-1]
+            self._stop(last)
+            self._wait(last)
+            last.preemptions += 1
+            preempted.append(last)
+            if last is sequence:
+                return False
+        sequence.pages += self.pool.take(count)
+        return True
+
+    def _advance(self, sequence: Sequence, count: int) -> Work:
+        begin = sequence.computed
+        sequence.computed = end = begin + count
+        samples = end == sequence.length
+        if samples:
+            sequence.length += 1
+            sequence.decoding = True
+            if sequence.length == sequence.limit:
+                self._draining.append(sequence)
+        return Work(sequence, begin, count, samples)
+
+    def _admit(self, sequence: Sequence, chunks: list[Work], copies: list[tuple[int, int]]) -> bool:
+        """Let the first that waits run, on the pages that hold its beginning; False where it must wait on."""
+        if len(sequence.tokens) < sequence.length:
+            return False  # it was preempted, and a token of it is on its way
+        size, parent = self.pool.page_size, sequence.parent
+        # At least the last token is computed: its logits are needed.
+        pages = self.pool.find(sequence.keys[: (sequence.length - 1) // size])
+        computed = len(pages) * size
+        forked = sequence.prompt_length - 1  # tokens that the parent's pages hold for it
+        copied = None
+        if parent and parent.computed >= forked > computed:
+            if any(work.sequence is parent for work in chunks):
+                return False  # its last page is not complete before this step has run
+            pages, computed = parent.pages[: forked // size], forked
+            copied = parent.pages[forked // size] if forked % size else None
+        self.pool.share(pages)
+        if self.pool.available < self.pool.pages_for(sequence.length) - len(pages) + len(self.running):
+            self.pool.release(pages)
+            return False
+        if not sequence.preemptions:
+            self.pool.hits.record(sequence.length, computed)
+        sequence.pages, sequence.computed, sequence.registered = pages, computed, len(pages)
+        if copied is not None:
+            sequence.pages += self.pool.take(1)
+            copies.append((copied, sequence.pages[-1]))
+        sequence.state, sequence.slot = "running", self._slots.pop()
+        del self.waiting[0]
+        insort(self.running, sequence, key=_by_rank)
+        return True
+
+    def _register(self, sequence: Sequence) -> None:
+        """Make the pages known that `sequence` has filled with known tokens."""
+        size = self.pool.page_size
+        full = min(len(sequence.tokens), sequence.computed) // size
+        if full == sequence.registered or not self.pool.prefix_cache:
+            return
+        extend_keys(sequence.keys, sequence.tokens, size, sequence.salt)
+        for index in range(sequence.registered, full):
+            self.pool.register(sequence.pages[index], sequence.keys[index])
+        sequence.registered = full
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.state = "waiting"
+        insort(self.waiting, sequence, key=_by_rank)
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Take `sequence` out of those that run, with its pages and its slot."""
+        _remove(self.running, sequence)
+        self.pool.release(sequence.pages)
+        self._slots.append(sequence.slot)
+        sequence.pages, sequence.computed, sequence.registered = [], 0, 0
+        sequence.slot, sequence.decoding = -1, False
+
+    def _end(self, sequence: Sequence) -> None:
+        if sequence.state == "running":
+            self._stop(sequence)
+        elif sequence.state == "waiting":
+            _remove(self.waiting, sequence)
+        sequence.state = "ended"
+        del self._live[sequence.id]
+        if sequence.deadline is not None:
+            entry = (sequence.deadline, sequence.arrival)
+            del self._deadlines[bisect_left(self._deadlines, entry, key=lambda item: item[:2])]
+
+
+def _remove(sequences: list[Sequence], sequence: Sequence) -> None:
+    """Take `sequence` out of a list that is sorted by rank."""
+    index = bisect_left(sequences, sequence.rank, key=_by_rank)
+    assert sequences[index] is sequence
+    del sequences[index]

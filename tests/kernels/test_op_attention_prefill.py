@@ -142,17 +142,16 @@ def test_pages_strides_and_chunks_change_no_bit(tiling, page):
     # Pages that are not seen may be gone.
     table[1, : (125 - 49) // page] = -1
     table[0, 5 // page + 1 :] = 1 << 20
-    assert torch.equal(run(tiling, runs, q, *pools, window=50, table=table), expected)
+    assert torch.equal(run(tiling, runs, q, pools[0], pools[1], window=50, table=table), expected)
     if page == 8:
         wide = randn(13, 4, 64, dtype=BF16)
         wide[:, 1:3] = q
-        turned = [given.contiguous() for given in cache]
+        turned = cache[0].contiguous(), cache[1].contiguous()
         assert torch.equal(run(tiling, runs, wide[:, 1:3], *turned, window=50), expected)
         pieces = [(1, 1, 125), (6, 1, 126), (2, 1, 132), (3, 0, 2), (1, 0, 5)]
         assert torch.equal(run(tiling, pieces, q, *cache, window=50), expected)
-        assert torch.equal(
-            run(tiling, [(4, 1, 2)], q[9:], *(given.flip(0) for given in cache), window=50), expected[9:]
-        )
+        swapped = cache[0].flip(0), cache[1].flip(0)
+        assert torch.equal(run(tiling, [(4, 1, 2)], q[9:], *swapped, window=50), expected[9:])
 
 
 @both

@@ -57,6 +57,15 @@ class CudaOps(Composed):
         fits = head_dim in FLASH_WIDTHS and heads <= FLASH_GROUP * kv_heads
         return self._flash and dtype == torch.bfloat16 and fits
 
+    def check_paged(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
+        if not self.head_major(dtype, heads, kv_heads, head_dim):
+            chosen, widths = "flash" if self._flash else "naive", " or ".join(map(str, FLASH_WIDTHS))
+            raise ValueError(
+                f"a paged cache needs attention = 'flash', dtype = 'bfloat16', head_dim {widths} and at most "
+                f"{FLASH_GROUP} query heads for each KV head; here attention = {chosen!r}, {dtype}, "
+                f"head_dim {head_dim}, {heads} query heads and {kv_heads} KV heads"
+            )
+
     def _streams(self, weight: Tensor, rows: int = 8) -> bool:
         """Whether the streamed version multiplies with this weight: rows in groups of `rows`, 64 columns at a time."""
         fits = weight.shape[0] % rows == 0 and weight.shape[1] % streamed.BOX == 0
@@ -86,7 +95,11 @@ class CudaOps(Composed):
             self._workspaces[key] = torch.zeros(size(rows), dtype=torch.int32, device=self.device)
         return self._workspaces[key]
 
-    def _attention_workspace(self, tokens: int, heads: int, width: int, capacity: int) -> Tensor:
+    def _attention_workspace(
+        self, tokens: int, heads: int, width: int, k_cache: Tensor, table: Tensor | None
+    ) -> Tensor:
+        capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
+
         def size(tokens: int) -> int:
             return flash.workspace_size(tokens, heads, width, capacity)
 
@@ -144,20 +157,23 @@ class CudaOps(Composed):
         return add_norm.add_norm(x, y, weight, eps, rounding, placement, stream, normed, added)
 
     def kv_write(
-        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor
-    ) -> None:
+        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor,
+        table: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        _refuse("kv_write", table)
         kv_write.kv_write(k, v, k_cache, v_cache, slots, positions)
 
     def attention(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float,
-        window: int, out: Tensor | None = None,
+        window: int, out: Tensor | None = None, table: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
         count, heads, width = q.shape
         if self.head_major(q.dtype, heads, k_cache.shape[2], width):
-            workspace = self._attention_workspace(count, heads, width, k_cache.shape[1])
-            flash.attention(q, k_cache, v_cache, slots, positions, scale, window, out, workspace)
+            workspace = self._attention_workspace(count, heads, width, k_cache, table)
+            flash.attention(q, k_cache, v_cache, slots, positions, scale, window, out, workspace, table)
         else:
+            _refuse("attention", table)
             naive_attention.attention(q, k_cache, v_cache, slots, positions, scale, window, out)
         return out
 
@@ -167,21 +183,21 @@ class CudaOps(Composed):
     def attend(
         self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding, cos: Tensor,
         sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float, window: int,
-        single: bool, plan: Any = None,
+        single: bool, plan: Any = None, table: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         projected = (qkv, q_norm, k_norm, eps, rounding, cos, sin, k_cache, v_cache, slots, positions)
-        count, (capacity, kv_heads, width) = qkv.shape[0], k_cache.shape[1:]
+        count, (kv_heads, width) = qkv.shape[0], k_cache.shape[2:]
         heads = qkv.shape[1] // width - 2 * kv_heads
         if not self.head_major(qkv.dtype, heads, kv_heads, width):
-            return super().attend(*projected, scale, window, single)
+            return super().attend(*projected, scale, window, single, table=table)
         out = qkv.new_empty((count, heads * width))
         if single:
-            workspace = self._attention_workspace(count, heads, width, capacity)
-            return flash.decode(*projected, scale, window, out, workspace)
-        q = rope_write.rope_write(*projected, out.view(count, heads, width))
+            workspace = self._attention_workspace(count, heads, width, k_cache, table)
+            return flash.decode(*projected, scale, window, out, workspace, table)
+        q = rope_write.rope_write(*projected, out.view(count, heads, width), table)
         if plan is not None:
-            return prefill.attention(q, k_cache, v_cache, plan, scale, window, torch.empty_like(q)).flatten(1)
-        return self.attention(q, k_cache, v_cache, slots, positions, scale, window).flatten(1)
+            return prefill.attention(q, k_cache, v_cache, plan, scale, window, torch.empty_like(q), table).flatten(1)
+        return self.attention(q, k_cache, v_cache, slots, positions, scale, window, table=table).flatten(1)
 
     def repetition_penalty(self, logits: Tensor, seen: Tensor, penalty: Tensor) -> None:
         sampling.repetition_penalty(logits, seen, penalty)
@@ -206,3 +222,9 @@ class CudaOps(Composed):
 
     def advance(self, chosen: Tensor, tokens: Tensor, positions: Tensor, history: Tensor) -> None:
         sampling.advance(chosen, tokens, positions, history)
+
+
+def _refuse(operation: str, table: Tensor | None) -> None:
+    """Raises ValueError where there is a table: `check_paged` has been passed over."""
+    if table is not None:
+        raise ValueError(f"{operation}: table is given, and the naive kernel takes none")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.kv_cache import ContiguousCache
+from engine.kv_cache import KVCache
 from engine.model import Model
 from engine.sampling import SamplingParams
 
@@ -47,18 +47,18 @@ _IDLE = SamplingParams(temperature=0.0)
 class DecodeLoop:
     """Decode steps over one cache, for rows of any sequences in it.
 
-    Rows that fill a bucket up decode a sequence of their own in a free slot, which disturbs none.
+    Rows that fill a bucket up decode a sequence of their own in an idle slot, which disturbs none.
 
     Args:
         model: The model; repetition penalties are left out.
-        cache: Its cache, of as many slots as one of BUCKETS has rows.
+        cache: Its cache; a contiguous one of as many slots as one of BUCKETS has rows.
         graph: Whether to capture and replay steps; else they run as they are.
 
     Raises:
         ValueError: A graph of a model that is not on a GPU.
     """
 
-    def __init__(self, model: Model, cache: ContiguousCache, graph: bool) -> None:
+    def __init__(self, model: Model, cache: KVCache, graph: bool) -> None:
         device = model.weights.device
         self._on_gpu = device.type == "cuda"
         if graph and not self._on_gpu:
@@ -67,7 +67,7 @@ class DecodeLoop:
         self.rows: list[Row] = []
         self.size = 0  # rows of a step, idle ones included
         self.logits: Tensor | None = None  # [bucket, V] of the step enqueued last
-        rows = cache.slots
+        rows = bucket(cache.slots)
         self._integers = torch.zeros((4, rows), dtype=torch.int32, device=device)
         self._tokens, self._slots, self._positions, self._top_k = self._integers
         self._floats = torch.zeros((3, rows), dtype=torch.float32, device=device)
@@ -90,11 +90,11 @@ class DecodeLoop:
             ValueError: The cache has too few slots for the bucket of so many rows.
         """
         size, taken = bucket(len(rows)), {row.slot for row in rows}
-        free = [slot for slot in range(self.cache.slots) if slot not in taken]
-        if size - len(rows) > len(free):
+        idle = self.cache.idle_slots(size - len(rows), taken)
+        if len(rows) + len(idle) < size:
             raise ValueError(f"{len(rows)} rows decode as {size}, and the cache has {self.cache.slots} slots")
         self.rows, self.size = list(rows), size
-        filled = [*rows, *(Row(slot, 0, 0, _IDLE, 0) for slot in free[: size - len(rows)])]
+        filled = [*rows, *(Row(slot, 0, 0, _IDLE, 0) for slot in idle)]
         integers = [[row.token, row.slot, row.position, row.params.top_k] for row in filled]
         floats = [[row.params.temperature, row.params.top_p, row.params.min_p] for row in filled]
         self._integers[:, :size] = torch.tensor(integers, dtype=torch.int32).t()

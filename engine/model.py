@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig, Rope
-from engine.kv_cache import ContiguousCache
+from engine.kv_cache import PAGE_SIZE, ContiguousCache, KVCache, PagedCache
 from engine.ops import Ops, Run
 from engine.weights import LayerWeights, Weights
 
@@ -66,7 +66,7 @@ class Model:
         tokens: Tensor,
         slots: Tensor,
         positions: Tensor,
-        cache: ContiguousCache,
+        cache: KVCache,
         logits_at: Tensor | None = None,
         observe: Observe | None = None,
         single: bool = False,
@@ -140,6 +140,16 @@ class Model:
         head_major = self.ops.head_major(weights.dtype, *self._heads)
         return ContiguousCache(config, slots, capacity, weights.dtype, weights.device, head_major)
 
+    def new_paged_cache(self, *, pages: int, slots: int, capacity: int, page_size: int = PAGE_SIZE) -> PagedCache:
+        """An empty cache of `pages` pages for `slots` sequences of up to `capacity` positions.
+
+        Raises:
+            ValueError: The operations cannot read one (says what to choose), or sizes that PagedCache refuses.
+        """
+        config, weights = self.config, self.weights
+        self.ops.check_paged(weights.dtype, *self._heads)
+        return PagedCache(config, pages, page_size, slots, capacity, weights.dtype, weights.device)
+
     @property
     def _heads(self) -> tuple[int, int, int]:
         config = self.config
@@ -155,7 +165,7 @@ class Model:
         x: Tensor,
         slots: Tensor,
         positions: Tensor,
-        cache: ContiguousCache,
+        cache: KVCache,
         single: bool,
         plan: Any,
     ) -> Tensor:
@@ -164,6 +174,6 @@ class Model:
         out = ops.attend(
             qkv, layer.q_norm, layer.k_norm, config.rms_norm_eps, config.norm_rounding, *self.tables[index],
             cache.k[index], cache.v[index], slots, positions, self.scale, config.window(index), single,
-            plan,
+            plan, cache.table,
         )  # fmt: skip
         return ops.linear(out, layer.o)

@@ -3,6 +3,9 @@
 T tokens, H hidden size, I intermediate size, Hq query and Hk key/value heads of D elements, S cache slots of C
 positions, B rows of V logits. Integer tensors (tokens, slots, positions, top_k, …) are int32, seeds int64. `out=` is
 filled and returned when given. The graph calls the composite operations; `Composed` makes them of the single ones.
+
+A cache is [S, C, Hk, D], position p of slot s at [s, p]. With `table` [S, n] it is [P, page, Hk, D] of P pages, and
+position p of slot s at [table[s, p // page], p % page]. Neither the table nor what other pages hold changes a bit.
 """
 
 from collections.abc import Sequence
@@ -33,6 +36,10 @@ class Ops(Protocol):
         """Whether the cache of such heads is to be laid out as [S, Hk, C, D] (and shown as [S, C, Hk, D])."""
         ...
 
+    def check_paged(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
+        """Raises ValueError, naming what to choose, where the cache of such heads cannot have a table."""
+        ...
+
     def embedding(self, tokens: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
         """Rows `tokens` [T] of `table` [V, H] -> [T, H]."""
         ...
@@ -58,16 +65,17 @@ class Ops(Protocol):
         ...
 
     def kv_write(
-        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor
-    ) -> None:
-        """Store k, v [T, Hk, D] at cache[slots, positions] of [S, C, Hk, D]."""
+        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor,
+        table: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Store k, v [T, Hk, D] at `positions` [T] of `slots` [T] in the cache."""
         ...
 
     def attention(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float,
-        window: int, out: Tensor | None = None,
+        window: int, out: Tensor | None = None, table: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Token t of q [T, Hq, D] over cache[slots[t], max(0, p - window + 1) … p], p = positions[t]. Window 0: all."""
+        """Token t of q [T, Hq, D] over p - window + 1 (at least 0) … p of slots[t], p = positions[t]. Window 0: all."""
         ...
 
     def repetition_penalty(self, logits: Tensor, seen: Tensor, penalty: Tensor) -> None:
@@ -112,7 +120,7 @@ class Ops(Protocol):
     def attend(
         self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding, cos: Tensor,
         sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float, window: int,
-        single: bool, plan: Any = None,
+        single: bool, plan: Any = None, table: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Everything between two projections: q and k norms where given, rotation, cache write, attention.
 
@@ -144,7 +152,7 @@ class Composed:
     def attend(
         self: Ops, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding,
         cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float,
-        window: int, single: bool, plan: Any = None,
+        window: int, single: bool, plan: Any = None, table: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         kv_heads, width = k_cache.shape[2:]
         kv_size = kv_heads * width
@@ -154,8 +162,8 @@ class Composed:
             self.rms_norm(k, k_norm, eps, rounding, out=k)
         q, k, v = (x.view(x.shape[0], -1, width) for x in (q, k, v))
         self.rope(q, k, cos, sin, positions)
-        self.kv_write(k, v, k_cache, v_cache, slots, positions)
-        return self.attention(q, k_cache, v_cache, slots, positions, scale, window).flatten(1)
+        self.kv_write(k, v, k_cache, v_cache, slots, positions, table)
+        return self.attention(q, k_cache, v_cache, slots, positions, scale, window, table=table).flatten(1)
 
 
 def _blocks(x: Tensor) -> Tensor:
@@ -179,6 +187,9 @@ class ReferenceOps(Composed):
 
     def head_major(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
         return False
+
+    def check_paged(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
+        """Every cache can."""
 
     def embedding(self, tokens: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.index_select(table, 0, tokens, out=out)
@@ -219,26 +230,40 @@ class ReferenceOps(Composed):
         return torch.add(x, y, out=out)
 
     def kv_write(
-        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor
-    ) -> None:
-        k_cache[slots, positions] = k
-        v_cache[slots, positions] = v
+        self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor,
+        table: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        row, place = slots, positions
+        if table is not None:
+            page = k_cache.shape[1]
+            row, place = table[slots, positions // page], positions % page
+        k_cache[row, place] = k
+        v_cache[row, place] = v
 
     def attention(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float,
-        window: int, out: Tensor | None = None,
+        window: int, out: Tensor | None = None, table: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
         by_slot: dict[int, list[int]] = {}
         for row, slot in enumerate(slots.tolist()):
             by_slot.setdefault(slot, []).append(row)
         for slot, rows in by_slot.items():
+            last = int(positions[rows].max())
+            keys, values = (self._of_slot(cache, slot, last, table) for cache in (k_cache, v_cache))
             for begin in range(0, len(rows), BLOCK):
                 some = rows[begin : begin + BLOCK]
                 filled = torch.tensor(some + some[-1:] * (BLOCK - len(some)), device=q.device)
-                block = self._attend(q[filled], k_cache[slot], v_cache[slot], positions[filled], scale, window)
+                block = self._attend(q[filled], keys, values, positions[filled], scale, window)
                 out[filled[: len(some)]] = block[: len(some)].to(out.dtype)
         return out
+
+    @staticmethod
+    def _of_slot(cache: Tensor, slot: int, last: int, table: Tensor | None) -> Tensor:
+        """Keys or values of a slot's positions 0 … `last` at least, [C, Hk, D]."""
+        if table is None:
+            return cache[slot]
+        return cache[table[slot, : last // cache.shape[1] + 1]].flatten(0, 1)
 
     def _attend(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, scale: float, window: int

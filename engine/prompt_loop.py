@@ -2,8 +2,8 @@
 
 A prompt of a hundred tokens is computed sooner than the host can launch its kernels one by one. The tokens that fill a
 bucket up come after the prompt's: no token of it looks at them, and what they leave in the cache lies at positions that
-are written again before anything reads them. Without a graph, and on a CPU, the same function runs as it is, to the
-same bits.
+are written again before anything reads them. (On a paged cache's spare page, that is by the pass that reads them.)
+Without a graph, and on a CPU, the same function runs as it is, to the same bits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kv_cache import ContiguousCache
+from engine.kv_cache import KVCache
 from engine.model import Model
 from engine.ops import Run
 
@@ -33,7 +33,7 @@ class PromptLoop:
         ValueError: A graph of a model that is not on a GPU.
     """
 
-    def __init__(self, model: Model, cache: ContiguousCache, graph: bool) -> None:
+    def __init__(self, model: Model, cache: KVCache, graph: bool) -> None:
         device = model.weights.device
         if graph and device.type != "cuda":
             raise ValueError(f"a CUDA graph of a model on {device.type!r}; it needs a GPU")

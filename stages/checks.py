@@ -13,7 +13,7 @@ from stages.metrics import Rows
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from engine.kv_cache import ContiguousCache
+    from engine.kv_cache import KVCache
     from engine.llm import EngineConfig
     from engine.model import Model
 
@@ -79,7 +79,7 @@ class Piece:
     begin: int = 0
 
 
-def forward(model: Model, pieces: Sequence[Piece], cache: ContiguousCache, observe: Any = None) -> list[Tensor]:
+def forward(model: Model, pieces: Sequence[Piece], cache: KVCache, observe: Any = None) -> list[Tensor]:
     """One packed forward pass; each piece's logits [its tokens, V]."""
     import torch
 

@@ -108,6 +108,61 @@ def test_fast_versions_of_decode_and_prefill_are_equal(fields: dict):
     assert torch.equal(run(cache, [(7, 0, 0), (5, 1, 1)], single=True)[1], whole[1])
 
 
+@pytest.mark.parametrize("kind", ["decode", "runs", "mixed"])
+def test_attention_over_pages_equals_contiguous(kind: str):
+    """A token in each of two slots, or the next two of one, over pages in any order among others of NaN."""
+    single, runs = kind == "decode", [Run(2, 1, 9)]
+    ops, heads, dim = cuda_ops(attention="flash"), 2, 64
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).bfloat16().to(DEVICE)
+
+    rows = noise(2, 2, 16, 1, dim)  # keys and values of two slots of 16 positions
+    order, table = [4, 0, 3, 2], torch.tensor([[4, 0, 5], [3, 2, 5]], dtype=torch.int32, device=DEVICE)
+    pool = torch.full((2, 6, 8, 1, dim), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    pool[:, order] = rows.view(2, 4, 8, 1, dim)
+    slots, positions = torch.tensor([[0, 1], [3, 9]] if single else [[1, 1], [9, 10]]).int().to(DEVICE)
+    angles = torch.rand(16, dim // 2, generator=generator).to(DEVICE)
+    projected = noise(2, (heads + 2) * dim)
+    plan = ops.plan(runs, torch.bfloat16, heads, 1, dim) if kind == "runs" else None
+    results = []
+    for cache, pages in ((rows, None), (pool, table)):
+        results.append(
+            ops.attend(
+                projected.clone(), None, None, 0.0, "once", angles.cos(), angles.sin(), cache[0], cache[1], slots,
+                positions, 0.125, 0, single, plan, pages,
+            )
+        )  # fmt: skip
+    assert torch.equal(*results) and results[0].isfinite().all()
+    assert torch.equal(pool[:, order].view_as(rows), rows) and pool[:, [1, 5]].isnan().all()
+
+
+def test_where_pages_cannot_be():
+    from engine.kv_cache import PAGE_SIZES
+    from kernels.rope_write import PAGES
+
+    assert PAGE_SIZES == PAGES
+    for fields, dtype, versions, found in (
+        (MICRO, torch.bfloat16, {}, "attention = 'naive', torch.bfloat16, head_dim 64, 2 query heads and 2 KV heads"),
+        (MICRO, torch.float32, FAST, "attention = 'flash', torch.float32"),
+        (MICRO_LLAMA, torch.bfloat16, FAST, "attention = 'flash', torch.bfloat16, head_dim 32"),
+    ):
+        config, weights = micro(fields, dtype)
+        model = Model(config, on_device(weights), cuda_ops(**versions), max_positions=64)
+        with pytest.raises(ValueError, match=f"needs attention = 'flash', dtype = 'bfloat16', .* here {found}"):
+            model.new_paged_cache(pages=4, slots=1, capacity=64)
+    config, weights = micro(MICRO_LLAMA_64, torch.bfloat16)
+    model = Model(config, on_device(weights), cuda_ops(**FAST), max_positions=64)
+    cache = model.new_paged_cache(pages=4, slots=1, capacity=64)
+    x, at = torch.zeros(1, 1, 64, dtype=torch.bfloat16, device=DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    naive = cuda_ops()
+    with pytest.raises(ValueError, match="kv_write: table is given"):
+        naive.kv_write(x, x, cache.k[0], cache.v[0], at, at, cache.table)
+    with pytest.raises(ValueError, match="attention: table is given"):
+        naive.attention(x, cache.k[0], cache.v[0], at, at, 0.125, 0, table=cache.table)
+
+
 def test_sampling_draws_what_the_reference_draws():
     torch.manual_seed(0)
     logits = torch.randn(4, 64) * 3

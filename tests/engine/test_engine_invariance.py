@@ -116,3 +116,37 @@ def test_prompts_whole_in_chunks_packed_and_token_by_token(model: Model):
     runs = [Run(before, 1, 0), Run(length, 0, 0)]
     beside = model.forward(*packed, torch.cat([places[:before], places]), model.new_cache(2, length), runs=runs)
     assert torch.equal(beside[before:], whole), "packed with another"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("page_size", [8, 16, 128])
+def test_pages_in_any_order(model: Model, page_size: int):
+    """A prompt and what is decoded after it, over shuffled pages among others of NaN, as over a contiguous cache."""
+    length, steps = 1100, 20
+    ids = torch.randint(0, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(1)).int().cuda()
+    places = torch.arange(length, dtype=torch.int32, device="cuda")
+    slots = torch.zeros_like(places)
+    found = []
+    for chunk in (None, length, 300):
+        cache = model.new_cache(1, length + steps)
+        if chunk:
+            count = -(-(length + steps) // page_size)
+            cache = model.new_paged_cache(pages=2 * count, slots=1, capacity=length + steps, page_size=page_size)
+            for stored in (*cache.k, *cache.v):
+                stored.fill_(torch.nan)
+            order = torch.randperm(2 * count, generator=torch.Generator().manual_seed(chunk)).tolist()
+            cache.assign({0: order[:count]})
+        parts = []
+        for begin in range(0, length, chunk or length):
+            here = slice(begin, min(begin + (chunk or length), length))
+            runs = [Run(here.stop - begin, 0, begin)]
+            parts.append(model.forward(ids[here], slots[here], places[here], cache, runs=runs))
+        loop = DecodeLoop(model, cache, graph=True)
+        loop.start([Row(0, 7, length, GREEDY, 0)])
+        loop.advance(steps)
+        assert loop.logits is not None
+        found.append((torch.cat(parts), loop.generated(), loop.logits.clone()))
+    logits, tokens, last = found[0]
+    assert torch.isfinite(logits).all() and torch.isfinite(last).all()
+    for others in found[1:]:
+        assert torch.equal(others[0], logits) and others[1] == tokens and torch.equal(others[2], last)

@@ -1,9 +1,12 @@
 """engine/prompt_loop.py: prompts filled up to a bucket give the bits of the prompts alone."""
 
+import random
+
 import pytest
 import torch
 
 from engine.config import ModelConfig
+from engine.kv_cache import KVCache, PagedCache
 from engine.model import Model
 from engine.ops import ReferenceOps, Run
 from engine.prompt_loop import PromptLoop
@@ -18,10 +21,26 @@ FIELDS = {
 CONFIG = ModelConfig.from_dict(FIELDS)
 
 
-def check_prompts(model: Model, graph: bool) -> None:
+def paged(model: Model) -> PagedCache:
+    return model.new_paged_cache(pages=24, slots=2, capacity=96, page_size=8)
+
+
+def check_prompts(model: Model, cache: KVCache, graph: bool) -> None:
     """Prompts of several lengths, some after tokens of their own, and then a token more, against plain passes."""
     device = model.weights.device
-    loop, plain = PromptLoop(model, model.new_cache(2, 96), graph), model.new_cache(2, 96)
+    loop, plain = PromptLoop(model, cache, graph), model.new_cache(2, 96)
+    order = random.Random(0).sample(range(24), 24)
+
+    def reach(run: Run) -> torch.Tensor:
+        """Give a paged cache's slot the pages that the run ends in, and no more; which pages are others' then."""
+        if not isinstance(cache, PagedCache):
+            return torch.tensor([], dtype=torch.int64)
+        own = order[run.slot :: 2][: -(-(run.position + run.count) // 8)]
+        cache.assign({run.slot: own})
+        return torch.tensor([page for page in range(24) if page not in own])
+
+    def kept(pages: torch.Tensor) -> torch.Tensor:
+        return torch.stack([stored[pages] for stored in (*cache.k, *cache.v)])
 
     def integers(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
@@ -34,16 +53,22 @@ def check_prompts(model: Model, graph: bool) -> None:
     with torch.inference_mode():
         for run in (Run(5, 0, 0), Run(16, 1, 0), Run(9, 0, 5), Run(40, 1, 16), Run(5, 0, 14), Run(17, 1, 0)):
             ids = torch.randint(0, CONFIG.vocab_size, (run.count,)).tolist()
+            others = reach(run)
+            before = kept(others)
             assert loop.takes(run)
             assert torch.equal(loop.forward(ids, run), forward(plain, ids, run)), run
+            assert torch.equal(kept(others), before), run
             # What the bucket's other tokens left behind is written again before it is read.
             after = Run(1, run.slot, run.position + run.count)
+            reach(after)
             assert torch.equal(forward(loop.cache, [7], after), forward(plain, [7], after)), after
 
 
-def test_prompts_alone_and_filled_up_are_equal():
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_prompts_alone_and_filled_up_are_equal(kind: str):
     weights = random_weights(CONFIG, "cpu", torch.bfloat16, 0)
-    check_prompts(Model(CONFIG, weights, ReferenceOps(), max_positions=96), graph=False)
+    model = Model(CONFIG, weights, ReferenceOps(), max_positions=96)
+    check_prompts(model, paged(model) if kind == "paged" else model.new_cache(2, 96), graph=False)
 
 
 @pytest.mark.gpu
@@ -54,7 +79,10 @@ def test_prompts_from_graphs(versions):
 
     weights = random_weights(CONFIG, "cuda", torch.bfloat16, 0)
     ops = CudaOps("cuda", attention=versions[0], linear=versions[1])
-    check_prompts(Model(CONFIG, weights, ops, max_positions=96), graph=True)
+    model = Model(CONFIG, weights, ops, max_positions=96)
+    check_prompts(model, model.new_cache(2, 96), graph=True)
+    if versions[0] == "flash":
+        check_prompts(model, paged(model), graph=True)
 
 
 def test_what_does_not_fit():

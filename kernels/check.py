@@ -48,3 +48,21 @@ def aligned(operation: str, name: str, given: torch.Tensor) -> None:
     """16-byte access to every row: raises ValueError naming the argument where one does not begin at a multiple."""
     if given.data_ptr() % 16 or any(stride % 8 for stride in given.stride()[:-1]):
         raise ValueError(f"{operation}: {name} (strides {given.stride()}): rows at multiples of 16 bytes needed")
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, columns: int, gated: bool
+) -> tuple[int, int, int]:
+    """T, N and K of bf16 x [T, K], weight [N, K] and out [T, N], or gated [T, N / 2]; N a multiple of 8 (gated: of 16)
+    and K of `columns`. Raises TypeError or ValueError naming the argument."""
+    operation, multiple = ("linear_swiglu", 16) if gated else ("linear", 8)
+    count, depth = dimensions(operation, "x", x, "T, K")
+    rows, _ = dimensions(operation, "weight", weight, "N, K")
+    if depth % columns or rows % multiple:
+        raise ValueError(
+            f"{operation}: weight is {tuple(weight.shape)}: rows of {multiple} and columns of {columns} needed"
+        )
+    tensor(operation, "x", x, (count, depth), torch.bfloat16)
+    tensor(operation, "weight", weight, (rows, depth), torch.bfloat16)
+    tensor(operation, "out", out, (count, rows // 2 if gated else rows), torch.bfloat16)
+    return count, rows, depth

@@ -632,6 +632,15 @@ def _simulated_pointer(tensor: torch.Tensor) -> Any:
     return simulator.Pointer(flat.numpy())
 
 
+@functools.cache
+def machine_of(device: int) -> tuple[str, int]:
+    """Architecture and multiprocessors of a GPU; the simulator is a small sm_90a."""
+    if cuda.SIMULATED:
+        return "sm_90a", 2
+    properties = torch.cuda.get_device_properties(device)
+    return architecture_of((properties.major, properties.minor)), properties.multi_processor_count
+
+
 def tensor_map(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     """uint8 [128] on the tensor's device: how the bulk tensor copy reads boxes of `rows` rows and 64 columns of it.
 

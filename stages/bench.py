@@ -285,34 +285,21 @@ def measure_standard(context: Context, cases: list[Any]) -> None:
 # --- prompts and the decode step --------------------------------------------------------------------------------------
 
 
-def bench_decode(context: Context, suite: str) -> None:
-    """One of `stages.decode`'s suites, which need a GPU."""
+def bench_steps(context: Context, suite: str) -> None:
+    """One of the suites of `stages.prefill` or `stages.decode`, which need a GPU."""
     from stages.timing import measurement_lock
 
+    module: Any = prefill if suite in prefill.SUITES else decode
     if not context.gpu:
         knobs: dict[str, Any] = context.knobs | {"backend": "cuda"}
-        decode.add_missing(context.rows, suite, NO_GPU, **knobs)
+        module.add_missing(context.rows, suite, NO_GPU, **knobs)
         return
     ceilings = read_ceilings(context.run, context.gpu)
     with measurement_lock():
         llm = context.llm
-        graph = llm.engine.captures
-        decode.bench(suite, context.rows, llm.model, context.workload, ceilings, graph, **context.knobs)
-
-
-def bench_prefill(context: Context, suite: str) -> None:
-    """One of `stages.prefill`'s suites, which need a GPU."""
-    from stages.timing import measurement_lock
-
-    if not context.gpu:
-        knobs: dict[str, Any] = context.knobs | {"backend": "cuda"}
-        prefill.add_missing(context.rows, suite, NO_GPU, **knobs)
-        return
-    ceilings = read_ceilings(context.run, context.gpu)
-    with measurement_lock():
-        llm = context.llm
-        how = llm.engine.max_step_tokens, llm.engine.captures
-        prefill.bench(suite, context.rows, llm.model, context.workload, ceilings, *how, **context.knobs)
+        chunk = (llm.engine.max_step_tokens,) if module is prefill else ()
+        how = *chunk, llm.engine.captures
+        module.bench(suite, context.rows, llm.model, context.workload, ceilings, *how, **context.knobs)
 
 
 def bench_peers(context: Context) -> None:
@@ -349,10 +336,8 @@ def main(run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload) -> No
             SUITES[name](context)
     bench_standard(context)
     for name in week.bench:
-        if name in prefill.SUITES:
-            bench_prefill(context, name)
-        if name in decode.SUITES:
-            bench_decode(context, name)
+        if name in (*prefill.SUITES, *decode.SUITES):
+            bench_steps(context, name)
     if peers.PEERS in week.bench:
         bench_peers(context)
     rows.write(run.out(f"reports/metrics/bench_{week.name}.parquet"), headline=lambda row: row["metric"] != "itl_ms")

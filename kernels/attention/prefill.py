@@ -24,7 +24,7 @@ import torch
 
 from kernels import check, ptx
 from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint8, uint32, uint64
-from kernels.launch import LIMITS, Kernel, LaunchOptions, architecture_of, has_dependent_launch, kernel_factory
+from kernels.launch import LIMITS, Kernel, LaunchOptions, has_dependent_launch, kernel_factory, machine_of
 from kernels.launch import kept_tensor_map as _map
 from kernels.rope_write import cache_of
 
@@ -883,9 +883,8 @@ def _choice(head_dim: int, index: int) -> tuple[Tiling, str, int]:
     """Tiling, architecture and multiprocessors of a device; the simulator's has few threads."""
     if SIMULATED:
         return Tiling("mma", 32, 4), "sm_80", 2
-    properties = torch.cuda.get_device_properties(index)
-    arch = architecture_of((properties.major, properties.minor))
-    return Tiling.choose(head_dim, arch), arch, properties.multi_processor_count
+    arch, multiprocessors = machine_of(index)
+    return Tiling.choose(head_dim, arch), arch, multiprocessors
 
 
 def plan(

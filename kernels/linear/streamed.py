@@ -25,15 +25,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels import check, device, ptx
-from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint8, uint32, uint64
+from kernels.cuda import cuda, device_function, float32, int32, int64, uint8, uint32, uint64
 from kernels.launch import (
     LIMITS,
     Kernel,
     LaunchOptions,
-    architecture_of,
     has_dependent_launch,
     kept_tensor_map,
     kernel_factory,
+    machine_of,
 )
 
 BOX = 64  # columns of a box: 128 bytes of bf16
@@ -446,27 +446,13 @@ def catalogue(rows: int, depth: int, gated: bool, tokens: Sequence[int] = (1, TO
 @functools.cache
 def _plan(tokens: int, rows: int, depth: int, gated: bool, device: int) -> tuple[Tiling, Kernel, int]:
     """Tiling, kernel and blocks of the grid for a pass of `tokens` (one of TOKENS)."""
-    if SIMULATED:
-        arch, multiprocessors = "sm_90a", 2
-    else:
-        properties = torch.cuda.get_device_properties(device)
-        arch, multiprocessors = architecture_of((properties.major, properties.minor)), properties.multi_processor_count
+    arch, multiprocessors = machine_of(device)
     tiling = Tiling.choose(tokens, rows, depth, arch, multiprocessors)
     return tiling, streamed(tiling, gated, arch), min(-(-rows // (tiling.groups * 8)), multiprocessors)
 
 
 def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, gated: bool) -> torch.Tensor:
-    operation = "linear_swiglu" if gated else "linear"
-    count, depth = check.dimensions(operation, "x", x, "T, K")
-    rows, _ = check.dimensions(operation, "weight", weight, "N, K")
-    if depth % BOX or rows % (16 if gated else 8):
-        multiple = 16 if gated else 8
-        raise ValueError(
-            f"{operation}: weight is {tuple(weight.shape)}: rows of {multiple} and columns of {BOX} needed"
-        )
-    check.tensor(operation, "x", x, (count, depth), torch.bfloat16)
-    check.tensor(operation, "weight", weight, (rows, depth), torch.bfloat16)
-    check.tensor(operation, "out", out, (count, rows // 2 if gated else rows), torch.bfloat16)
+    count, rows, depth = check.product(x, weight, out, BOX, gated)
     if count:
         tiling, kernel, blocks = _plan(tokens_of_a_pass(count), rows, depth, gated, max(x.get_device(), 0))
         weight_source, x_source = weight, x

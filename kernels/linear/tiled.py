@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels import check, device, ptx
-from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint8, uint32, uint64
-from kernels.launch import LIMITS, Kernel, LaunchOptions, architecture_of, kept_tensor_map, kernel_factory
+from kernels.cuda import cuda, device_function, float32, int32, int64, uint8, uint32, uint64
+from kernels.launch import LIMITS, Kernel, LaunchOptions, kept_tensor_map, kernel_factory, machine_of
 from kernels.linear.streamed import BOX, MULTIPROCESSORS
 
 # A warp passes its results on in pieces of 16 tokens and 64 columns; the rows lie apart so that no two of its accesses
@@ -572,34 +572,15 @@ def launch(
         kernel.launch(grid, *maps, out, count, rows, depth, group)
 
 
-@functools.cache
-def _machine(device: int) -> tuple[str, int]:
-    """Architecture and multiprocessors of a device."""
-    if SIMULATED:
-        return "sm_90a", 2
-    properties = torch.cuda.get_device_properties(device)
-    return architecture_of((properties.major, properties.minor)), properties.multi_processor_count
-
-
 _choose = functools.cache(Tiling.choose)
 
 
 def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, gated: bool) -> torch.Tensor:
-    operation = "linear_swiglu" if gated else "linear"
-    count, depth = check.dimensions(operation, "x", x, "T, K")
-    rows, _ = check.dimensions(operation, "weight", weight, "N, K")
-    if depth % BOX or rows % (16 if gated else 8):
-        multiple = 16 if gated else 8
-        raise ValueError(
-            f"{operation}: weight is {tuple(weight.shape)}: rows of {multiple} and columns of {BOX} needed"
-        )
-    check.tensor(operation, "x", x, (count, depth), torch.bfloat16)
-    check.tensor(operation, "weight", weight, (rows, depth), torch.bfloat16)
-    check.tensor(operation, "out", out, (count, rows // 2 if gated else rows), torch.bfloat16)
+    count, rows, depth = check.product(x, weight, out, BOX, gated)
     for name, tensor in (("x", x), ("weight", weight), ("out", out)):
-        check.aligned(operation, name, tensor)
+        check.aligned("linear_swiglu" if gated else "linear", name, tensor)
     if count:
-        machine = _machine(max(x.get_device(), 0))
+        machine = machine_of(max(x.get_device(), 0))
         launch(_choose(count, rows, depth, gated, *machine), x, weight, out, gated, machine)
     return out
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.cuda_graph import capture, new_pool
 from engine.kv_cache import KVCache
 from engine.model import Model
 from engine.sampling import SamplingParams
@@ -61,8 +62,7 @@ class DecodeLoop:
     def __init__(self, model: Model, cache: KVCache, graph: bool) -> None:
         device = model.weights.device
         self._on_gpu = device.type == "cuda"
-        if graph and not self._on_gpu:
-            raise ValueError(f"a CUDA graph of a model on {device.type!r}; it needs a GPU")
+        self._pool = new_pool(device) if graph else None
         self.model, self.cache, self.graph = model, cache, graph
         self.rows: list[Row] = []
         self.size = 0  # rows of a step, idle ones included
@@ -78,7 +78,6 @@ class DecodeLoop:
         self._first = np.zeros(0, np.int64)  # place in the history of each row's first token
         self._events = [torch.cuda.Event() for _ in range(AHEAD)] if self._on_gpu else []
         self._graphs: dict[tuple[int, bool, int], tuple[Any, Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if graph else None
         self._greedy = True
         self._enqueued = self._waited = self._steps = 0
 
@@ -145,13 +144,13 @@ class DecodeLoop:
         before = self._integers.clone()
         self._step(self.size, self._greedy)
         self._integers.copy_(before)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+
+        def run() -> Tensor:
             for _ in range(steps):
                 logits = self._step(self.size, self._greedy)
-        # Kernels may have sent what they need to the device on other streams meanwhile.
-        torch.cuda.synchronize()
-        self._graphs[key] = graph, logits
+            return logits
+
+        self._graphs[key] = capture(run, self._pool)
 
     def _run(self, steps: int) -> None:
         self._steps += steps

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.cuda_graph import capture, new_pool
 from engine.kv_cache import KVCache
 from engine.model import Model
 from engine.ops import Run
@@ -35,14 +36,12 @@ class PromptLoop:
 
     def __init__(self, model: Model, cache: KVCache, graph: bool) -> None:
         device = model.weights.device
-        if graph and device.type != "cuda":
-            raise ValueError(f"a CUDA graph of a model on {device.type!r}; it needs a GPU")
+        self._pool = new_pool(device) if graph else None
         self.model, self.cache, self.graph = model, cache, graph
         # Tokens, slots, positions, and in the first place of the last row the index of the token whose logits count.
         self._integers = torch.zeros((4, BUCKETS[-1]), dtype=torch.int32, device=device)
         self._plans: dict[int, Any] = {}
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if graph else None
 
     def takes(self, run: Run) -> bool:
         """Whether the run is of several tokens and fits a bucket that ends within the cache."""
@@ -75,19 +74,11 @@ class PromptLoop:
         if not self.graph:
             return self._pass(size)
         if size not in self._graphs:
-            self._capture(size)
+            self._pass(size)  # kernels load, and memory is taken, in a run of its own
+            self._graphs[size] = capture(lambda: self._pass(size), self._pool)
         graph, logits = self._graphs[size]
         graph.replay()
         return logits
-
-    def _capture(self, size: int) -> None:
-        self._pass(size)  # kernels load, and memory is taken, in a run of its own
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._pass(size)
-        # Kernels may have sent what they need to the device on other streams meanwhile.
-        torch.cuda.synchronize()
-        self._graphs[size] = graph, logits
 
     def _pass(self, size: int) -> Tensor:
         tokens, slots, positions, last = self._integers[:, :size]

@@ -380,11 +380,6 @@ def st_shared_b32(address: Any, value: Any) -> None:
     shared_bytes(int(address), 4).view(np.uint32)[0] = value
 
 
-@instruction("prefetch.global.L2 [$0];", None, "p", memory=True)
-def prefetch_global_l2(pointer: Any, index: Any) -> None:
-    """Fetch the line around pointer[index] to L2: no value is read, so others may still write it."""
-
-
 @instruction("atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;", "u32", "p", "u32", memory=True)
 def atom_add_acq_rel_u32(pointer: Any, index: Any, value: Any) -> Any:
     """Add to pointer[index] and return what was there. What the thread wrote before is visible to whoever sees the sum,

@@ -42,26 +42,22 @@ METRICS: dict[str, dict[str, tuple[str, str]]] = {
 BY_MATRIX = "rate of a large matrix product"
 
 
-def list_rows(suite: str) -> list[tuple[dict[str, Any], str]]:
-    """(what names a row, metric) of a suite; a backend only where it is not the week's."""
+def list_cases(suite: str) -> list[dict[str, Any]]:
+    """What names the rows of each case of a suite; a backend only where it is not the week's."""
     if suite == LENGTHS:
-        named: list[dict[str, Any]] = [
-            {"case": f"{tokens} tokens", "batch": 1, "prompt_tokens": tokens} for tokens in TOKENS
-        ]
-    elif suite == PRODUCTS:
-        named = [
+        return [{"case": f"{tokens} tokens", "batch": 1, "prompt_tokens": tokens} for tokens in TOKENS]
+    if suite == PRODUCTS:
+        return [
             {"case": f"{name}, {tokens} tokens", "prompt_tokens": tokens} | other
             for name in PRODUCT_NAMES
             for tokens in PRODUCT_TOKENS
             for other in ({}, {"backend": "torch"})
         ]
-    else:
-        named = [
-            {"case": f"{batch} x {tokens} tokens", "batch": batch, "prompt_tokens": tokens} | other
-            for batch, tokens in ATTENTION_SIZES
-            for other in ({}, *({"backend": peer} for peer in PEERS))
-        ]
-    return [(name, metric) for name in named for metric in METRICS[suite]]
+    return [
+        {"case": f"{batch} x {tokens} tokens", "batch": batch, "prompt_tokens": tokens} | other
+        for batch, tokens in ATTENTION_SIZES
+        for other in ({}, *({"backend": peer} for peer in PEERS))
+    ]
 
 
 def units(suite: str, metric: str) -> dict[str, str]:
@@ -69,10 +65,13 @@ def units(suite: str, metric: str) -> dict[str, str]:
     return {"suite": suite, "metric": metric, "unit": unit, "better": better}
 
 
-def add_missing(rows: Rows, suite: str, reason: str, **knobs: Any) -> None:
-    """The suite's rows without values, saying why."""
-    for name, metric in list_rows(suite):
-        rows.missing(reason=reason, **knobs | name | units(suite, metric))
+def add_missing(
+    rows: Rows, suite: str, reason: str, cases: Sequence[dict[str, Any]] | None = None, **knobs: Any
+) -> None:  # fmt: skip
+    """The suite's rows, or those of `cases`, without values, saying why."""
+    for case in list_cases(suite) if cases is None else cases:
+        for metric in METRICS[suite]:
+            rows.missing(reason=reason, **knobs | case | units(suite, metric))
 
 
 def bench(
@@ -84,24 +83,19 @@ def bench(
     """
     from engine.latency import TooLarge
 
-    measured: dict[str, Any] = {}
-    for name, metric in list_rows(suite):
-        key = str(name)
-        if key not in measured:
-            try:
-                if suite == LENGTHS:
-                    measured[key] = time_prompt(model, workload, ceilings, chunk, graph, name["prompt_tokens"])
-                elif suite == PRODUCTS:
-                    measured[key] = time_product(model, workload, ceilings, **name)
-                else:
-                    measured[key] = time_attention(model, workload, ceilings, **name)
-            except TooLarge as reason:
-                measured[key] = str(reason)
-        shared: dict[str, Any] = knobs | name | units(suite, metric)
-        if isinstance(measured[key], str):
-            rows.missing(reason=measured[key], **shared)
-        elif metric in measured[key]:
-            samples, limit, kind = measured[key][metric]
+    for case in list_cases(suite):
+        try:
+            if suite == LENGTHS:
+                found = time_prompt(model, workload, ceilings, chunk, graph, case["prompt_tokens"])
+            elif suite == PRODUCTS:
+                found = time_product(model, workload, ceilings, **case)
+            else:
+                found = time_attention(model, workload, ceilings, **case)
+        except TooLarge as reason:
+            add_missing(rows, suite, str(reason), [case], **knobs)
+            continue
+        for metric, (samples, limit, kind) in found.items():
+            shared: dict[str, Any] = knobs | case | units(suite, metric)
             rows.add(value=None, samples=samples, limit=limit, limit_kind=kind, **shared)
 
 

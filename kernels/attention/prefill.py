@@ -24,8 +24,15 @@ import torch
 
 from kernels import check, ptx
 from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint8, uint32, uint64
-from kernels.launch import LIMITS, Kernel, LaunchOptions, has_dependent_launch, kernel_factory, machine_of
-from kernels.launch import kept_tensor_map as _map
+from kernels.launch import (
+    LIMITS,
+    Kernel,
+    LaunchOptions,
+    has_dependent_launch,
+    kept_tensor_map,
+    kernel_factory,
+    machine_of,
+)
 from kernels.rope_write import cache_of
 
 TILE = 128  # positions
@@ -955,9 +962,10 @@ def attention(
     if tiling.multiply == "wgmma":
         together = _together(plan.positions * width * 4, heads, group)
         box = TILE if table is None else 1 << cache.page_bits
-        maps = [_map(given.transpose(1, 2), box) for given in (k_cache, v_cache)]
+        maps = [kept_tensor_map(q.flatten(1), tiling.rows)]
+        maps += [kept_tensor_map(given.transpose(1, 2), box) for given in (k_cache, v_cache)]
         warpgroups(width, tiling).launch(
-            (min(tiles * heads, multiprocessors),), _map(q.flatten(1), tiling.rows), *maps, plan.tiles, entries, out,
+            (min(tiles * heads, multiprocessors),), *maps, plan.tiles, entries, out,
             tiles, heads, group, together, 0 if table is None else cache.pages,
             7 if table is None else cache.page_bits, out.stride(0), factor, window,
         )  # fmt: skip

@@ -265,7 +265,6 @@ def wide_stores():
         start = ptx.shared_address(memory)
         lane = int32(cuda.threadIdx.x)
         ptx.griddepcontrol_launch_dependents()
-        ptx.prefetch_global_l2(x, lane * 4)
         ptx.griddepcontrol_wait()
         a = ptx.ld_global_v4(x, lane * 4)
         ptx.st_shared_v4(start + uint32(lane * 16), a[0], a[1], a[2], a[3])

@@ -25,7 +25,7 @@ def test_without_a_gpu_every_row_says_so(monkeypatch: pytest.MonkeyPatch):
     bench.main.__wrapped__(Run("bench"), tiny.GPU, tiny.MODEL, week, tiny.WORKLOAD)  # type: ignore[attr-defined]
     frame = tiny.read("reports/metrics/bench_w04.parquet")
     ours = frame[frame.suite.isin(prefill.SUITES)]
-    assert len(ours) == sum(len(prefill.list_rows(suite)) for suite in prefill.SUITES)
+    assert len(ours) == sum(len(prefill.list_cases(suite)) * len(prefill.METRICS[suite]) for suite in prefill.SUITES)
     assert set(ours.status) == {"not_measured"} and set(ours.note) == {"no GPU on this host"}
     assert set(ours.backend) == {"cuda", "torch", *prefill.PEERS} and ours.value.isna().all()
 

@@ -1,0 +1,25 @@
+"""CUDA graphs: work that the host launches once for all of its kernels."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def new_pool(device: torch.device) -> Any:
+    """Memory that the graphs of one owner share. Raises ValueError for a device that is not a GPU."""
+    if device.type != "cuda":
+        raise ValueError(f"a CUDA graph of a model on {device.type!r}; it needs a GPU")
+    return torch.cuda.graph_pool_handle()
+
+
+def capture(run: Callable[[], Result], pool: Any) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """`run` as a graph, and its result, which a replay fills anew. It must have run once: kernels load then."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = run()
+    # Kernels may have sent what they need to the device on other streams meanwhile.
+    torch.cuda.synchronize()
+    return graph, result

@@ -46,18 +46,15 @@ SHARED_KEYS = 24 << 20
 class Tiling:
     """How a block works. rows: queries of a tile, 64 a warpgroup ("wgmma") or 16 a warp ("mma") that multiplies.
     stages: "wgmma": tiles of keys, and as many of values, that are on their way at a time; "mma": parts of PART
-    positions. alternate: two warpgroups take turns in issuing their products. late: the combination of segments waits
-    until the next product with keys is under way."""
+    positions."""
 
     multiply: str
     rows: int
     stages: int
-    alternate: bool = False
-    late: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.multiply}_r{self.rows}_s{self.stages}{'_a' if self.alternate else ''}{'_l' if self.late else ''}"
+        return f"{self.multiply}_r{self.rows}_s{self.stages}"
 
     @property
     def threads(self) -> int:
@@ -507,17 +504,13 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
     tile_at = barriers_at + -(-2 * used // 16) * 16
     score_words, o_words, p_words = TILE // 2, head_dim // 2, TILE // 4
     steps = head_dim // 16
-    alternate, late = tiling.alternate, tiling.late
     keep_total, combine = _totals(o_words, workers * 16)
     write = _writer(head_dim)
     by_keys = ptx.wgmma_m64k16_bf16(TILE)
     by_values = ptx.wgmma_m64k16_bf16(head_dim, "registers", "n")
     keep_score, keep_o, keep_p = ptx.keep_f32(score_words), ptx.keep_f32(o_words), ptx.keep_u32(p_words)
     one_unfinished, none_unfinished = ptx.wgmma_wait_group(1), ptx.wgmma_wait_group(0)
-    give_registers, take_registers = {
-        2: (ptx.setmaxnreg_dec(24), ptx.setmaxnreg_inc(240)),
-        3: (ptx.setmaxnreg_dec(32), ptx.setmaxnreg_inc(160)),
-    }[groups]
+    give_registers, take_registers = ptx.setmaxnreg_dec(24), ptx.setmaxnreg_inc(240)
 
     @device_function
     def wait(barrier, parity):
@@ -601,15 +594,14 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
             )  # fmt: skip
         ptx.wgmma_commit_group()
 
+    # The two warpgroups issue their products in turn: one multiplies as the other weighs.
     @device_function
     def take_turn(group):
-        if alternate:
-            ptx.bar_sync(uint32(1 + group), uint32(256))
+        ptx.bar_sync(uint32(1 + group), uint32(256))
 
     @device_function
     def give_turn(group):
-        if alternate:
-            ptx.bar_arrive(uint32(2 - group), uint32(256))
+        ptx.bar_arrive(uint32(2 - group), uint32(256))
 
     @device_function
     def rescale(o, alpha):
@@ -737,125 +729,89 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
                 if window > 0:
                     low = max(low, int32(position - window + 1))
                 tile, last_tile = int32(low >> 7), int32(int32(limit - 1) >> 7)
-                # Of this warpgroup's queries: the first one's position, and the last tile that any of them sees.
-                own = int32(position + group * 64)
-                own_last = last_tile
-                if not alternate:
-                    own_last = min(last_tile, int32(int32(own + 63) >> 7))
-                    if int32(group * 64) >= count:
-                        own_last = int32(tile - 1)
-                if tile <= own_last:
-                    for h in range(2):
-                        largest[h], total[h] = float32(-math.inf), float32(0.0)
-                        all_largest[h], all_total[h] = float32(-math.inf), float32(0.0)
-                    kept, ended = False, False
-                    fresh = uint32(0)
-                    await_stage(base + uint32(k_full), done)
+                own = int32(position + group * 64)  # of the warpgroup's first query
+                for h in range(2):
+                    largest[h], total[h] = float32(-math.inf), float32(0.0)
+                    all_largest[h], all_total[h] = float32(-math.inf), float32(0.0)
+                kept, ended = False, False
+                fresh = uint32(0)
+                await_stage(base + uint32(k_full), done)
+                take_turn(group)
+                keep_score(score)
+                ptx.wgmma_fence()
+                multiply_keys(score, q_matrix, offset(k_matrices, done))
+                give_turn(group)
+                none_unfinished()
+                keep_score(score)
+                release(base + uint32(k_used), done, lane)
+                first = int32(tile * TILE)
+                if int32(first + TILE) > int32(own + 1) or (window > 0 and first < int32(own + 64 - window)):
+                    _mask(score, int32(position + row), first, window, int32(count - row), column)
+                _weigh(score, largest, total, alpha, factor)
+                _pack(p, score)
+                tile += int32(1)
+                while tile <= last_tile:
+                    # The product with these keys, and that of the last weights with the values before.
+                    following = done + uint32(1)
+                    await_stage(base + uint32(k_full), following)
+                    await_stage(base + uint32(v_full), done)
+                    first = int32(tile * TILE)
+                    clear(base + uint32(v_at), done, int32(first - TILE), low, limit, int32(thread & 127), group)
                     take_turn(group)
                     keep_score(score)
-                    ptx.wgmma_fence()
-                    multiply_keys(score, q_matrix, offset(k_matrices, done))
-                    give_turn(group)
-                    none_unfinished()
-                    keep_score(score)
-                    release(base + uint32(k_used), done, lane)
-                    first = int32(tile * TILE)
-                    if int32(first + TILE) > int32(own + 1) or (window > 0 and first < int32(own + 64 - window)):
-                        _mask(score, int32(position + row), first, window, int32(count - row), column)
-                    _weigh(score, largest, total, alpha, factor)
-                    _pack(p, score)
-                    tile += int32(1)
-                    while tile <= own_last:
-                        # The product with these keys, and that of the last weights with the values before.
-                        following = done + uint32(1)
-                        await_stage(base + uint32(k_full), following)
-                        await_stage(base + uint32(v_full), done)
-                        first = int32(tile * TILE)
-                        clear(base + uint32(v_at), done, int32(first - TILE), low, limit, int32(thread & 127), group)
-                        take_turn(group)
-                        keep_score(score)
-                        keep_o(o)
-                        keep_p(p)
-                        ptx.wgmma_fence()
-                        # Anew each time: else the compiler keeps the descriptors of all steps in registers.
-                        q_matrix = ptx.shfl_sync_idx_u32(ptx.FULL_MASK, q_matrix, uint32(0))
-                        multiply_keys(score, q_matrix, offset(k_matrices, following))
-                        if late:
-                            if ended:
-                                pass_on(o, done_largest, done_total, all_largest, all_total, kept, factor, totals)
-                                kept = True
-                            elif fresh != uint32(0):
-                                rescale(o, alpha)
-                            keep_o(o)
-                            ptx.wgmma_fence()
-                        multiply_values(o, p, offset(v_matrices, done), fresh)
-                        give_turn(group)
-                        one_unfinished()
-                        keep_score(score)
-                        release(base + uint32(k_used), following, lane)
-                        if int32(first + TILE) > int32(own + 1) or (window > 0 and first < int32(own + 64 - window)):
-                            _mask(score, int32(position + row), first, window, int32(count - row), column)
-                        # With this tile another segment begins: O is about to be complete for the one before.
-                        ended = tile % TILES == 0
-                        if ended:
-                            for h in range(2):
-                                done_largest[h], done_total[h] = largest[h], total[h]
-                                largest[h], total[h] = float32(-math.inf), float32(0.0)
-                        _weigh(score, largest, total, alpha, factor)
-                        none_unfinished()
-                        keep_o(o)
-                        keep_p(p)
-                        release(base + uint32(v_used), done, lane)
-                        fresh = uint32(0) if ended else uint32(1)
-                        if not late:
-                            if ended:
-                                pass_on(o, done_largest, done_total, all_largest, all_total, kept, factor, totals)
-                                kept = True
-                            else:
-                                rescale(o, alpha)
-                        _pack(p, score)
-                        done = following
-                        tile += int32(1)
-                    # The queries are used up, and so is where they come from.
-                    if lane == 0:
-                        ptx.mbarrier_arrive(base + uint32(q_used))
-                    await_stage(base + uint32(v_full), done)
-                    clear(base + uint32(v_at), done, int32(own_last * TILE), low, limit, int32(thread & 127), group)
-                    if late:
-                        if ended:
-                            pass_on(o, done_largest, done_total, all_largest, all_total, kept, factor, totals)
-                            kept = True
-                        elif fresh != uint32(0):
-                            rescale(o, alpha)
                     keep_o(o)
                     keep_p(p)
                     ptx.wgmma_fence()
+                    # Anew each time: else the compiler keeps the descriptors of all steps in registers.
+                    q_matrix = ptx.shfl_sync_idx_u32(ptx.FULL_MASK, q_matrix, uint32(0))
+                    multiply_keys(score, q_matrix, offset(k_matrices, following))
                     multiply_values(o, p, offset(v_matrices, done), fresh)
+                    give_turn(group)
+                    one_unfinished()
+                    keep_score(score)
+                    release(base + uint32(k_used), following, lane)
+                    if int32(first + TILE) > int32(own + 1) or (window > 0 and first < int32(own + 64 - window)):
+                        _mask(score, int32(position + row), first, window, int32(count - row), column)
+                    # With this tile another segment begins: O is about to be complete for the one before.
+                    ended = tile % TILES == 0
+                    if ended:
+                        for h in range(2):
+                            done_largest[h], done_total[h] = largest[h], total[h]
+                            largest[h], total[h] = float32(-math.inf), float32(0.0)
+                    _weigh(score, largest, total, alpha, factor)
                     none_unfinished()
                     keep_o(o)
+                    keep_p(p)
                     release(base + uint32(v_used), done, lane)
-                    done += uint32(1)
-                    if kept:
-                        combine(o, largest, total, all_largest, all_total, factor, totals)
+                    fresh = uint32(0) if ended else uint32(1)
+                    if ended:
+                        pass_on(o, done_largest, done_total, all_largest, all_total, kept, factor, totals)
+                        kept = True
                     else:
-                        for h in range(2):
-                            all_largest[h], all_total[h] = largest[h], _row_sum(total[h])
-                    write(
-                        out, o, all_total, int64(token) * out_stride + head * head_dim, out_stride, row, count, column
-                    )
-                else:
-                    ptx.bar_warp_sync()
-                    if lane == 0:
-                        ptx.mbarrier_arrive(base + uint32(q_used))
-                # Tiles that only later warpgroups' queries see.
-                while tile <= last_tile:
-                    await_stage(base + uint32(k_full), done)
-                    await_stage(base + uint32(v_full), done)
-                    ptx.bar_warp_sync()
-                    release(base + uint32(k_used), done, lane)
-                    release(base + uint32(v_used), done, lane)
-                    done += uint32(1)
+                        rescale(o, alpha)
+                    _pack(p, score)
+                    done = following
                     tile += int32(1)
+                # The queries are used up, and so is where they come from.
+                ptx.bar_warp_sync()
+                if lane == 0:
+                    ptx.mbarrier_arrive(base + uint32(q_used))
+                await_stage(base + uint32(v_full), done)
+                clear(base + uint32(v_at), done, int32(last_tile * TILE), low, limit, int32(thread & 127), group)
+                keep_o(o)
+                keep_p(p)
+                ptx.wgmma_fence()
+                multiply_values(o, p, offset(v_matrices, done), fresh)
+                none_unfinished()
+                keep_o(o)
+                release(base + uint32(v_used), done, lane)
+                done += uint32(1)
+                if kept:
+                    combine(o, largest, total, all_largest, all_total, factor, totals)
+                else:
+                    for h in range(2):
+                        all_largest[h], all_total[h] = largest[h], _row_sum(total[h])
+                write(out, o, all_total, int64(token) * out_stride + head * head_dim, out_stride, row, count, column)
                 turn ^= uint32(1)
                 wait(base + uint32(q_full), turn)
                 words = ptx.ld_shared_v4(base + uint32(tile_at))

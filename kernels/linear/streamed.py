@@ -248,6 +248,13 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                     t[i * 4 + j] = got[j]
 
     @device_function
+    def joined(seen, words, count):
+        """Bits that depend on every load into the words: one of the four that an ldmatrix gives is enough."""
+        for i in range(count // 4):
+            seen |= words[4 * i]
+        return seen
+
+    @device_function
     def multiply(acc, w, t, g):
         zero = uint32(0)
         for i in range(batch):
@@ -384,6 +391,7 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                 token_row, token_chunk = r8, chunk
             token_place, token_swizzle = uint32(boxes * box_bytes + token_row * 128), uint32(r8)
             stage, parity = int32(0), uint32(0)
+            zero = uint32(depth & (BOX - 1))  # which the compiler does not know
             while block < blocks:
                 for i in range(accumulators):
                     acc[i] = float32(0.0)
@@ -391,15 +399,19 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                     while waits(full + uint32(8 * stage), parity) == 0:
                         pass
                     at = ring + uint32(stage * stage_bytes)
+                    seen = uint32(0)
                     for b in range(steps // batch):
                         load_weight(w, at, b, first_row, swizzle, chunk)
+                        seen = joined(seen, w, weight_words)
                         for g in range(tiles // together):
                             load_tokens(t, at + token_place, b, g, token_swizzle, token_chunk)
+                            seen = joined(seen, t, token_words)
                             if b == steps // batch - 1 and g == tiles // together - 1:
-                                # The stage is in registers: it may be filled again.
+                                # The stage is in registers: it may be filled again. An arrival overtakes loads that are
+                                # on their way (measured), so its address depends on what they give.
                                 ptx.bar_warp_sync()
                                 if lane == 0:
-                                    ptx.mbarrier_arrive(empty + uint32(8 * stage))
+                                    ptx.mbarrier_arrive(empty + uint32(8 * stage) + (seen & zero))
                             multiply(acc, w, t, g)
                     stage, parity = following(stage, parity)
                 for e in range(each):

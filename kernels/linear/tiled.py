@@ -115,22 +115,26 @@ class Tiling:
         """About how many clock cycles the product takes: as many tiles one after another as the busiest has."""
         down, wide = self.tiles(count, rows)
         multiply = self.tokens * self.rows / (32 if self.multiply == "wgmma" else 16)
-        return -(-down * wide // multiprocessors) * (depth / BOX * (multiply + STAGE) + TILE)
+        most = -(-down * wide // multiprocessors)
+        # With turns, what a tile takes beyond its multiplications passes while the next one multiplies.
+        return most * depth / BOX * (multiply + STAGE) + (most if self.turns == 1 else 1) * TILE
 
     @staticmethod
     def choose(count: int, rows: int, depth: int, gated: bool, arch: str, multiprocessors: int) -> Tiling:
         """For `count` tokens and a weight [rows, depth] on a GPU of so many multiprocessors."""
         return min(
-            (tiling for tiling in tilings(arch) if tiling.fits(gated)),
+            (tiling for tiling in tilings(arch, gated) if tiling.fits(gated)),
             key=lambda tiling: tiling.clocks(count, rows, depth, multiprocessors),
         )
 
 
 @functools.cache
-def tilings(arch: str) -> tuple[Tiling, ...]:
+def tilings(arch: str, gated: bool) -> tuple[Tiling, ...]:
     """What `Tiling.choose` chooses from."""
     if arch == "sm_90a":
-        return tuple(Tiling.of_warpgroups(rows) for rows in (32, 40, 64, 80, 96, 128, 160, 192, 224, 240, 256))
+        alone = tuple(Tiling.of_warpgroups(rows) for rows in (32, 40, 64, 80, 96, 128, 160, 192, 224, 240, 256))
+        # To write a tile is long work for SwiGLU alone: else turns gain less than the smaller tiles of them lose.
+        return (*alone, Tiling.of_warpgroups(192, turns=2)) if gated else alone
     return tuple(Tiling.of_warps(*tile, arch) for tile in ((128, 256, 2, 4), (64, 128, 2, 4)))
 
 

@@ -185,8 +185,8 @@ def test_real_shapes(rows, depth, gated):
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_tiling_has_the_same_bits(gated):
     x, weight = randn(300, 1088, dtype=BF16), randn(2096, 1088, dtype=BF16, scale=0.05)
-    tilings = [tiling for tiling in tiled.tilings(ARCH) if tiling.fits(gated)]
-    tilings += [tiling for tiling in tiled.tilings("sm_80") if ARCH == "sm_90a" and tiling.fits(gated)]
+    tilings = [tiling for tiling in tiled.tilings(ARCH, gated) if tiling.fits(gated)]
+    tilings += [tiling for tiling in tiled.tilings("sm_80", gated) if ARCH == "sm_90a" and tiling.fits(gated)]
     first = run(tilings[0], x, weight, gated, 132)
     for tiling in tilings[1:]:
         assert torch.equal(run(tiling, x, weight, gated, 132), first), tiling

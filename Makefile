@@ -1,20 +1,33 @@
 # `make repro` and `make test` do all the set-up: a virtual environment from requirements.lock, with Python 3.11 or 3.12.
+# `make setup` also looks at the machine: system packages, CUDA toolkit, torch's build for the driver.
 SHELL := /bin/bash
-VENV := .venv
+AFS_VENV ?= .venv
+VENV := $(AFS_VENV)
+LOCK := requirements.lock
+PYTHONS ?= python3.12 python3.11 python3
+# An index of torch's builds, as https://download.pytorch.org/whl/cpu; empty: torch comes from where the rest does.
+TORCH_INDEX_URL ?=
+TORCH_BUILD := $(filter cpu cu%,$(notdir $(patsubst %/,%,$(TORCH_INDEX_URL))))
 BIN := $(VENV)/bin
-RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+RUN := PATH="$(abspath $(BIN)):$$PATH"
 # What test-gpu and record run with: a GPU host may bring its own torch.
 PYTHON ?= $(BIN)/python
+# What fetch-olmo stages and run-olmo runs: a file of conf/model/.
+OLMO ?= olmo2_1b
+ARGS ?= --prompt "The capital of France is"
 
-.PHONY: help env repro test test-gpu lint format types contracts params report record lock clean
+.PHONY: help env setup setup-vast download-assets fetch-olmo run-olmo
+.PHONY: repro test test-gpu lint format types contracts params report record lock clean
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 17
 
 env: $(VENV)/installed ## make .venv from requirements.lock
 
-$(VENV)/installed: requirements.lock pyproject.toml
+# torch's builds for other CUDA versions want other CUDA packages than the lock pins: torch first, then the pins.
+$(VENV)/installed: $(LOCK) pyproject.toml
 	@command -v git >/dev/null || { echo "error: git is not here: apt-get install git" >&2; exit 1; }
-	@for python in python3.12 python3.11 python3; do \
+	@for python in $(PYTHONS); do \
 	  $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || continue; \
 	  here=$$python; \
 	  if $$python -c 'import ensurepip, venv' 2>/dev/null; then found=$$python; break; fi; \
@@ -24,9 +37,29 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	  echo "error: $$here cannot make virtual environments: apt-get install python3-venv" >&2; exit 1; \
 	fi; \
 	echo "$(VENV) with $$($$found --version)"; $$found -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+ifeq ($(TORCH_INDEX_URL),)
+	$(PIP) -r $(LOCK)
+else
+	$(PIP) --extra-index-url "$(TORCH_INDEX_URL)" "$$(grep '^torch==' $(LOCK))$(TORCH_BUILD:%=+%)"
+	$(PIP) -r <(grep -v '^torch==' $(LOCK))
+endif
+	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
+
+setup: ## make this machine ready: system packages, CUDA toolkit, .venv with torch's build for the driver
+	bash setup/bootstrap.sh
+
+setup-vast: ## the same in a managed container (Vast.AI, RunPod): only .venv
+	SKIP_SYSTEM_PACKAGES=1 SKIP_CUDA_TOOLKIT=1 bash setup/bootstrap.sh
+
+download-assets: env ## stage the checkpoint that params.yaml names
+	$(RUN) dvc repro download
+
+fetch-olmo: env ## stage OLMO=olmo2_1b from the hub; FETCH_OLMO_UPDATE=1 fetches it anew
+	$(RUN) python -m stages.download model=$(OLMO) model.force=$(if $(filter 1,$(FETCH_OLMO_UPDATE)),true,false)
+
+run-olmo: env ## generate with what fetch-olmo staged, ARGS as of `afs generate`
+	$(RUN) afs generate --model outputs/download/data/hf/hf_snapshot/$(OLMO) $(ARGS)
 
 repro: env ## run the pipeline: whatever changed since it ran last
 	$(RUN) dvc repro

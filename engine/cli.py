@@ -1,4 +1,4 @@
-"""The command `afs`: generate, chat, check-gpu, inspect, bench latency.
+"""The command `afs`: generate, chat, serve, check-gpu, inspect, bench.
 
 Heavy modules are imported inside the commands, so that `afs --help` answers at once.
 """
@@ -31,7 +31,10 @@ F = TypeVar("F", bound=Callable[..., None])
 ModelOption = Annotated[Path, typer.Option("--model", help="Checkpoint folder.")]
 BackendOption = Annotated[str, typer.Option(help="cuda (our kernels), reference (torch), or auto: cuda on a GPU.")]
 DtypeOption = Annotated[str, typer.Option(help="bfloat16 or float32.")]
-CacheOption = Annotated[str, typer.Option(help="contiguous, or none: recompute the whole text at every token.")]
+CacheOption = Annotated[
+    str | None,
+    typer.Option(help="paged, contiguous, or none: the whole text again at every token. Default: paged where it can."),
+]
 LengthOption = Annotated[int | None, typer.Option(help="Most tokens of prompt and answer; default: the model's.")]
 NewTokensOption = Annotated[int, typer.Option(help="Most tokens to generate.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 takes the most likely token each time.")]
@@ -66,14 +69,19 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError)
 
 
-def _load(model: Path, backend: str, dtype: str, kv_cache: str, max_model_len: int | None) -> "LLM":
+def _load(
+    model: Path, backend: str, dtype: str, kv_cache: str | None, max_model_len: int | None, max_batch: int = 1
+) -> "LLM":
     from engine.llm import LLM, EngineConfig
 
+    fastest = _fastest(backend, cuda_graph=kv_cache != "none")
+    if kv_cache is None:  # the kernels that read pages are for bf16
+        kv_cache = "contiguous" if fastest["backend"] == "cuda" and dtype != "bfloat16" else "paged"
     engine = EngineConfig(
-        **_fastest(backend, cuda_graph=kv_cache != "none"),
+        **fastest,
         dtype=dtype,  # type: ignore[arg-type]
         kv_cache=kv_cache,  # type: ignore[arg-type]
-        max_batch=1,
+        max_batch=max_batch,
         max_model_len=max_model_len,
     )
     return LLM(model, engine)
@@ -135,7 +143,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not end at end-of-sequence tokens.")] = False,
     backend: BackendOption = "auto",
     dtype: DtypeOption = "bfloat16",
-    kv_cache: CacheOption = "contiguous",
+    kv_cache: CacheOption = None,
     max_model_len: LengthOption = None,
 ) -> None:
     """Continue a text: the continuation goes to stdout as it is generated, a line of timings to stderr."""
@@ -184,7 +192,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    llm = _load(model, backend, dtype, "contiguous", max_model_len)
+    llm = _load(model, backend, dtype, None, max_model_len)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     while True:
         sys.stderr.write("> ")
@@ -205,6 +213,63 @@ def _reply(llm: "LLM", messages: list[dict[str, Any]], params: "SamplingParams")
         raise ValueError("this model has no tokenizer.json")
     prompt = llm.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     return _print_stream(llm.stream(llm.tokenizer.encode(prompt, add_special_tokens=False), params))
+
+
+@app.command()
+@_one_line_errors
+def serve(
+    model: ModelOption = DEFAULT_MODEL,
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback, set an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one; the log says which.", min=0, max=65535)] = 8000,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of the model in the API; may be given more than once. Default: the folder's."),
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="AFS_API_KEY", help="Key that requests must bring.")] = None,
+    max_batch: Annotated[int, typer.Option(help="Requests that run together.")] = 64,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more are answered 429.")] = 1024,
+    max_model_len: LengthOption = None,
+    max_step_tokens: Annotated[
+        int, typer.Option(help="Tokens of one forward pass; longer prompts are taken in chunks.")
+    ] = 2048,
+    kv_tokens: Annotated[
+        int | None, typer.Option(help="Tokens in the KV cache; default: what memory has room for.")
+    ] = None,
+    request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
+    max_body: Annotated[int, typer.Option(help="Bytes that a request's body may have.")] = 8 * 2**20,
+    grace: Annotated[float, typer.Option(help="Seconds that requests have to end in when the server is to stop.")] = 30,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Site whose pages may ask; may be given more than once.")
+    ] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "bfloat16",
+) -> None:
+    """Serve a model over OpenAI's API, with a page to chat with it at /. Ends on Ctrl-C or SIGTERM."""
+    from engine.llm import LLM, EngineConfig
+    from engine.server.app import Settings
+    from engine.server.serve import serve as run
+
+    settings = Settings(
+        models=tuple(served_model_name or [model.resolve().name]),
+        api_key=api_key,
+        max_waiting=max_waiting,
+        max_body=max_body,
+        request_timeout=request_timeout,
+        cors_origins=tuple(cors_origin or ()),
+        log_prompts=log_prompts,
+    )
+    engine = EngineConfig(
+        **_fastest(backend),
+        dtype=dtype,  # type: ignore[arg-type]
+        kv_cache="paged",
+        kv_tokens=kv_tokens,
+        max_batch=max_batch,
+        max_model_len=max_model_len,
+        max_step_tokens=max_step_tokens,
+    )
+    run(LLM(model, engine), settings, host, port, grace, log_level)
 
 
 @app.command("check-gpu")

@@ -183,7 +183,7 @@ class CudaOps(Composed):
     def attend(
         self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding, cos: Tensor,
         sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float, window: int,
-        single: bool, plan: Any = None, table: Tensor | None = None,
+        single: bool, plan: Any = None, table: Tensor | None = None, decodes: int = 0,
     ) -> Tensor:  # fmt: skip
         projected = (qkv, q_norm, k_norm, eps, rounding, cos, sin, k_cache, v_cache, slots, positions)
         count, (kv_heads, width) = qkv.shape[0], k_cache.shape[2:]
@@ -195,9 +195,14 @@ class CudaOps(Composed):
             workspace = self._attention_workspace(count, heads, width, k_cache, table)
             return flash.decode(*projected, scale, window, out, workspace, table)
         q = rope_write.rope_write(*projected, out.view(count, heads, width), table)
-        if plan is not None:
-            return prefill.attention(q, k_cache, v_cache, plan, scale, window, torch.empty_like(q), table).flatten(1)
-        return self.attention(q, k_cache, v_cache, slots, positions, scale, window, table=table).flatten(1)
+        if plan is None:
+            return self.attention(q, k_cache, v_cache, slots, positions, scale, window, table=table).flatten(1)
+        out = torch.empty_like(q)
+        if decodes:
+            own = slots[:decodes], positions[:decodes]
+            self.attention(q[:decodes], k_cache, v_cache, *own, scale, window, out[:decodes], table)
+        prefill.attention(q[decodes:], k_cache, v_cache, plan, scale, window, out[decodes:], table)
+        return out.flatten(1)
 
     def repetition_penalty(self, logits: Tensor, seen: Tensor, penalty: Tensor) -> None:
         sampling.repetition_penalty(logits, seen, penalty)
@@ -220,8 +225,8 @@ class CudaOps(Composed):
             return sampling.sample_split(logits, *settings, out, workspace)
         return sampling.sample(logits, *settings, out)
 
-    def advance(self, chosen: Tensor, tokens: Tensor, positions: Tensor, history: Tensor) -> None:
-        sampling.advance(chosen, tokens, positions, history)
+    def advance(self, chosen: Tensor, tokens: Tensor, positions: Tensor, places: Tensor, history: Tensor) -> None:
+        sampling.advance(chosen, tokens, positions, places, history)
 
 
 def _refuse(operation: str, table: Tensor | None) -> None:

@@ -3,12 +3,14 @@
 A step over B rows (running sequences) is one function of buffers that stay where they are: embedding, layers, norm,
 head, choice of a token, and the buffers moved on. On a GPU it is captured as a CUDA graph, one for each number of rows
 in BUCKETS, and replayed; without a graph, and on a CPU, the same function runs as it is, to the same bits. The tokens
-land in the host's memory by the step's last kernel: no copy stands between one step and the next.
+land in the host's memory by the step's last kernel: no copy stands between one step and the next. Other rows may start
+at any time, without a wait for the steps that are on their way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,8 @@ from engine.sampling import SamplingParams
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 UNROLLED = 8  # steps in one graph where many follow each other: the host launches it once for all
 AHEAD = 2  # steps enqueued and not waited for, at most
+# Fills the second tensor, int32 [B], with the tokens that the rows choose by their logits [B, V].
+Choose = Callable[[Tensor, Tensor], None]
 
 
 def bucket(rows: int) -> int:
@@ -33,10 +37,11 @@ def bucket(rows: int) -> int:
 
 @dataclass(frozen=True)
 class Row:
-    """A sequence whose `token` at `position` is to be computed next; all earlier ones are in the cache at `slot`."""
+    """A sequence whose `token` at `position` is to be computed next; all earlier ones are in the cache at `slot`. None
+    is a token that is on the device alone."""
 
     slot: int
-    token: int
+    token: int | None
     position: int
     params: SamplingParams
     seed: int
@@ -68,22 +73,26 @@ class DecodeLoop:
         self.size = 0  # rows of a step, idle ones included
         self.logits: Tensor | None = None  # [bucket, V] of the step enqueued last
         rows = bucket(cache.slots)
-        self._integers = torch.zeros((4, rows), dtype=torch.int32, device=device)
-        self._tokens, self._slots, self._positions, self._top_k = self._integers
-        self._floats = torch.zeros((3, rows), dtype=torch.float32, device=device)
-        self._temperature, self._top_p, self._min_p = self._floats
-        self._seeds = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._settings = torch.zeros((10, rows), dtype=torch.int32, device=device)
+        self._tokens, self._slots, self._positions, self._places, self._top_k = self._settings[:5]
+        self._temperature, self._top_p, self._min_p = self._settings[5:8].view(torch.float32)
+        self._seeds = self._settings[8:].view(-1).view(torch.int64)
         self._chosen = torch.zeros(rows, dtype=torch.int32, device=device)
+        # A step fills a column, the next step the next one, and after the last the first.
         self._history = torch.zeros((rows, cache.capacity + 1), dtype=torch.int32, pin_memory=self._on_gpu)
-        self._first = np.zeros(0, np.int64)  # place in the history of each row's first token
-        self._events = [torch.cuda.Event() for _ in range(AHEAD)] if self._on_gpu else []
-        self._graphs: dict[tuple[int, bool, int], tuple[Any, Tensor]] = {}
-        self._greedy = True
-        self._enqueued = self._waited = self._steps = 0
+        self._column = 0  # of the next step
+        self._first = 0  # column of the first step since `start`
+        self._pending: deque[tuple[int, int, Any]] = deque()  # column, rows and event of steps not waited for
+        self._events = deque(torch.cuda.Event() if self._on_gpu else None for _ in range(AHEAD))
+        self._graphs: dict[tuple[int, str, int], tuple[Any, Tensor]] = {}
+        self._choice = "greedy"
+        self._steps = 0  # since `start`
 
     @torch.inference_mode()
-    def start(self, rows: Sequence[Row]) -> None:
-        """Decode `rows`, each in a slot of its own, from the next step on; what was enqueued and not read is dropped.
+    def start(self, rows: Sequence[Row], tokens_of_slots: Tensor | None = None) -> None:
+        """Decode `rows`, each in a slot of its own, from the next step on. Steps on their way can still be waited for.
+
+        tokens_of_slots: int32 [slots or more] on the device; rows without a token take theirs from their slot's place.
 
         Raises:
             ValueError: The cache has too few slots for the bucket of so many rows.
@@ -94,31 +103,51 @@ class DecodeLoop:
             raise ValueError(f"{len(rows)} rows decode as {size}, and the cache has {self.cache.slots} slots")
         self.rows, self.size = list(rows), size
         filled = [*rows, *(Row(slot, 0, 0, _IDLE, 0) for slot in idle)]
-        integers = [[row.token, row.slot, row.position, row.params.top_k] for row in filled]
-        floats = [[row.params.temperature, row.params.top_p, row.params.min_p] for row in filled]
-        self._integers[:, :size] = torch.tensor(integers, dtype=torch.int32).t()
-        self._floats[:, :size] = torch.tensor(floats, dtype=torch.float32).t()
-        self._seeds[:size] = torch.tensor([row.seed for row in filled], dtype=torch.int64)
-        self._greedy = all(row.params.temperature == 0 for row in rows)
-        self._first = np.array([row.position + 1 for row in rows], np.int64)
-        self._enqueued = self._waited = self._steps = 0
+        # One copy, which from pinned memory does not wait for the steps on their way.
+        sent = torch.zeros(self._settings.shape, dtype=torch.int32, pin_memory=self._on_gpu)
+        integers, floats, seeds = sent[:5].numpy(), sent[5:8].view(torch.float32).numpy(), sent[8:].view(-1)
+        columns = [(row.token or 0, row.slot, row.position, self._column, row.params.top_k) for row in filled]
+        integers[:, :size] = np.array(columns, np.int32).T
+        shares = [(row.params.temperature, row.params.top_p, row.params.min_p) for row in filled]
+        floats[:, :size] = np.array(shares, np.float32).T
+        seeds.view(torch.int64)[:size] = torch.tensor([row.seed for row in filled])
+        self._settings.copy_(sent, non_blocking=True)
+        if tokens_of_slots is not None and any(row.token is None for row in rows):
+            own = tokens_of_slots.index_select(0, self._slots[: len(rows)])
+            known = torch.tensor([row.token is not None for row in rows], pin_memory=self._on_gpu)
+            known = known.to(own.device, non_blocking=True)
+            self._tokens[: len(rows)] = torch.where(known, self._tokens[: len(rows)], own)
+        self._choice = "greedy" if all(row.params.temperature == 0 for row in rows) else "sample"
+        self._first, self._steps = self._column, 0
 
     @torch.inference_mode()
-    def enqueue(self) -> None:
-        """One step; `wait` gives its tokens. At most AHEAD steps before a `wait`."""
-        assert self._enqueued - self._waited < AHEAD
-        self._run(1)
-        if self._on_gpu:
-            self._events[self._enqueued % AHEAD].record()
-        self._enqueued += 1
+    def keep_tokens(self, tokens_of_slots: Tensor) -> None:
+        """Write the token that each row chose last to the place of its slot, int32 [slots or more] on the device."""
+        count = len(self.rows)
+        tokens_of_slots[self._slots[:count]] = self._tokens[:count]
+
+    @torch.inference_mode()
+    def enqueue(self, choose: Choose | None = None) -> None:
+        """One step; `wait` gives its tokens. At most AHEAD steps before a `wait`. choose: in place of the rows' own
+        settings; for the rows alone, without the idle ones."""
+        assert len(self._pending) < AHEAD
+        column = self._column
+        if choose is None:
+            self._run(1)
+        else:
+            self._run_to_logits(choose)
+        event = self._events[0]
+        self._events.rotate()
+        if event is not None:
+            event.record()
+        self._pending.append((column, len(self.rows), event))
 
     def wait(self) -> list[int]:
         """The token that each row chose in the first step not waited for yet; -1 where every logit was NaN."""
-        if self._on_gpu:
-            self._events[self._waited % AHEAD].synchronize()
-        tokens = self._history.numpy()[np.arange(len(self.rows)), self._first + self._waited].tolist()
-        self._waited += 1
-        return tokens
+        column, count, event = self._pending.popleft()
+        if event is not None:
+            event.synchronize()
+        return self._history.numpy()[:count, column].tolist()
 
     @torch.inference_mode()
     def advance(self, steps: int) -> None:
@@ -132,48 +161,72 @@ class DecodeLoop:
         """Every token each row has chosen since `start`; waits for the steps that are enqueued."""
         if self._on_gpu:
             torch.cuda.synchronize(self.model.weights.device)
-        lists = self._history[: len(self.rows)].tolist()
-        return [tokens[first : first + self._steps] for first, tokens in zip(self._first, lists, strict=True)]
+        columns = (self._first + np.arange(self._steps)) % self._history.shape[1]
+        return self._history.numpy()[: len(self.rows), columns].tolist()
 
     @torch.inference_mode()
     def capture(self, steps: int = 1) -> None:
         """Capture `steps` steps of the present rows as a graph, as `enqueue` and `advance` do where none is there."""
-        key = (self.size, self._greedy, steps)
+        self._capture(self._choice, steps)
+
+    def _capture(self, choice: str, steps: int) -> None:
         # Kernels load, and memory is taken, in a run of its own; the rows are then put back to where they were. What
-        # it wrote to the cache is what the step will write again.
-        before = self._integers.clone()
-        self._step(self.size, self._greedy)
-        self._integers.copy_(before)
+        # it wrote to the cache is what the step will write again, and to the history likewise.
+        before = self._settings.clone()
+        self._step(self.size, choice)
+        self._settings.copy_(before)
 
         def run() -> Tensor:
             for _ in range(steps):
-                logits = self._step(self.size, self._greedy)
+                logits = self._step(self.size, choice)
             return logits
 
-        self._graphs[key] = capture(run, self._pool)
+        self._graphs[self.size, choice, steps] = capture(run, self._pool)
 
     def _run(self, steps: int) -> None:
         self._steps += steps
+        self._column = (self._column + steps) % self._history.shape[1]
+        self._replay(self._choice, steps)
+
+    def _run_to_logits(self, choose: Choose) -> None:
+        """A step whose tokens `choose` chooses: it runs as it is, between two parts."""
+        self._replay("none", 1)
+        assert self.logits is not None
+        count = len(self.rows)
+        choose(self.logits[:count], self._chosen[:count])
+        self._advance(self.size)
+        self._steps += 1
+        self._column = (self._column + 1) % self._history.shape[1]
+
+    def _replay(self, choice: str, steps: int) -> None:
         if not self.graph:
-            self.logits = self._step(self.size, self._greedy)
+            assert steps == 1
+            self.logits = self._step(self.size, choice)
             return
-        key = (self.size, self._greedy, steps)
-        if key not in self._graphs:
-            self.capture(steps)
-        graph, self.logits = self._graphs[key]
+        if (self.size, choice, steps) not in self._graphs:
+            self._capture(choice, steps)
+        graph, self.logits = self._graphs[self.size, choice, steps]
         graph.replay()
 
-    def _step(self, size: int, greedy: bool) -> Tensor:
-        """One step of the first `size` rows of the buffers; its logits."""
+    def _advance(self, size: int) -> None:
+        here = slice(size)
+        self.model.ops.advance(
+            self._chosen[here], self._tokens[here], self._positions[here], self._places[here], self._history[here]
+        )
+
+    def _step(self, size: int, choice: str) -> Tensor:
+        """One step of the first `size` rows of the buffers; its logits. choice: "none" ends with them."""
         ops, here = self.model.ops, slice(size)
         tokens, positions, chosen = self._tokens[here], self._positions[here], self._chosen[here]
         logits = self.model.forward(tokens, self._slots[here], positions, self.cache, single=True)
-        if greedy:
+        if choice == "none":
+            return logits
+        if choice == "greedy":
             ops.argmax(logits, out=chosen)
         else:
             ops.sample(
                 logits, self._temperature[here], self._top_k[here], self._top_p[here], self._min_p[here],
                 self._seeds[here], positions + 1, out=chosen,
             )  # fmt: skip
-        ops.advance(chosen, tokens, positions, self._history[here])
+        self._advance(size)
         return logits

@@ -1,188 +1,47 @@
-"""Text in, text out: requests are batched, run through the model step by step, sampled and decoded.
+"""Text in, text out: prompts become requests, the engine runs them together, and their tokens become text."""
 
-A step takes every running request's tokens that the model has not seen (a prompt, a part of one, or the token sampled
-last), packs them into one list without padding, and samples a token for each request whose list is complete. With
-`cuda_graph`, steps that are nothing but decoding run in `engine.decode_loop`, one ahead of the host, and those that are
-one short prompt in `engine.prompt_loop`.
-"""
+from __future__ import annotations
 
+import gc
+import itertools
 import json
+import os
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor
 
-from engine.config import DTYPES, ConfigError, ModelConfig
-from engine.decode_loop import DecodeLoop, Row, bucket
-from engine.kv_cache import ContiguousCache
+from engine.config import ConfigError, ModelConfig
+from engine.core import Engine, EngineStats
+from engine.engine_config import EngineConfig, make_ops
 from engine.model import Model
-from engine.ops import Ops, ReferenceOps, Run
-from engine.prompt_loop import PromptLoop
+from engine.requests import Completion, Request, Text, completion
 from engine.sampling import SamplingParams
-from engine.tokenizer import StreamDecoder, Tokenizer
+from engine.tokenizer import Tokenizer
 from engine.weights import Weights, load_weights
 
+__all__ = ["LLM", "Completion", "EngineConfig", "Live", "make_ops"]
+
 Prompts = str | Sequence[str] | Sequence[Sequence[int]]
-_CHOICES = {
-    "backend": ("reference", "cuda"),
-    "device": ("cpu", "cuda"),
-    "dtype": ("bfloat16", "float32"),
-    "attention": ("naive", "flash"),
-    "linear": ("naive", "streamed", "tiled"),
-    "sampling": ("naive", "split"),
-    "kv_cache": ("none", "contiguous"),
-    "cuda_graph": (False, True),
-}
 
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """What the engine switches on. `attention`, `linear`, `sampling` name the versions that the cuda backend runs.
+class Live:
+    """A request that is on its way, with its text."""
 
-    Raises:
-        ValueError: A field has a value that does not exist; names the field, the value and the choices.
-    """
+    def __init__(self, request: Request, text: Text) -> None:
+        self.request, self.text = request, text
+        self.pieces: deque[str] = deque()  # text that nobody has taken
+        self.done = False  # whether its completion has been given out
 
-    backend: Literal["reference", "cuda"] = "reference"
-    device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    attention: Literal["naive", "flash"] = "naive"
-    linear: Literal["naive", "streamed", "tiled"] = "naive"
-    sampling: Literal["naive", "split"] = "naive"
-    kv_cache: Literal["none", "contiguous"] = "contiguous"  # none: every step computes the whole prefix again
-    cuda_graph: bool = False  # decode steps by engine.decode_loop, captured where the cuda backend runs on a GPU
-    max_batch: int = 8  # requests that run together
-    max_model_len: int | None = None  # prompt and new tokens; None = what the model allows
-    max_step_tokens: int = 2048  # tokens of one forward pass: longer prompts are taken in chunks
-
-    def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} = {getattr(self, name)!r}; it must be one of {', '.join(map(str, choices))}")
-        if self.cuda_graph and self.kv_cache == "none":
-            raise ValueError("cuda_graph = True with kv_cache = 'none'; it needs kv_cache = 'contiguous'")
-        for name in ("max_batch", "max_model_len", "max_step_tokens"):
-            value = getattr(self, name)
-            if name == "max_model_len" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} = {value!r}; it must be an integer of at least 1")
-
-    @property
-    def captures(self) -> bool:
-        """Whether decode steps are CUDA graphs: other backends run the same steps without one."""
-        return self.cuda_graph and self.backend == "cuda" and self.device == "cuda"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        assert self.dtype in DTYPES
-        return getattr(torch, self.dtype)
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What one prompt led to. Times are from the request's entry into the engine: tokenisation out, sampling in."""
-
-    prompt_token_ids: list[int]
-    token_ids: list[int]  # with the token that ended it, if one did
-    text: str  # without what ended it and without special tokens; empty when the engine has no tokenizer
-    finish_reason: Literal["stop", "length"]
-    ttft_ms: float  # until the first token
-    itl_ms: list[float]  # between one token and the next
-    e2e_ms: float  # until the last token
-
-
-@dataclass
-class _Text:
-    """Decoded text with stop strings watched for across token boundaries."""
-
-    decoder: StreamDecoder
-    stop: tuple[str, ...]
-    emitted: str = ""
-    held: str = ""  # may be the beginning of a stop string
-    stopped: bool = False
-
-    def push(self, piece: str, last: bool = False) -> str:
-        """Take decoded text; what may be shown of it. Sets `stopped` when a stop string is complete."""
-        self.held += piece
-        found = [place for text in self.stop if (place := self.held.find(text)) >= 0]
-        if found:
-            shown, self.stopped = self.held[: min(found)], True
-            self.held = ""
-        else:
-            keep = 0 if last else max((_overlap(self.held, text) for text in self.stop), default=0)
-            shown = self.held[: len(self.held) - keep]
-            self.held = self.held[len(self.held) - keep :]
-        self.emitted += shown
-        return shown
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with (less than all of it)."""
-    for length in range(min(len(stop) - 1, len(text)), 0, -1):
-        if stop.startswith(text[-length:]):
-            return length
-    return 0
-
-
-@dataclass
-class _Request:
-    """One prompt on its way."""
-
-    prompt: list[int]
-    params: SamplingParams
-    stop_ids: frozenset[int]
-    text: _Text | None
-    arrival: float
-    seed: int
-    slot: int = -1
-    computed: int = 0  # tokens whose keys and values are in the cache
-    tokens: list[int] = field(default_factory=list)  # prompt and generated
-    times: list[float] = field(default_factory=list)  # of the generated ones
-    seen: Tensor | None = None  # bool [V], only under a repetition penalty
-    finish_reason: Literal["stop", "length"] | None = None
-
-    @property
-    def pending(self) -> int:
-        return len(self.tokens) - self.computed
-
-    def accept(self, token: int) -> str:
-        """Append a sampled token; the text that may be shown now."""
-        self.tokens.append(token)
-        self.times.append(time.perf_counter())
-        shown = ""
-        if token in self.stop_ids:
-            self.finish_reason = "stop"
-        elif self.text:
-            shown = self.text.push(self.text.decoder.push([token]))
-            if self.text.stopped:
-                self.finish_reason = "stop"
-        if self.finish_reason is None and len(self.times) == self.params.max_new_tokens:
-            self.finish_reason = "length"
-        if self.finish_reason and self.text and not self.text.stopped:
-            shown += self.text.push(self.text.decoder.finish(), last=True)
-            if self.text.stopped:
-                self.finish_reason = "stop"
-        return shown
-
-    def completion(self) -> Completion:
-        assert self.finish_reason is not None
-        times = [self.arrival, *self.times]
-        gaps = [(after - before) * 1e3 for before, after in pairwise(times)]
-        return Completion(
-            prompt_token_ids=self.prompt,
-            token_ids=self.tokens[len(self.prompt) :],
-            text=self.text.emitted if self.text else "",
-            finish_reason=self.finish_reason,
-            ttft_ms=gaps[0],
-            itl_ms=gaps[1:],
-            e2e_ms=(times[-1] - times[0]) * 1e3,
-        )
+    def take(self) -> bool:
+        """Turn new tokens into text. True where that has ended the request, and the engine does not know it yet."""
+        request, text = self.request, self.text
+        piece = text.take(request.generated[text.count :], last=request.finish_reason is not None)
+        if piece:
+            self.pieces.append(piece)
+        return text.stop is not None and request.finish_reason is None
 
 
 class LLM:
@@ -228,9 +87,32 @@ class LLM:
             raise ValueError(f"max_model_len = {self.max_model_len} is above the model's {allowed} positions")
         self.tokenizer = tokenizer
         self.model = Model(self.config, self.weights, ops, self.max_model_len)
-        self._cache: ContiguousCache | None = None
-        self._loop: DecodeLoop | None = None
-        self._prompts: PromptLoop | None = None
+        self._core: Engine | None = None
+        self._live: dict[Request, Live] = {}  # of `generate` and `stream`
+        self._numbers = itertools.count()
+
+    @property
+    def core(self) -> Engine:
+        """What runs the requests; its cache is taken when it is first asked for."""
+        if self._core is None:
+            self._core = Engine(self.model, self.engine, self.max_model_len)
+        return self._core
+
+    def release(self) -> None:
+        """Give the cache and the graphs back; the next request takes them anew.
+
+        Raises:
+            RuntimeError: Requests are on their way.
+        """
+        if self._core is not None and len(self._core):
+            raise RuntimeError(f"{len(self._core)} requests are on their way; release() is for when none is")
+        self._core = None
+        gc.collect()
+        if self.weights.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def stats(self) -> EngineStats:
+        return self.core.stats()
 
     def generate(
         self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -239,224 +121,136 @@ class LLM:
 
         Args:
             prompts: A text, texts, or lists of token ids, of any lengths.
-            params: One for all (default SamplingParams()) or one a prompt.
+            params: One for all (default SamplingParams()) or one a prompt. With n above 1 a prompt's completions are
+                next to each other.
 
         Raises:
             ValueError: A prompt is empty, too long with its new tokens, or holds an id outside the vocabulary, or text
                 is asked for without a tokenizer. Nothing has been computed then.
+            ArithmeticError: Every logit is NaN.
         """
-        requests = self._requests(prompts, params)
-        for _ in self._run(requests):
-            pass
-        return [request.completion() for request in requests]
+        listed = [prompts] if isinstance(prompts, str) else list(prompts)
+        settings = [params or SamplingParams()] * len(listed) if isinstance(params, SamplingParams | None) else params
+        if len(settings) != len(listed):
+            raise ValueError(f"{len(settings)} SamplingParams for {len(listed)} prompts; one for all or one each")
+        encoded = [self.token_ids(prompt, f"prompt {index}") for index, prompt in enumerate(listed)]
+        for index, (ids, setting) in enumerate(zip(encoded, settings, strict=True)):
+            self.check(ids, setting, f"prompt {index}")
+        lives = [live for ids, setting in zip(encoded, settings, strict=True) for live in self.requests(ids, setting)]
+        try:
+            self._start(lives)
+            while any(live.request.finish_reason is None for live in lives):
+                self._step()
+        finally:
+            self._leave(lives)
+        return [self._completion(live) for live in lives]
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[str]:
         """Pieces of the completion's text as they become certain; the generator's return value is the Completion.
 
         Raises:
-            ValueError: As for `generate`, before the first piece.
+            ValueError: As for `generate`, before the first piece; or n is not 1.
         """
-        (request,) = self._requests(prompt if isinstance(prompt, str) else [prompt], params)
-        return self._stream(request)
+        params = params or SamplingParams()
+        ids = self.token_ids(prompt, "prompt 0")
+        self.check(ids, params, "prompt 0")
+        if params.n != 1:
+            raise ValueError(f"n = {params.n}; a stream is of one completion")
+        return self._stream(self.requests(ids, params)[0])
 
-    def _stream(self, request: _Request) -> Iterator[str]:
-        for _, piece in self._run([request]):
-            if piece:
-                yield piece
-        return request.completion()
+    def _stream(self, live: Live) -> Iterator[str]:
+        try:
+            self._start([live])
+            while live.request.finish_reason is None or live.pieces:
+                while live.pieces:
+                    yield live.pieces.popleft()
+                if live.request.finish_reason is None:
+                    self._step()
+        finally:
+            self._leave([live])
+        return self._completion(live)
 
-    def _requests(self, prompts: Prompts, params: SamplingParams | Sequence[SamplingParams] | None) -> list[_Request]:
-        listed = [prompts] if isinstance(prompts, str) else list(prompts)
-        settings = [params or SamplingParams()] * len(listed) if isinstance(params, SamplingParams | None) else params
-        if len(settings) != len(listed):
-            raise ValueError(f"{len(settings)} SamplingParams for {len(listed)} prompts; one for all or one each")
-        encoded = [self._token_ids(index, prompt) for index, prompt in enumerate(listed)]
-        for index, (ids, setting) in enumerate(zip(encoded, settings, strict=True)):
-            self._check(index, ids, setting)
-        arrival = time.perf_counter()
-        return [self._request(ids, setting, arrival) for ids, setting in zip(encoded, settings, strict=True)]
+    def _start(self, lives: Sequence[Live]) -> None:
+        for live in lives:
+            self.core.add(live.request)
+            self._live[live.request] = live
 
-    def _token_ids(self, index: int, prompt: str | Sequence[int]) -> list[int]:
+    def _step(self) -> None:
+        for request in self.core.step():
+            live = self._live[request]
+            if live.take():
+                self.core.end(request, "stop")
+
+    def _leave(self, lives: Sequence[Live]) -> None:
+        for live in lives:
+            if self._live.pop(live.request, None) and live.request.finish_reason is None:
+                self.core.end(live.request, "abort")
+
+    def _completion(self, live: Live) -> Completion:
+        done = completion(live.request, live.text)
+        if done.finish_reason == "error":
+            raise ArithmeticError(done.error)
+        return done
+
+    def token_ids(self, prompt: str | Sequence[int], name: str, add_special_tokens: bool = True) -> list[int]:
+        """Of a text, or the ids themselves. Raises ValueError, beginning with `name`, for anything else."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise ValueError(f"prompt {index} is text, but this model has no tokenizer.json; give token ids")
-            return self.tokenizer.encode(prompt)
+                raise ValueError(f"{name} is text, but this model has no tokenizer.json; give token ids")
+            return self.tokenizer.encode(prompt, add_special_tokens)
         if not isinstance(prompt, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
-            raise ValueError(f"prompt {index} = {prompt!r:.60}; it must be text or a list of token ids")
+            raise ValueError(f"{name} = {prompt!r:.60}; it must be text or a list of token ids")
         return list(prompt)
 
-    def _check(self, index: int, ids: list[int], params: SamplingParams) -> None:
+    def check(self, ids: Sequence[int], params: SamplingParams, name: str) -> None:
+        """Raises ValueError, beginning with `name`, where the model cannot complete these tokens so."""
+        vocabulary = self.config.vocab_size
         if not ids:
-            raise ValueError(f"prompt {index} is empty; it must have at least one token")
+            raise ValueError(f"{name} is empty; it must have at least one token")
         for token in ids:
-            if not 0 <= token < self.config.vocab_size:
-                raise ValueError(f"prompt {index} holds token id {token}; ids are 0 to {self.config.vocab_size - 1}")
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"{name} holds token id {token}; ids are 0 to {vocabulary - 1}")
         if len(ids) + params.max_new_tokens > self.max_model_len:
             raise ValueError(
-                f"prompt {index} has {len(ids)} tokens and max_new_tokens = {params.max_new_tokens}: "
+                f"{name} has {len(ids)} tokens and max_new_tokens = {params.max_new_tokens}: "
                 f"{len(ids) + params.max_new_tokens} is above the limit of {self.max_model_len}"
             )
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop = {list(params.stop)!r} needs a tokenizer, and this model has no tokenizer.json")
+        for token in params.logit_bias:
+            if token >= vocabulary:
+                raise ValueError(f"logit_bias is for token id {token}; ids are 0 to {vocabulary - 1}")
 
-    def _request(self, ids: list[int], params: SamplingParams, arrival: float) -> _Request:
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
-        text = _Text(self.tokenizer.stream(skip_special_tokens=True), tuple(params.stop)) if self.tokenizer else None
-        request = _Request(ids, params, stop_ids, text, arrival, params.draw_seed(), tokens=list(ids))
-        if params.repetition_penalty != 1:
-            request.seen = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.engine.device)
-            request.seen[torch.tensor(ids, device=self.engine.device)] = True
-        return request
+    def requests(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams,
+        id: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        session: str | None = None,
+    ) -> list[Live]:
+        """The requests of a prompt that `check` has passed, n of them; they are the engine's from `core.add` on.
 
-    def _run(self, requests: list[_Request]) -> Iterator[tuple[_Request, str]]:
-        """Run requests to their ends, first come first served; yields each request that got a token, and its text."""
-        if not requests:
-            return
-        slots = min(self.engine.max_batch, len(requests))
-        capacity = max(len(r.prompt) + r.params.max_new_tokens for r in requests)
-        # Idle rows of a decode loop's bucket need slots too.
-        cache = self._take_cache(bucket(slots) if self.engine.cuda_graph else slots, capacity)
-        loop, prompts = self._loop, self._prompts
-        self._loop = self._prompts = None
-        if self.engine.cuda_graph and (loop is None or loop.cache is not cache):
-            loop = DecodeLoop(self.model, cache, self.engine.captures)
-            prompts = PromptLoop(self.model, cache, self.engine.captures)
-        waiting, running, free = requests[::-1], [], list(range(slots))[::-1]
-        try:
-            while waiting or running:
-                while waiting and free:
-                    request = waiting.pop()
-                    request.slot = free.pop()
-                    running.append(request)
-                if loop and all(r.pending == 1 and r.seen is None for r in running):
-                    produced = self._decode(list(running), loop)
-                else:
-                    produced = self._step(running, cache, prompts)
-                for request, token in produced:
-                    if token < 0:
-                        raise ArithmeticError(f"every logit after token {len(request.tokens)} of a request is NaN")
-                    piece = request.accept(token)
-                    if request.seen is not None:
-                        request.seen[token] = True
-                    if self.engine.kv_cache == "none":
-                        request.computed = 0
-                    if request.finish_reason:
-                        running.remove(request)
-                        free.append(request.slot)
-                    yield request, piece
-        finally:
-            self._cache, self._loop, self._prompts = cache, loop, prompts
-
-    def _decode(self, running: list[_Request], loop: DecodeLoop) -> Iterator[tuple[_Request, int]]:
-        """Decode until a request has ended: (request, new token), for the caller to accept before it takes the next.
-
-        A step is enqueued before the tokens of the one ahead of it are looked at; a request that these end drops its
-        part of it.
+        timeout: seconds from now after which they end unfinished. session: as a Sequence's.
         """
-        loop.start([Row(r.slot, r.tokens[-1], r.computed, r.params, r.seed) for r in running])
-        steps = min(r.params.max_new_tokens - len(r.times) for r in running)
-        loop.enqueue()
-        enqueued, done = 1, 0
-        while done < enqueued:
-            if enqueued < steps and not any(r.finish_reason for r in running):
-                loop.enqueue()
-                enqueued += 1
-            for request, token in zip(running, loop.wait(), strict=True):
-                if request.finish_reason is None:
-                    request.computed += 1
-                    yield request, token
-            done += 1
-
-    @torch.inference_mode()
-    def _step(
-        self, running: list[_Request], cache: ContiguousCache, prompts: PromptLoop | None
-    ) -> list[tuple[_Request, int]]:
-        """One forward pass over as many pending tokens as fit; (request, new token) for those that are complete."""
-        tokens: list[int] = []
-        slots: list[int] = []
-        positions: list[int] = []
-        runs: list[Run] = []
-        ready: list[tuple[_Request, int]] = []  # and the row of its last token
-        for request in running:
-            count = min(request.pending, self.engine.max_step_tokens - len(tokens))
-            begin, end = request.computed, request.computed + count
-            tokens += request.tokens[begin:end]
-            slots += [request.slot] * count
-            positions += range(begin, end)
-            if count:
-                runs.append(Run(count, request.slot, begin))
-            request.computed = end
-            if count and not request.pending:
-                ready.append((request, len(tokens) - 1))
-        if prompts and ready and len(runs) == 1 and prompts.takes(runs[0]):
-            logits = prompts.forward(tokens, runs[0])
-        else:
-            packed = torch.tensor([tokens, slots, positions], dtype=torch.int32).to(self.engine.device)
-            rows = torch.tensor([row for _, row in ready], dtype=torch.int32).to(self.engine.device)
-            logits = self.model.forward(packed[0], packed[1], packed[2], cache, logits_at=rows, runs=runs)
-        chosen = self._sample([request for request, _ in ready], logits)
-        return [(request, token) for (request, _), token in zip(ready, chosen, strict=True)]
-
-    def _sample(self, requests: list[_Request], logits: Tensor) -> list[int]:
-        if not requests:
-            return []
-        penalised = [request.seen is not None for request in requests]
-        if any(penalised) and not all(penalised):
-            # Apart: the fp32 logits of a penalty would have its neighbours sampled by another kernel than alone.
-            chosen = [-1] * len(requests)
-            for kind in (False, True):
-                rows = [row for row, is_penalised in enumerate(penalised) if is_penalised is kind]
-                for row, token in zip(rows, self._sample([requests[row] for row in rows], logits[rows]), strict=True):
-                    chosen[row] = token
-            return chosen
-        ops, params = self.model.ops, [request.params for request in requests]
-
-        def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype).to(logits.device)
-
-        seen = [request.seen for request in requests if request.seen is not None]
-        if seen:
-            logits = logits.float()
-            ops.repetition_penalty(
-                logits, torch.stack(seen), column([p.repetition_penalty for p in params], torch.float32)
-            )
-        if all(p.temperature == 0 for p in params):
-            return ops.argmax(logits).tolist()
-        chosen = ops.sample(
-            logits,
-            temperature=column([p.temperature for p in params], torch.float32),
-            top_k=column([p.top_k for p in params], torch.int32),
-            top_p=column([p.top_p for p in params], torch.float32),
-            min_p=column([p.min_p for p in params], torch.float32),
-            seed=column([request.seed for request in requests], torch.int64),
-            position=column([len(request.tokens) for request in requests], torch.int32),
-        )
-        return chosen.tolist()
-
-    def _take_cache(self, slots: int, capacity: int) -> ContiguousCache:
-        """A cache at least this large for the caller alone: the one at hand, or a new one."""
-        cache, self._cache = self._cache, None
-        if cache is None or cache.slots < slots or cache.capacity < capacity:
-            slots = max(slots, cache.slots if cache else 0)
-            capacity = max(min(-(-capacity // 256) * 256, self.max_model_len), cache.capacity if cache else 0)
-            cache = self._loop = self._prompts = None  # their memory is free before the next is taken
-            cache = self.model.new_cache(slots, capacity)
-        return cache
-
-
-def make_ops(engine: EngineConfig) -> Ops:
-    """The operations that `engine` names.
-
-    Raises:
-        ValueError: The device or the backend is not there on this machine.
-    """
-    if engine.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device = 'cuda', but torch finds no CUDA GPU on this machine; use device = 'cpu'")
-    if engine.backend == "reference":
-        return ReferenceOps(engine.device)
-    from engine.cuda_ops import CudaOps  # it imports numba, which takes a second
-
-    return CudaOps(engine.device, attention=engine.attention, linear=engine.linear, sampling=engine.sampling)
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
+        stop_ids = frozenset(token for token in stop_ids if token < self.config.vocab_size)
+        name = next(self._numbers) if id is None else id
+        # With a salt of its own every token of a prompt is computed.
+        salt = b"" if params.prompt_logprobs is None else os.urandom(16)
+        seed, entered = params.draw_seed(), time.perf_counter()
+        lives: list[Live] = []
+        for index in range(params.n):
+            request = Request(
+                id=(name, index), tokens=list(ids), limit=len(ids) + max(1, params.max_new_tokens), priority=priority,
+                deadline=None if timeout is None else time.monotonic() + timeout,
+                parent=lives[0].request if lives else None, salt=salt, session=session, params=params,
+                seed=(seed + index) % 2**63, stop_ids=stop_ids, entered=entered, index=index,
+            )  # fmt: skip
+            decoder = self.tokenizer.stream(skip_special_tokens=True) if self.tokenizer else None
+            lives.append(Live(request, Text(decoder, params, stop_ids)))
+        return lives
 
 
 def _eos_ids(directory: Path, config: ModelConfig) -> frozenset[int]:

@@ -72,6 +72,7 @@ class Model:
         single: bool = False,
         runs: Sequence[Run] | None = None,
         plan: Any = None,
+        decodes: int = 0,
     ) -> Tensor:
         """Logits after T packed tokens; their keys and values are written to `cache` on the way.
 
@@ -87,6 +88,7 @@ class Model:
             single: No slot occurs twice among the tokens, as in a decode step; changes no bit.
             runs: Of each sequence the tokens in the list, where the caller knows; changes no bit.
             plan: `plan` of those runs, where it is made already.
+            decodes: Of the runs so many come first that are one token each, of different slots; changes no bit.
 
         Returns:
             [n, V] in the weights' dtype.
@@ -95,7 +97,7 @@ class Model:
         ops, weights, layers = self.ops, self.weights, self.weights.layers
         if runs and all(run.count == 1 for run in runs):
             single = len({run.slot for run in runs}) == len(runs)
-        plan = self.plan(runs) if runs and not single else plan
+        plan = self.plan(runs[decodes:]) if runs and not single else plan
         x = ops.embedding(tokens, weights.embedding)
         see("embedding", x)
         # The norm applied where a branch is added: of the branch (post), or for the branch that comes next (pre).
@@ -114,7 +116,7 @@ class Model:
             return both
 
         for index, layer in enumerate(layers):
-            y = self._attention(index, layer, y, slots, positions, cache, single, plan)
+            y = self._attention(index, layer, y, slots, positions, cache, single, plan, decodes)
             x, y = add(f"layers.{index}.attention", x, y, norms[2 * index])
             y = ops.linear(ops.linear_swiglu(y, layer.gate_up), layer.down)
             x, y = add(f"layers.{index}.mlp", x, y, norms[2 * index + 1])
@@ -168,12 +170,13 @@ class Model:
         cache: KVCache,
         single: bool,
         plan: Any,
+        decodes: int,
     ) -> Tensor:
         config, ops = self.config, self.ops
         qkv = ops.linear(x, layer.qkv)
         out = ops.attend(
             qkv, layer.q_norm, layer.k_norm, config.rms_norm_eps, config.norm_rounding, *self.tables[index],
             cache.k[index], cache.v[index], slots, positions, self.scale, config.window(index), single,
-            plan, cache.table,
+            plan, cache.table, decodes,
         )  # fmt: skip
         return ops.linear(out, layer.o)

@@ -93,9 +93,10 @@ class Ops(Protocol):
         """Draw int32 [B] after temperature (0 = argmax), top-k (0 = off), top-p and min-p; -1 where all are NaN."""
         ...
 
-    def advance(self, chosen: Tensor, tokens: Tensor, positions: Tensor, history: Tensor) -> None:
+    def advance(self, chosen: Tensor, tokens: Tensor, positions: Tensor, places: Tensor, history: Tensor) -> None:
         """Row b's next step reads what this one chose: positions[b] += 1, tokens[b] = chosen[b] (0 where that is -1),
-        history[b, positions[b]] = chosen[b]; history [B, C + 1], for a GPU in pinned memory of the host."""
+        history[b, places[b]] = chosen[b], places[b] the next of the columns, in turn; history [B, C], for a GPU in
+        pinned memory of the host."""
         ...
 
     def linear_swiglu(self, x: Tensor, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
@@ -120,12 +121,13 @@ class Ops(Protocol):
     def attend(
         self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding, cos: Tensor,
         sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float, window: int,
-        single: bool, plan: Any = None, table: Tensor | None = None,
+        single: bool, plan: Any = None, table: Tensor | None = None, decodes: int = 0,
     ) -> Tensor:  # fmt: skip
         """Everything between two projections: q and k norms where given, rotation, cache write, attention.
 
-        qkv [T, (Hq + 2Hk) D], which may be overwritten -> [T, Hq D]. single: no slot occurs twice. plan: of these
-        tokens' runs, where the caller knows them. Neither changes a bit.
+        qkv [T, (Hq + 2Hk) D], which may be overwritten -> [T, Hq D]. single: no slot occurs twice. decodes: of the
+        first so many tokens no two share a slot. plan: of the runs of the others, where the caller knows them. None of
+        these changes a bit.
         """
         ...
 
@@ -152,7 +154,7 @@ class Composed:
     def attend(
         self: Ops, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding,
         cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float,
-        window: int, single: bool, plan: Any = None, table: Tensor | None = None,
+        window: int, single: bool, plan: Any = None, table: Tensor | None = None, decodes: int = 0,
     ) -> Tensor:  # fmt: skip
         kv_heads, width = k_cache.shape[2:]
         kv_size = kv_heads * width
@@ -328,10 +330,11 @@ class ReferenceOps(Composed):
             scores[row] = (scores[row] + noise[row]).masked_fill(~kept, torch.nan)
         return out.copy_(_first_greatest(scores))
 
-    def advance(self, chosen: Tensor, tokens: Tensor, positions: Tensor, history: Tensor) -> None:
+    def advance(self, chosen: Tensor, tokens: Tensor, positions: Tensor, places: Tensor, history: Tensor) -> None:
         positions += 1
         tokens.copy_(chosen.clamp(min=0))
-        history.scatter_(1, positions.long()[:, None].to(history.device), chosen[:, None].to(history.device))
+        history.scatter_(1, places.long()[:, None].to(history.device), chosen[:, None].to(history.device))
+        places.copy_((places + 1) % history.shape[1])
 
 
 def _first_greatest(scores: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ equal tokens from the sequence's first one on. This is bookkeeping only; the key
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -75,7 +75,9 @@ class PagePool:
         self._keys: list[bytes | None] = [None] * pages
         self._by_key: dict[bytes, int] = {}
         self._free = list(range(pages))[::-1]  # the next one last
-        self._cached: OrderedDict[int, None] = OrderedDict()  # the least recently used one first
+        self._cached: dict[int, Hashable] = {}  # whose they were
+        # Cached pages by whose they were, the least recently used first, and of each the first to be forgotten first.
+        self._left: OrderedDict[Hashable, dict[int, None]] = OrderedDict()
 
     @property
     def free(self) -> int:
@@ -121,11 +123,12 @@ class PagePool:
             if not self._owners[page]:
                 if page not in self._cached:
                     raise ValueError(f"page {page} is free: it holds nothing to share")
-                del self._cached[page]
+                self._leave(page)
             self._owners[page] += 1
 
     def take(self, count: int) -> list[int]:
-        """`count` pages for one owner: free ones, then the least recently used of the cached, which are forgotten.
+        """`count` pages for one owner: free ones, then cached ones, which are forgotten: those of the session that was
+        used longest ago, the ends of its sequences first.
 
         Raises:
             OutOfPages: Fewer than `count` have no owner; nothing has changed.
@@ -142,20 +145,34 @@ class PagePool:
         return taken
 
     def _evict(self) -> int:
-        page, _ = self._cached.popitem(last=False)
+        page = next(iter(next(iter(self._left.values()))))
+        self._leave(page)
         key = self._keys[page]
         assert key is not None
         del self._by_key[key]
         self._keys[page] = None
         return page
 
-    def release(self, pages: Sequence[int]) -> None:
+    def _leave(self, page: int) -> None:
+        """Take a page out of the cached ones."""
+        session = self._cached.pop(page)
+        del self._left[session][page]
+        if not self._left[session]:
+            del self._left[session]
+
+    def release(self, pages: Sequence[int], session: Hashable | None = None) -> None:
         """One owner less for each of `pages`, the first pages of a sequence in order; without one they are cached or
-        free. Its last page counts as the least recently used, so that beginnings outlive their ends.
+        free. Its last page is forgotten first, so that beginnings outlive their ends.
+
+        session: Whose they are: what a session leaves is kept as long as the session is used. None: the sequence is a
+            session of its own.
 
         Raises:
             ValueError: A page has no owner; those after it in `pages` have been released.
         """
+        session = object() if session is None else session
+        if session in self._left:
+            self._left.move_to_end(session)
         for page in reversed(pages):
             if not self._owners[page]:
                 raise ValueError(f"page {page} has no owner to release it")
@@ -165,7 +182,13 @@ class PagePool:
             if self._keys[page] is None:
                 self._free.append(page)
             else:
-                self._cached[page] = None
+                self._cached[page] = session
+                self._left.setdefault(session, {})[page] = None
+
+    def forget(self) -> None:
+        """Make cached pages free: nothing without an owner is found again."""
+        while self._cached:
+            self._free.append(self._evict())
 
     def register(self, page: int, key: bytes) -> bool:
         """Make `page`, which is full and will not be written again, known by `key`.

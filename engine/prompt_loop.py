@@ -66,7 +66,8 @@ class PromptLoop:
             )
         filled = [*tokens, *[0] * (size - run.count)]
         rows = [filled, [run.slot] * size, list(range(run.position, run.position + size)), [run.count - 1] * size]
-        self._integers[:, :size] = torch.tensor(rows, dtype=torch.int32)
+        sent = torch.tensor(rows, dtype=torch.int32, pin_memory=self._integers.is_cuda)
+        self._integers[:, :size].copy_(sent, non_blocking=True)
         plan = self.model.plan([run._replace(count=size)])
         kept = self._plans.setdefault(size, plan)
         if kept is not plan:

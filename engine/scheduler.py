@@ -42,6 +42,8 @@ class Sequence:
         parent: A sequence of the same prompt, added earlier. Once its prompt is computed, this one starts from its
             pages and computes the prompt's last token alone.
         salt: Pages are shared between sequences of the same salt only.
+        session: Whose it is: what it leaves in the prefix cache is kept, and forgotten, together with what others of
+            its session left.
 
     The other fields are the scheduler's.
     """
@@ -53,6 +55,7 @@ class Sequence:
     deadline: float | None = None
     parent: Sequence | None = field(default=None, repr=False)
     salt: bytes = field(default=b"", repr=False)
+    session: Hashable | None = None
 
     state: Literal["new", "waiting", "running", "drained", "ended"] = field(default="new", init=False)
     prompt_length: int = field(init=False)
@@ -129,6 +132,10 @@ class Scheduler:
         max_len: Tokens of a sequence, at most: prompt and generated.
         ageing: Steps of waiting that make up for one level of priority.
         clock: Seconds, for deadlines.
+        mixed: Whether a step may have both tokens that decode and prompts; else it has prompts wherever there are some,
+            and sequences that decode wait (the bound above is of mixed steps).
+        recompute: Whether a sequence's tokens are all computed again for each new one, as where nothing is kept. The
+            results of a step must then be known before the next one is scheduled.
 
     Raises:
         ValueError: `max_running` or `max_len` is below 1, `ageing` is below 0, or `step_tokens` is below `max_running`.
@@ -142,13 +149,15 @@ class Scheduler:
         max_len: int,
         ageing: int = 1000,
         clock: Callable[[], float] = time.monotonic,
+        mixed: bool = True,
+        recompute: bool = False,
     ) -> None:
         checks = (("max_running", max_running, 1), ("max_len", max_len, 1), ("ageing", ageing, 0))
         for name, value, least in (*checks, ("step_tokens", step_tokens, max_running)):
             if value < least:
                 raise ValueError(f"{name} = {value}; it must be at least {least}")
         self.pool, self.max_running, self.step_tokens, self.max_len = pool, max_running, step_tokens, max_len
-        self.ageing, self.clock = ageing, clock
+        self.ageing, self.clock, self.mixed, self.recompute = ageing, clock, mixed, recompute
         self.steps = 0  # scheduled so far
         self.waiting: list[Sequence] = []  # by rank, as is `running`
         self.running: list[Sequence] = []
@@ -168,7 +177,7 @@ class Scheduler:
         Raises:
             ValueError: It can never run; names the sequence and why. Nothing has changed.
         """
-        self._check(sequence)
+        self.check(sequence)
         sequence.arrival, self._arrivals = self._arrivals, self._arrivals + 1
         sequence.rank = (self.steps + sequence.priority * self.ageing, sequence.arrival)
         if self.pool.prefix_cache:
@@ -178,7 +187,8 @@ class Scheduler:
             insort(self._deadlines, (sequence.deadline, sequence.arrival, sequence))
         self._wait(sequence)
 
-    def _check(self, sequence: Sequence) -> None:
+    def check(self, sequence: Sequence) -> None:
+        """Raises ValueError where `add` would."""
         name = f"sequence {sequence.id!r}"
         pages, parent = self.pool.pages_for(sequence.limit - 1), sequence.parent
         if sequence.id in self._live:
@@ -242,33 +252,44 @@ class Scheduler:
         self.steps += 1
         timed_out = self._expire()
         self._drain()
+        step = Step([], 0, [], [], timed_out)
+        if not self.mixed:
+            self._fill(step, decoding=False)
+        if not step.work:
+            self._fill(step, decoding=True)
+        return step
+
+    def _fill(self, step: Step, decoding: bool) -> None:
+        """Give the step its work. decoding: whether sequences that decode have a part in it."""
         decodes: list[Work] = []
         chunks: list[Work] = []
-        copies: list[tuple[int, int]] = []
-        preempted: list[Sequence] = []
         page_size = self.pool.page_size
-        budget = self.step_tokens - sum(sequence.decoding for sequence in self.running)  # for prompts
+        budget = self.step_tokens  # for prompts
+        if decoding:
+            budget -= sum(sequence.decoding for sequence in self.running)
         for sequence in self.running:  # who is preempted stands at its end, and has no part in the step yet
+            if sequence.decoding and not decoding:
+                continue
             count = 1 if sequence.decoding else min(sequence.length - sequence.computed, budget)
             end = sequence.computed + count
-            if end > len(sequence.pages) * page_size and not self._grow(sequence, end, preempted):
+            if end > len(sequence.pages) * page_size and not self._grow(sequence, end, step.preempted):
                 break
             if sequence.decoding:
                 decodes.append(self._advance(sequence, 1))
-            else:
+            elif count:
                 budget -= count
                 chunks.append(self._advance(sequence, count))
                 self._register(sequence)
-        while self.waiting and budget and not preempted and len(self.running) < self.max_running:
+        while self.waiting and budget and not step.preempted and len(self.running) < self.max_running:
             sequence = self.waiting[0]
-            if not self._admit(sequence, chunks, copies):
+            if not self._admit(sequence, chunks, step.copies):
                 break
             count = min(sequence.length - sequence.computed, budget)
-            self._grow(sequence, sequence.computed + count, preempted)
+            self._grow(sequence, sequence.computed + count, step.preempted)
             budget -= count
             chunks.append(self._advance(sequence, count))
             self._register(sequence)
-        return Step(decodes + chunks, len(decodes), copies, preempted, timed_out)
+        step.work, step.decodes = decodes + chunks, len(decodes)
 
     def _expire(self) -> list[Sequence]:
         timed_out = []
@@ -307,7 +328,9 @@ class Scheduler:
         samples = end == sequence.length
         if samples:
             sequence.length += 1
-            sequence.decoding = True
+            sequence.decoding = not self.recompute
+            if self.recompute:
+                sequence.computed = 0
             if sequence.length == sequence.limit:
                 self._draining.append(sequence)
         return Work(sequence, begin, count, samples)
@@ -360,7 +383,7 @@ class Scheduler:
     def _stop(self, sequence: Sequence) -> None:
         """Take `sequence` out of those that run, with its pages and its slot."""
         _remove(self.running, sequence)
-        self.pool.release(sequence.pages)
+        self.pool.release(sequence.pages, sequence.session)
         self._slots.append(sequence.slot)
         sequence.pages, sequence.computed, sequence.registered = [], 0, 0
         sequence.slot, sequence.decoding = -1, False

@@ -1,5 +1,6 @@
 """Text to token ids and back, over the `tokenizers` library, equal to transformers' AutoTokenizer for BPE models."""
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.ext import Extension
 from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
@@ -108,14 +109,8 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise TokenizerError("this tokenizer has no chat template (chat_template.jinja or tokenizer_config.json)")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
-            return environment.from_string(self.chat_template).render(
+            return _template(self.chat_template).render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 **{"tools": None, "documents": None, **self.special_tokens, **variables},
@@ -123,11 +118,15 @@ class Tokenizer:
         except TemplateError as error:
             raise TokenizerError(f"chat template: {error}") from None
 
+    def name(self, token: int) -> str | None:
+        """How the vocabulary writes a token; None where no token has that id."""
+        return self._tokenizer.id_to_token(token)
+
     def ends_open(self, token: int, skip_special_tokens: bool) -> bool:
         """Whether text so far may still change after `token`: a run of byte tokens is decoded as a whole, and tokens
         that give no text do not end it.
         """
-        name = self._tokenizer.id_to_token(token)
+        name = self.name(token)
         if name is None or (skip_special_tokens and token in self._special_ids):
             return True
         return self._byte_fallback and _BYTE_TOKEN.fullmatch(name) is not None
@@ -178,6 +177,17 @@ class _Generation(Extension):
 
     def _body(self, caller: Any) -> str:
         return caller()
+
+
+@functools.lru_cache(maxsize=8)
+def _template(source: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
 
 
 def _tojson(

@@ -706,8 +706,9 @@ class _MapRoom:
     capture does not contain the copy."""
 
     def __init__(self, device: torch.device):
-        self.free = list(torch.empty((_MAPS, 128), dtype=torch.uint8, device=device))
-        self.pinned = torch.empty((_MAPS, 128), dtype=torch.uint8, pin_memory=True)
+        with torch.inference_mode(False):  # else the room could be filled in that mode alone
+            self.free = list(torch.empty((_MAPS, 128), dtype=torch.uint8, device=device))
+            self.pinned = torch.empty((_MAPS, 128), dtype=torch.uint8, pin_memory=True)
         self.stream = torch.cuda.Stream(device)
 
 

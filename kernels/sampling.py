@@ -611,23 +611,21 @@ def split_sample() -> Kernel:
 
 @kernel_factory
 def step_advance() -> Kernel:
-    """chosen, tokens, positions i32[B], history i32[B, C], B, C; grid (B / SPLIT_THREADS,)."""
+    """chosen, tokens, positions, places i32[B], history i32[B, C], B, C; grid (B / SPLIT_THREADS,)."""
 
-    def advance(chosen, tokens, positions, history, count, capacity):
+    def advance(chosen, tokens, positions, places, history, count, columns):
         ptx.griddepcontrol_launch_dependents()
         row = int64(cuda.blockIdx.x) * SPLIT_THREADS + int64(cuda.threadIdx.x)
         ptx.griddepcontrol_wait()
         if row < count:
-            position = positions[row]
-            if position >= 0:
-                token = chosen[row]
-                position += 1
-                positions[row] = position
-                tokens[row] = max(token, int32(0))
-                if position < capacity:
-                    history[row * capacity + position] = token
+            token, place = chosen[row], places[row]
+            positions[row] += int32(1)
+            tokens[row] = max(token, int32(0))
+            history[row * columns + place] = token
+            place += int32(1)
+            places[row] = int32(0) if place == columns else place
 
-    kinds = ("i32*", "i32*", "i32*", "i32*", "i32", "i32")
+    kinds = (*("i32*",) * 5, "i32", "i32")
     return Kernel("advance_i32", advance, kinds, SPLIT_THREADS, options=PROGRAMMATIC)
 
 
@@ -765,22 +763,26 @@ def sample_split(
     return out
 
 
-def advance(chosen: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, history: torch.Tensor) -> None:
+def advance(
+    chosen: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, places: torch.Tensor, history: torch.Tensor
+) -> None:
     """What a row has chosen becomes its next step's input: one launch between two steps of a CUDA graph.
 
-    positions[b] += 1, tokens[b] = chosen[b] (0 where that is -1), history[b, positions[b]] = chosen[b] where that is a
-    column of history. Rows of a negative position are idle: nothing of theirs changes. chosen, tokens, positions
-    i32[B], history i32[B, C], contiguous; history may lie in pinned memory of the host, which can then read it without
-    a copy. Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
+    positions[b] += 1, tokens[b] = chosen[b] (0 where that is -1), history[b, places[b]] = chosen[b], places[b] moves
+    to the next of the C columns, after the last to the first. chosen, tokens, positions, places i32[B], history
+    i32[B, C], contiguous; 0 <= places < C (not checked); history may lie in pinned memory of the host, which can then
+    read it without a copy. Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
     """
     (count,) = check.dimensions("advance", "chosen", chosen, "B")
-    _, capacity = check.dimensions("advance", "history", history, "B, C")
+    _, columns = check.dimensions("advance", "history", history, "B, C")
     check.tensor("advance", "chosen", chosen, (count,), torch.int32)
     check.tensor("advance", "tokens", tokens, (count,), torch.int32)
     check.tensor("advance", "positions", positions, (count,), torch.int32)
-    check.tensor("advance", "history", history, (count, capacity), torch.int32)
+    check.tensor("advance", "places", places, (count,), torch.int32)
+    check.tensor("advance", "history", history, (count, columns), torch.int32)
     if count:
-        step_advance().launch((-(-count // SPLIT_THREADS),), chosen, tokens, positions, history, count, capacity)
+        grid = (-(-count // SPLIT_THREADS),)
+        step_advance().launch(grid, chosen, tokens, positions, places, history, count, columns)
 
 
 def repetition_penalty(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:

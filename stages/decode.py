@@ -150,7 +150,7 @@ def list_parts(model: Model, cache: ContiguousCache, batch: int, context: int) -
     qkv, logits = random(config.q_size + 2 * config.kv_size), random(config.vocab_size)
     tokens, slots = integers(range(batch)), integers(range(batch))
     positions = integers([context] * batch)
-    chosen, places = torch.zeros_like(tokens), torch.zeros_like(tokens)
+    chosen, places, columns = (torch.zeros_like(tokens) for _ in range(3))
     history = integers([[0] * (cache.capacity + 1)] * batch)
     norm = config.rms_norm_eps, config.norm_rounding
     layers = list(enumerate(weights.layers))
@@ -185,7 +185,7 @@ def list_parts(model: Model, cache: ContiguousCache, batch: int, context: int) -
         Part("norm", [lambda: ops.rms_norm(x, weights.norm, *norm)], 2 * x.nbytes),
         Part("head", [lambda: ops.linear(x, weights.lm_head)], weights.lm_head.nbytes + x.nbytes + logits.nbytes),
         Part("argmax", [lambda: ops.argmax(logits, out=chosen)], logits.nbytes),
-        Part("advance", [lambda: ops.advance(chosen, tokens, places, history)], 6 * tokens.nbytes),
+        Part("advance", [lambda: ops.advance(chosen, tokens, places, columns, history)], 8 * tokens.nbytes),
     ]
     # Before a block, the last norm is part of the last addition.
     return [part for part in parts if post or part.name != "norm"]

@@ -868,7 +868,7 @@ def plan(
         positions += position + count
     # The longest first: the last ones to be done are short.
     tiles.sort(key=lambda tile: -tile[1] - tile[2])
-    packed = torch.tensor([(0, 0, 0, 0), *tiles], dtype=torch.int32)
+    packed = torch.tensor([(0, 0, 0, 0), *tiles], dtype=torch.int32, pin_memory=device.type == "cuda")
     return Plan(packed.to(device, non_blocking=True), tiling.rows, positions)
 
 

@@ -399,16 +399,14 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                     while waits(full + uint32(8 * stage), parity) == 0:
                         pass
                     at = ring + uint32(stage * stage_bytes)
-                    seen = uint32(0)
                     for b in range(steps // batch):
                         load_weight(w, at, b, first_row, swizzle, chunk)
-                        seen = joined(seen, w, weight_words)
                         for g in range(tiles // together):
                             load_tokens(t, at + token_place, b, g, token_swizzle, token_chunk)
-                            seen = joined(seen, t, token_words)
                             if b == steps // batch - 1 and g == tiles // together - 1:
                                 # The stage is in registers: it may be filled again. An arrival overtakes loads that are
-                                # on their way (measured), so its address depends on what they give.
+                                # on their way (measured), so its address depends on what the last of them give.
+                                seen = joined(joined(uint32(0), w, weight_words), t, token_words)
                                 ptx.bar_warp_sync()
                                 if lane == 0:
                                     ptx.mbarrier_arrive(empty + uint32(8 * stage) + (seen & zero))

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import ConfigError, ModelConfig
-from engine.llm import LLM, Completion, EngineConfig, _Text
+from engine.llm import LLM, Completion, EngineConfig
+from engine.requests import Text
 from engine.sampling import SamplingParams
 from engine.tokenizer import Tokenizer
 from engine.weights import random_weights
@@ -54,7 +55,10 @@ def test_greedy_equals_transformers(reference: Reference):
 @pytest.mark.parametrize(
     "engine",
     [{"kv_cache": "none"}, {"max_batch": 1}, {"max_batch": 2, "max_step_tokens": 33}, {"max_step_tokens": 1},
-     {"kv_cache": "none", "max_step_tokens": 7}, {"cuda_graph": True}, {"cuda_graph": True, "max_batch": 3}],
+     {"kv_cache": "none", "max_step_tokens": 7}, {"cuda_graph": True}, {"cuda_graph": True, "max_batch": 3},
+     {"batching": "inflight"}, {"batching": "inflight", "cuda_graph": True, "max_batch": 2}, {"kv_cache": "paged"},
+     {"kv_cache": "paged", "cuda_graph": True, "page_size": 8, "kv_tokens": 160, "max_step_tokens": 40},
+     {"kv_cache": "paged", "batching": "inflight", "cuda_graph": True, "prefix_cache": False, "max_batch": 3}],
     ids=str,
 )  # fmt: skip
 def test_engine_settings_change_no_token(llm: LLM, olmo2: Reference, engine: dict[str, Any]):
@@ -157,14 +161,14 @@ def test_stream_equals_generate(llm: LLM):
     stop=st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
 )
 def test_stop_strings_across_pieces(pieces: list[str], stop: list[str]):
-    text = _Text(None, tuple(stop))  # type: ignore[arg-type]
+    text = Text(None, SamplingParams(stop=stop), frozenset())
     whole, shown = "".join(pieces), ""
     for index, piece in enumerate(pieces):
-        if not text.stopped:
+        if text.stop is None:
             shown += text.push(piece, last=index == len(pieces) - 1)
     cuts = [whole.index(s) for s in stop if s in whole]
     # The stop string that is complete first ends the text, at its own beginning.
-    assert text.stopped == bool(cuts)
+    assert (text.stop is not None) == bool(cuts)
     if not cuts:
         assert shown == whole
     else:
@@ -224,7 +228,9 @@ def test_longest_prompt_fits(llm: LLM):
     ("change", "message"),
     [
         ({"backend": "triton"}, "backend = 'triton'; it must be one of reference, cuda"), ({"dtype": "f2"}, "dtype"),
-        ({"kv_cache": "paged"}, "kv_cache"), ({"attention": "x"}, "attention"), ({"linear": "x"}, "linear"),
+        ({"kv_cache": "row"}, "kv_cache"), ({"batching": "static"}, "batching = 'static'; it must be one of inflight"),
+        ({"page_size": 24}, "page_size = 24; it must be one of 8, 16"), ({"kv_tokens": 0}, "kv_tokens = 0"),
+        ({"prefix_cache": 1.5}, "prefix_cache"), ({"attention": "x"}, "attention"), ({"linear": "x"}, "linear"),
         ({"sampling": "x"}, "sampling = 'x'; it must be one of naive, split"), ({"cuda_graph": "yes"}, "cuda_graph"),
         ({"cuda_graph": True, "kv_cache": "none"}, "cuda_graph = True with kv_cache = 'none'"),
         ({"device": "tpu"}, "device"), ({"max_batch": 0}, "max_batch = 0"), ({"max_model_len": 0}, "max_model_len = 0"),
@@ -294,12 +300,12 @@ def test_an_abandoned_stream_leaves_the_engine_usable(llm: LLM):
     assert llm.generate("the quick", GREEDY)[0].finish_reason == "length"
 
 
-def test_cache_grows_and_is_kept(olmo2: Reference):
-    llm = LLM(olmo2.path, EngineConfig(dtype="float32", max_batch=4))
-    llm.generate([[1, 2, 3]], GREEDY)
-    small = llm._cache
-    assert small is not None and (small.slots, small.capacity) == (1, 256)
-    llm.generate([[1, 2]], GREEDY)
-    assert llm._cache is small
-    llm.generate([[1] * 300, [2]], GREEDY)
-    assert llm._cache is not None and (llm._cache.slots, llm._cache.capacity) == (2, 512)
+def test_release(llm: LLM):
+    stream = llm.stream("the quick", GREEDY)
+    next(stream)
+    with pytest.raises(RuntimeError, match="1 requests are on their way"):
+        llm.release()
+    stream.close()  # type: ignore[attr-defined]
+    core = llm.core
+    llm.release()
+    assert llm.generate("the quick", GREEDY)[0].finish_reason == "length" and llm.core is not core

@@ -203,3 +203,20 @@ class Pool(RuleBasedStateMachine):
 
 TestPool = Pool.TestCase
 TestPool.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+def test_sessions_are_forgotten_whole_the_longest_unused_first():
+    pool = PagePool(6, 4)
+    first, second = pool.take(3), pool.take(3)
+    for number, page in enumerate([*first, *second]):
+        pool.register(page, bytes([number]))
+    pool.release(first, "a")
+    pool.release(second, "b")
+    # Session a is used again: one of its pages is shared and given back.
+    pool.share(first[:1])
+    pool.release(first[:1], "a")
+    assert pool.take(3) == second[::-1]  # all of b's, the end first
+    assert pool.find([bytes([n]) for n in range(3)]) == first and pool.find([bytes([3])]) == []
+    assert pool.take(2) == [first[2], first[1]] and pool.cached == 1
+    pool.forget()
+    assert (pool.cached, pool.free) == (0, 1)

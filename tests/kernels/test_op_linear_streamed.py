@@ -6,7 +6,7 @@ from kernel_numerics import DEVICE, assert_as_good_as_torch, poisoned, randn
 
 from kernels.cuda import SIMULATED
 from kernels.launch import ARCHITECTURES, LIMITS, architecture_of, tensor_map
-from kernels.linear import reference, streamed
+from kernels.linear import reference, streamed, tiled
 from kernels.linear.streamed import Tiling
 
 BF16 = torch.bfloat16

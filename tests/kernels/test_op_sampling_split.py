@@ -144,23 +144,24 @@ def test_temperatures_that_overflow_and_underflow(workspace):
 
 
 def test_advance():
-    tokens, positions = ints(9, 9, 9, 9, 9), ints(0, 4, -1, 6, 2)
-    history = torch.full((5, 6), -9, dtype=torch.int32, device=DEVICE)
-    sampling.advance(ints(11, 12, 13, 14, -1), tokens, positions, history)
-    assert tokens.tolist() == [11, 12, 9, 14, 0] and positions.tolist() == [1, 5, -1, 7, 3]
-    expected = torch.full((5, 6), -9, dtype=torch.int32)
-    expected[0, 1], expected[1, 5], expected[4, 3] = 11, 12, -1
+    tokens, positions, places = ints(9, 9, 9), ints(0, 4, 2), ints(0, 5, 3)
+    history = torch.full((3, 6), -9, dtype=torch.int32, device=DEVICE)
+    sampling.advance(ints(11, 12, -1), tokens, positions, places, history)
+    assert tokens.tolist() == [11, 12, 0] and positions.tolist() == [1, 5, 3] and places.tolist() == [1, 0, 4]
+    expected = torch.full((3, 6), -9, dtype=torch.int32)
+    expected[0, 0], expected[1, 5], expected[2, 3] = 11, 12, -1
     assert torch.equal(history.cpu(), expected)
 
 
 def test_advance_of_many_rows():
     count = 300
     chosen = torch.arange(count, dtype=torch.int32, device=DEVICE)
-    tokens, positions = torch.zeros_like(chosen), chosen % 3
+    tokens, positions, places = torch.zeros_like(chosen), chosen % 3, chosen % 4
     history = torch.zeros((count, 4), dtype=torch.int32, device=DEVICE)
-    sampling.advance(chosen, tokens, positions, history)
+    sampling.advance(chosen, tokens, positions, places, history)
     assert torch.equal(tokens, chosen) and torch.equal(positions, chosen % 3 + 1)
-    assert torch.equal(history.gather(1, positions.long()[:, None])[:, 0], chosen)
+    assert torch.equal(places, (chosen + 1) % 4)
+    assert torch.equal(history.gather(1, (chosen % 4).long()[:, None])[:, 0], chosen)
     assert history.sum() == chosen.sum()
 
 
@@ -180,9 +181,9 @@ def test_refusals(workspace):
         given = arguments(2)
         sampling.sample_split(logits, given[0], given[1][:1], *given[2:], out, workspace)
     with pytest.raises(ValueError, match=r"advance: history has shape \(2,\): \[B, C\] needed"):
-        sampling.advance(out, out, out, out)
+        sampling.advance(out, out, out, out, out)
     with pytest.raises(TypeError, match=r"advance: tokens is torch.int64: torch.int32 needed"):
-        sampling.advance(out, out.long(), out, out[:, None])
+        sampling.advance(out, out.long(), out, out, out[:, None])
 
 
 @pytest.mark.gpu
@@ -225,17 +226,18 @@ def test_graph_of_steps(workspace):
     logits = (torch.randn(4, VOCABULARY, device=DEVICE) * 3).to(BF16)
     filters = {"temperature": [0.0, 1.0, 1.0, 2.0], "top_k": [0, 0, 40, 0], "top_p": [1.0, 1.0, 0.9, 0.95]}
     temperature, top_k, top_p, min_p, seeds, positions = arguments(4, **filters)
-    tokens, chosen = ints(0, 0, 0, 0), ints(0, 0, 0, 0)
+    tokens, chosen, places = ints(0, 0, 0, 0), ints(0, 0, 0, 0), ints(0, 0, 0, 0)
     history = torch.zeros((4, 12), dtype=torch.int32, device=DEVICE)
 
     def step():
         sampling.sample_split(logits, temperature, top_k, top_p, min_p, seeds, positions, chosen, workspace)
-        sampling.advance(chosen, tokens, positions, history)
+        sampling.advance(chosen, tokens, positions, places, history)
 
     for _ in range(10):
         step()
     expected = history.clone()
     positions.zero_()
+    places.zero_()
     history.zero_()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,0 +1,183 @@
+"""Requests in, tokens out, a step at a time: the scheduler, its pages, the cache they stand for and what runs on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+
+from engine.cost import kv_bytes_per_token
+from engine.decode_loop import bucket
+from engine.engine_config import EngineConfig
+from engine.kv_cache import KVCache
+from engine.model import Model
+from engine.pages import PagePool
+from engine.requests import FinishReason, Request
+from engine.runner import Runner
+from engine.scheduler import Scheduler
+
+MEMORY_SHARE = 0.9  # of a GPU's free memory that a paged cache takes where its size is not given
+
+
+@dataclass
+class EngineStats:
+    """Counts since the engine's start, and what it holds now."""
+
+    running: int = 0
+    waiting: int = 0
+    pages: int = 0
+    pages_used: int = 0
+    pages_cached: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0  # computed, or found in the prefix cache
+    cached_tokens: int = 0  # found in the prefix cache
+    generated_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=dict)  # requests by finish_reason
+
+
+class Engine:
+    """Runs requests together. Its methods are for one thread.
+
+    Args:
+        model: The model.
+        config: What is switched on.
+        max_len: Tokens of a request, at most: prompt and generated.
+    """
+
+    def __init__(self, model: Model, config: EngineConfig, max_len: int) -> None:
+        self.max_len = max_len
+        most = config.max_batch
+        # Idle rows of a decode loop's bucket need slots too; pages have a row for them.
+        slots = bucket(most) if config.cuda_graph and config.kv_cache != "paged" else most
+        cache: KVCache
+        if config.kv_cache == "paged":
+            pages = _pages(model, config, max_len)
+            cache = model.new_paged_cache(pages=pages, slots=slots, capacity=max_len, page_size=config.page_size)
+            pool = PagePool(pages, config.page_size, config.prefix_cache)
+        else:
+            cache = model.new_cache(slots, max_len)
+            # A slot is a page that a sequence never outgrows; as many again for those that the scheduler holds back.
+            pool = PagePool(2 * most, max_len, prefix_cache=False)
+        self.pool = pool
+        self.scheduler = Scheduler(
+            pool, most, max(config.max_step_tokens, most), max_len,
+            mixed=config.batching == "continuous", recompute=config.kv_cache == "none",
+        )  # fmt: skip
+        self.runner = Runner(model, cache, config.cuda_graph, config.captures)
+        # Steps that run while the next one is scheduled.
+        self._ahead = 1 if config.batching == "continuous" and config.kv_cache != "none" else 0
+        self._begun: set[Request] = set()
+        self._counts = EngineStats()
+        self._finished: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        """Requests that have not ended."""
+        return len(self.scheduler)
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError where `add` would."""
+        self.scheduler.check(request)
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for its turn. Raises ValueError where it can never run; nothing has changed then."""
+        if request.params.prompt_logprobs is not None:
+            request.prompt_logprobs = [None] * request.prompt_length
+        self.scheduler.add(request)
+
+    def end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        """End a request that has not ended: its pages are free for the next step."""
+        self.scheduler.finish(request)
+        self._end(request, reason, error)
+
+    def step(self) -> list[Request]:
+        """Enqueue the next step and take the results of the one before; requests that got a token or ended."""
+        step = self.scheduler.schedule()
+        touched: list[Request] = []
+        for sequence in step.timed_out:
+            request = cast(Request, sequence)
+            self._end(request, "deadline")
+            touched.append(request)
+        self._counts.preemptions += len(step.preempted)
+        for part in step.work:
+            request = cast(Request, part.sequence)
+            if request not in self._begun:
+                self._begun.add(request)
+                request.cached_tokens = part.begin
+                self._counts.prompt_tokens += request.prompt_length
+                self._counts.cached_tokens += part.begin
+        if step.work:
+            self.runner.enqueue(step)
+            self._counts.steps += 1
+        elif not self.runner.pending and len(self) and not touched:
+            raise RuntimeError(f"nothing can run, and {len(self)} requests have not ended: a fault of the scheduler")
+        while self.runner.pending > (self._ahead if step.work else 0):
+            touched += self._collect()
+        return touched
+
+    def _collect(self) -> list[Request]:
+        touched = []
+        for request, token, logprobs in self.runner.wait():
+            if request.finish_reason:
+                continue  # it ended while this was on its way
+            if token < 0:
+                where = len(request.tokens)
+                self.end(request, "error", f"every logit after token {where} of a request is NaN")
+            elif request.params.max_new_tokens == 0:
+                self.end(request, "length")
+            elif self.scheduler.append(request, token):
+                self._counts.generated_tokens += 1
+                if logprobs:
+                    request.logprobs.append(logprobs)
+                request.accept(token)
+                if request.finish_reason:
+                    self.end(request, request.finish_reason)
+            touched.append(request)
+        return touched
+
+    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        request.finish_reason, request.error, request.counts = reason, error, None
+        self._begun.discard(request)
+        self._finished[reason] += 1
+
+    def forget(self) -> None:
+        """Empty the prefix cache of what nobody uses."""
+        self.pool.forget()
+
+    def stats(self) -> EngineStats:
+        """As of now; may be asked for from any thread, with counts that are a step apart at most."""
+        counts, pool, scheduler = self._counts, self.pool, self.scheduler
+        return EngineStats(
+            len(scheduler.running), len(scheduler.waiting), pool.pages, pool.used, pool.cached, counts.preemptions,
+            counts.steps, counts.prompt_tokens, counts.cached_tokens, counts.generated_tokens, dict(self._finished),
+        )  # fmt: skip
+
+
+def _pages(model: Model, config: EngineConfig, max_len: int) -> int:
+    """Pages of the cache: what is asked for, else what all that may run could fill, as far as memory goes."""
+    if config.kv_tokens is not None:
+        return -(-config.kv_tokens // config.page_size)
+    pages = config.max_batch * -(-max_len // config.page_size)
+    device = model.weights.device
+    if device.type != "cuda":
+        return pages
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    room = MEMORY_SHARE * free - _pass_bytes(model, config)
+    size = config.page_size * kv_bytes_per_token(model.config, model.weights.dtype)
+    if room < size * -(-max_len // config.page_size):
+        raise ValueError(
+            f"{free / 1e9:.1f} GB of the GPU's memory are free: no room for the KV cache of one request of {max_len} "
+            "tokens beside a pass; lower max_model_len or max_step_tokens"
+        )
+    return min(pages, int(room // size))
+
+
+def _pass_bytes(model: Model, config: EngineConfig) -> int:
+    """About what a pass over max_step_tokens tokens takes beside weights and cache, with some to spare."""
+    shape = model.config
+    width = shape.q_size + 2 * shape.kv_size + 3 * shape.hidden_size + 3 * shape.intermediate_size
+    rows = config.max_step_tokens * width + config.max_batch * 4 * shape.vocab_size
+    return 2 * rows * model.weights.dtype.itemsize

@@ -1,0 +1,170 @@
+"""What is asked of the engine and what comes back: prompts on their way, their text, and completions."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+from torch import Tensor
+
+from engine.sampling import SamplingParams
+from engine.scheduler import Sequence
+from engine.tokenizer import StreamDecoder
+
+FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of the probabilities that the model gives at one place, before any sampling setting."""
+
+    token: int
+    logprob: float
+    rank: int  # of the token: 1 is the most likely
+    top: list[tuple[int, float]]  # the most likely tokens, as many as were asked for
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What one prompt led to. Times are from the request's entry into the engine: tokenisation out, sampling in."""
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]  # with the token that ended it, if one did
+    text: str  # without what ended it and without special tokens; empty when the engine has no tokenizer
+    finish_reason: FinishReason
+    ttft_ms: float  # until the first token; until the end where there is none
+    itl_ms: list[float]  # between one token and the next
+    e2e_ms: float  # until the last token
+    index: int = 0  # which of the prompt's n completions
+    stop: str | int | None = None  # the stop string or token that ended it
+    logprobs: list[TokenLogprobs] | None = None  # of token_ids, where asked for
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # of prompt_token_ids; None for the first one
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    error: str | None = None  # what went wrong, where finish_reason is "error"
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one of a request's completions got since the update before."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    completion: Completion | None  # in its last update
+
+
+@dataclass(eq=False, kw_only=True)
+class Request(Sequence):
+    """A sequence with what its sampling and its end depend on. The fields below `index` are the engine's."""
+
+    params: SamplingParams
+    seed: int
+    stop_ids: frozenset[int]  # tokens that end it
+    entered: float  # seconds of time.perf_counter
+    index: int = 0
+
+    times: list[float] = field(default_factory=list, init=False, repr=False)  # of the generated tokens
+    logprobs: list[TokenLogprobs] = field(default_factory=list, init=False, repr=False)
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list, init=False, repr=False)
+    finish_reason: FinishReason | None = field(default=None, init=False)
+    error: str | None = field(default=None, init=False)
+    cached_tokens: int = field(default=0, init=False)
+    # int32 [2, V], only where logits are adjusted: which tokens the prompt has, and how often each was generated
+    counts: Tensor | None = field(default=None, init=False, repr=False)
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
+
+    def accept(self, token: int) -> None:
+        """Take the newest of `tokens` into account: its time, and whether it is the last."""
+        self.times.append(time.perf_counter())
+        count = len(self.tokens) - self.prompt_length
+        if token in self.stop_ids and count >= self.params.min_tokens:
+            self.finish_reason = "stop"
+        elif count >= self.params.max_new_tokens:
+            self.finish_reason = "length"
+
+
+class Text:
+    """The text of one completion: decoded token by token, with stop strings watched for across token boundaries.
+
+    Args:
+        decoder: Of the tokens; None where there is no tokenizer, and no text.
+        params: The request's.
+        stop_ids: Tokens that end it, which give no text.
+    """
+
+    def __init__(self, decoder: StreamDecoder | None, params: SamplingParams, stop_ids: frozenset[int]) -> None:
+        self._decoder, self._params, self._stop_ids = decoder, params, stop_ids
+        self.emitted = ""
+        self.count = 0  # tokens taken
+        self.stop: str | int | None = None  # what has ended it
+        self._held = ""  # may be the beginning of a stop string
+
+    def take(self, tokens: list[int], last: bool = False) -> str:
+        """Take tokens, as far as no stop string is complete; what may be shown now. last: none come after these."""
+        shown = ""
+        for token in tokens:
+            self.count += 1
+            enough = self.count >= self._params.min_tokens
+            if token in self._stop_ids and enough:
+                self.stop = token
+            elif self._decoder:
+                shown += self.push(self._decoder.push([token]), enough)
+            if self.stop is not None:
+                break
+        if last and self._decoder and not isinstance(self.stop, str):
+            shown += self.push(self._decoder.finish(), last=True)
+        return shown
+
+    def push(self, piece: str, enough: bool = True, last: bool = False) -> str:
+        """Take decoded text; what may be shown of it. enough: whether a stop string may end it."""
+        self._held += piece
+        found = [(place, stop) for stop in self._params.stop if (place := self._held.find(stop)) >= 0]
+        if found and enough:
+            place, self.stop = min(found)
+            shown, self._held = self._held[:place], ""
+        else:
+            keep = 0 if last else max((_overlap(self._held, stop) for stop in self._params.stop), default=0)
+            shown = self._held[: len(self._held) - keep]
+            self._held = self._held[len(self._held) - keep :]
+        self.emitted += shown
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with (less than all of it)."""
+    for length in range(min(len(stop) - 1, len(text)), 0, -1):
+        if stop.startswith(text[-length:]):
+            return length
+    return 0
+
+
+def completion(request: Request, text: Text) -> Completion:
+    """Of a request that has ended, as far as its text has taken its tokens."""
+    count = text.count
+    times = [request.entered, *request.times[:count]]
+    if not count:
+        times.append(time.perf_counter())
+    gaps = [(after - before) * 1e3 for before, after in pairwise(times)]
+    finish_reason = request.finish_reason if text.stop is None else "stop"
+    assert finish_reason is not None
+    return Completion(
+        prompt_token_ids=request.tokens[: request.prompt_length],
+        token_ids=request.generated[:count],
+        text=text.emitted,
+        finish_reason=finish_reason,
+        ttft_ms=gaps[0],
+        itl_ms=gaps[1:],
+        e2e_ms=sum(gaps),
+        index=request.index,
+        stop=text.stop,
+        logprobs=None if request.params.logprobs is None else request.logprobs[:count],
+        prompt_logprobs=None if request.params.prompt_logprobs is None else request.prompt_logprobs,
+        cached_tokens=request.cached_tokens,
+        error=request.error,
+    )

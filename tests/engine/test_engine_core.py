@@ -1,0 +1,278 @@
+"""The engine: whatever else runs, a request's tokens and logits are those that it has alone; nothing leaks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.core import Engine
+from engine.engine_config import EngineConfig
+from engine.llm import LLM
+from engine.requests import Request
+from engine.sampling import SamplingParams
+from engine.weights import random_weights
+
+FIELDS: dict[str, Any] = {
+    "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "attention_bias": False, "eos_token_id": 1,
+    "hidden_act": "silu", "hidden_size": 128, "intermediate_size": 192, "max_position_embeddings": 128,
+    "num_attention_heads": 2, "num_hidden_layers": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-6,
+    "rope_scaling": None, "rope_theta": 10000, "tie_word_embeddings": False, "vocab_size": 256,
+}  # fmt: skip
+Logits = dict[int, Tensor]  # by the position of the token that was chosen from them
+
+
+def make_llm(device: str, **engine: Any) -> LLM:
+    config = ModelConfig.from_dict({**FIELDS, "torch_dtype": "bfloat16"})
+    kernels = {"backend": "cuda", "attention": "flash", "linear": "tiled", "sampling": "split"}
+    settings = {
+        "device": device,
+        "kv_cache": "paged",
+        "page_size": 8,
+        **(kernels if device == "cuda" else {}),
+        **engine,
+    }
+    return LLM((config, random_weights(config, device, torch.bfloat16, 0)), EngineConfig(**settings))
+
+
+def watch(core: Engine, seen: dict[Request, Logits]) -> None:
+    """Keep the logits that each request's tokens are chosen from."""
+    chosen = core.runner._choose
+
+    def choose(pending: Any, logits: Tensor, out: Tensor) -> None:
+        for row, request in enumerate(pending.requests):
+            seen.setdefault(request, {}).setdefault(request.length - 1, logits[row].clone())
+        chosen(pending, logits, out)
+
+    core.runner._choose = choose  # type: ignore[method-assign]
+    loop = core.runner._loop
+    if loop is None:
+        return
+    enqueue = loop.enqueue
+
+    def enqueue_and_look(choice: Any = None) -> None:
+        enqueue(choice)
+        assert loop is not None and loop.logits is not None
+        if choice is None:
+            for row, request in enumerate(core.runner._decoding):
+                seen.setdefault(request, {}).setdefault(request.length - 1, loop.logits[row].clone())
+
+    loop.enqueue = enqueue_and_look  # type: ignore[method-assign]
+
+
+class Alone:
+    """Each request by itself, computed once."""
+
+    def __init__(self, device: str) -> None:
+        self._llm = make_llm(device, max_batch=1, max_step_tokens=128, prefix_cache=False)
+        self._seen: dict[Request, Logits] = {}
+        watch(self._llm.core, self._seen)
+        self._known: dict[Any, tuple[list[int], Logits]] = {}
+
+    def __call__(self, prompt: tuple[int, ...], params: SamplingParams) -> tuple[list[int], Logits]:
+        key = prompt, repr(params)
+        if key not in self._known:
+            (live,) = self._llm.requests(prompt, params)
+            self._llm.core.add(live.request)
+            while live.request.finish_reason is None:
+                self._llm.core.step()
+            self._known[key] = live.request.generated, self._seen.pop(live.request)
+        return self._known[key]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Callable[..., tuple[list[int], Logits]]:
+    return Alone("cpu")
+
+
+def check_schedule(seed: int, alone: Callable[..., tuple[list[int], Logits]], device: str = "cpu") -> Engine:
+    """Random requests that come, end, are aborted and preempted at random, and share beginnings."""
+    draw = random.Random(seed)
+    batch = draw.choice([1, 2, 3, 5])
+    llm = make_llm(
+        device, max_batch=batch, max_step_tokens=draw.choice([batch, 8, 24, 64]), cuda_graph=draw.random() < 0.5,
+        kv_tokens=draw.choice([72, 72, 88, 400]), prefix_cache=draw.random() < 0.7,
+        batching=draw.choice(["continuous", "continuous", "inflight"]),
+    )  # fmt: skip
+    core, seen = llm.core, {}
+    watch(core, seen)
+    beginnings = [tuple(range(2 + 40 * i, 2 + 40 * i + 30)) for i in range(3)]
+    coming: list[tuple[int, tuple[int, ...], SamplingParams]] = []
+    for _ in range(draw.randint(2, 7)):
+        prompt = draw.choice(beginnings)[: draw.randint(1, 30)] + tuple(range(200, 200 + draw.choice([0, 0, 1, 9])))
+        params = SamplingParams(
+            max_new_tokens=draw.choice([1, 2, 7, 20, 32]), temperature=draw.choice([0.0, 0.9]), seed=draw.randint(0, 3),
+            stop_token_ids=draw.choice([(), (3, 50, 90, 120, 200)]), n=draw.choice([1, 1, 1, 2]),
+            frequency_penalty=draw.choice([0.0, 0.0, 0.0, 1.0]),
+        )  # fmt: skip
+        coming.append((draw.randint(0, 25), prompt, params))
+    requests: list[tuple[Request, SamplingParams]] = []
+    aborted: set[Request] = set()
+    step = 0
+    while coming or len(core):
+        for arrival in [item for item in coming if item[0] <= step]:
+            coming.remove(arrival)
+            for live in llm.requests(arrival[1], arrival[2], priority=draw.choice([0, 0, 1])):
+                core.add(live.request)
+                requests.append((live.request, arrival[2]))
+        if draw.random() < 0.05 and len(core):
+            victim = draw.choice([r for r, _ in requests if r.finish_reason is None])
+            core.end(victim, "abort")
+            aborted.add(victim)
+        core.step()
+        pool = core.pool
+        assert pool.free + pool.cached + pool.used == pool.pages
+        step += 1
+        assert step < 2000
+    while core.runner.pending:
+        core.runner.wait()
+    assert core.pool.used == 0
+    for request, params in requests:
+        single = replace(params, n=1, seed=(params.seed or 0) + request.index)
+        tokens, logits = alone(tuple(request.tokens[: request.prompt_length]), single)
+        assert request.generated == (tokens[: len(request.generated)] if request in aborted else tokens)
+        for place in range(request.prompt_length, len(request.tokens)):
+            assert torch.equal(seen[request][place], logits[place]), (request.id, place)
+    return core
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_random_schedules(part: int, alone: Callable[..., tuple[list[int], Logits]]):
+    stats = [check_schedule(seed, alone).stats() for seed in range(20 * part, 20 * part + 20)]
+    assert sum(s.preemptions for s in stats) and sum(s.cached_tokens for s in stats)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_a_thousand_random_schedules(alone: Callable[..., tuple[list[int], Logits]]):
+    for seed in range(100, 1100):
+        check_schedule(seed, alone)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_random_schedules_on_a_gpu():
+    alone = Alone("cuda")
+    stats = [check_schedule(seed, alone, "cuda").stats() for seed in range(40)]
+    assert sum(s.preemptions for s in stats) and sum(s.cached_tokens for s in stats)
+
+
+def collect(core: Engine, requests: list[Request]) -> None:
+    while any(request.finish_reason is None for request in requests):
+        core.step()
+
+
+def test_forks_compute_their_prompt_once():
+    llm = make_llm("cpu", max_batch=4, prefix_cache=False)
+    done = llm.generate([list(range(2, 32))], SamplingParams(max_new_tokens=6, n=3, seed=5, ignore_eos=True))
+    stats = llm.stats()
+    assert [c.index for c in done] == [0, 1, 2] and len({tuple(c.token_ids) for c in done}) == 3
+    assert stats.prompt_tokens == 90 and stats.cached_tokens == 58
+    for completion in done:
+        params = SamplingParams(max_new_tokens=6, seed=5 + completion.index, ignore_eos=True)
+        assert llm.generate([list(range(2, 32))], params)[0].token_ids == completion.token_ids
+
+
+def test_a_shared_prompt_is_computed_once():
+    llm = make_llm("cpu", max_batch=4)
+    params = SamplingParams(max_new_tokens=2, ignore_eos=True, temperature=0.0)
+    first = llm.generate([list(range(2, 50))], params)
+    again = llm.generate([[*range(2, 50), i] for i in range(60, 64)], params)
+    assert first[0].cached_tokens == 0 and [c.cached_tokens for c in again] == [48] * 4
+
+
+def test_deadlines_and_what_is_left():
+    llm = make_llm("cpu", max_batch=2)
+    core = llm.core
+    (live,) = llm.requests([2, 3, 4], SamplingParams(max_new_tokens=100, ignore_eos=True), timeout=0.0)
+    (other,) = llm.requests([2, 3, 4], SamplingParams(max_new_tokens=3, ignore_eos=True))
+    core.add(live.request)
+    core.add(other.request)
+    collect(core, [live.request, other.request])
+    assert live.request.finish_reason == "deadline" and other.request.finish_reason == "length"
+    assert core.stats().finished == {"deadline": 1, "length": 1} and core.pool.used == 0
+
+
+def test_what_can_never_run_is_refused_alone():
+    llm = make_llm("cpu", max_batch=2, kv_tokens=32)
+    (large,) = llm.requests(range(2, 32), SamplingParams(max_new_tokens=20))
+    with pytest.raises(ValueError, match=r"takes 7 pages for 50 tokens; the pool has 4"):
+        llm.core.add(large.request)
+    (one,) = llm.requests([2, 3], SamplingParams(max_new_tokens=3), id="a")
+    llm.core.add(one.request)
+    (two,) = llm.requests([2, 3], SamplingParams(max_new_tokens=3), id="a")
+    with pytest.raises(ValueError, match="is live already"):
+        llm.core.add(two.request)
+    collect(llm.core, [one.request])
+    with pytest.raises(KeyError, match="is not live"):
+        llm.core.end(one.request, "abort")
+    assert one.request.finish_reason in ("length", "stop")
+
+
+def test_logprobs_are_those_of_the_logits(alone: Callable[..., tuple[list[int], Logits]]):
+    llm = make_llm("cpu", max_batch=3, max_step_tokens=16, cuda_graph=True)
+    prompts = [tuple(range(2, 2 + n)) for n in (5, 20, 30)]
+    settings = [
+        SamplingParams(max_new_tokens=8, temperature=0.0, logprobs=k, prompt_logprobs=p, ignore_eos=True)
+        for k, p in ((None, 0), (3, None), (0, 2))
+    ]
+    for prompt, params, done in zip(prompts, settings, llm.generate(prompts, settings), strict=True):
+        plain = SamplingParams(max_new_tokens=8, temperature=0.0, ignore_eos=True)
+        tokens, logits = alone(prompt, plain)
+        assert done.token_ids == tokens and (done.logprobs is None) == (params.logprobs is None)
+        for at, found in enumerate(done.logprobs or []):
+            log = torch.log_softmax(logits[len(prompt) + at].float(), -1)
+            assert found.token == tokens[at] and found.logprob == pytest.approx(float(log[tokens[at]]), abs=1e-5)
+            assert found.rank == 1 and len(found.top) == params.logprobs
+            assert [value for _, value in found.top] == pytest.approx(
+                log.topk(len(found.top)).values.tolist(), abs=1e-5
+            )
+        if params.prompt_logprobs is not None:
+            assert done.prompt_logprobs is not None and done.prompt_logprobs[0] is None
+            for place in range(1, len(prompt)):
+                found = done.prompt_logprobs[place]
+                _, before = alone(prompt[:place], replace(plain, max_new_tokens=1))
+                log = torch.log_softmax(before[place].float(), -1)
+                assert found is not None and found.token == prompt[place]
+                assert found.logprob == pytest.approx(float(log[prompt[place]]), abs=1e-5)
+                assert found.rank == int((log > log[prompt[place]]).sum()) + 1
+        else:
+            assert done.prompt_logprobs is None
+
+
+def test_scoring_alone_generates_nothing():
+    done = make_llm("cpu").generate([[2, 3, 4]], SamplingParams(max_new_tokens=0, prompt_logprobs=0))[0]
+    assert done.token_ids == [] and done.finish_reason == "length" and len(done.prompt_logprobs or []) == 3
+
+
+def test_adjusted_logits():
+    llm = make_llm("cpu", max_batch=3)
+    prompt = list(range(2, 12))
+
+    def tokens(**settings: Any) -> list[int]:
+        params = SamplingParams(**{"max_new_tokens": 12, "temperature": 0.0, "ignore_eos": True, **settings})
+        return llm.generate([prompt], params)[0].token_ids
+
+    assert tokens(logit_bias={77: 100.0}) == [77] * 12
+    free = tokens()
+    assert len(set(tokens(presence_penalty=2.0, logit_bias={i: 50.0 for i in range(20, 30)}))) >= 10
+    assert tokens(frequency_penalty=0.0) == free
+    stop = free[2]
+    assert len(tokens(stop_token_ids=[stop])) <= 3
+    longer = tokens(stop_token_ids=[stop], min_tokens=8)
+    assert len(longer) >= 8 and stop not in longer[:7]
+    with pytest.raises(ValueError, match="logit_bias is for token id 256; ids are 0 to 255"):
+        tokens(logit_bias={256: 1.0})
+
+
+def test_memory_that_is_too_small_is_said():
+    with pytest.raises(ValueError, match=r"kv_tokens = 0"):
+        make_llm("cpu", kv_tokens=0)
+    llm = make_llm("cpu", kv_tokens=20)
+    assert llm.core.pool.pages == 3

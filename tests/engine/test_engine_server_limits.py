@@ -1,0 +1,376 @@
+"""The server under clients that leave, dawdle, ask too much or may not ask, and when it is told to stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_engine import ROOT, FakeEngine, Running, eventually, fake_llm, running
+
+from engine.server.gate import Connection
+
+BODY = {"prompt": "hello", "max_tokens": 2000}
+
+
+def message(body: Any, path: str = "/v1/completions", **headers: str) -> bytes:
+    """A request as it is on the wire."""
+    content = json.dumps(body).encode()
+    given = {"Host": "x", "Content-Type": "application/json", "Content-Length": str(len(content)), **headers}
+    lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in given.items())]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + content
+
+
+@pytest.fixture
+def slow() -> Iterator[tuple[FakeEngine, Running]]:
+    """An engine whose requests would take a minute."""
+    engine = FakeEngine(delay=0.03)
+    with running(engine, grace=0.2) as server:
+        yield engine, server
+
+
+# --- clients that leave -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["hello", ["a", "b", "c"]])
+def test_leaving_aborts(slow: tuple[FakeEngine, Running], stream: bool, prompt: Any):
+    engine, server = slow
+    expected = 1 if isinstance(prompt, str) else len(prompt)
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(message({**BODY, "prompt": prompt, "stream": stream}))
+        if stream:
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+        eventually(lambda: len(engine.streams) == expected)
+    eventually(lambda: all(s.aborted for s in engine.streams))
+
+
+def test_leaving_at_every_point(slow: tuple[FakeEngine, Running]):
+    """Whatever has been sent or read by then: nothing goes on running, and the next request is answered."""
+    engine, server = slow
+    whole = message({**BODY, "stream": True})
+    for end in (0, 1, 20, len(whole) - 5, len(whole)):
+        for reset in (False, True):
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.sendall(whole[:end])
+                if reset:  # RST in place of FIN
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+    for read in (1, 200, 1000):
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(whole)
+            while read > 0:
+                read -= len(client.recv(min(read, 100)))
+    eventually(lambda: all(s.done for s in engine.streams))
+    with httpx.Client(base_url=server.url) as client:
+        assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
+        eventually(lambda: client.get("/stats").json()["running"] == 0)
+
+
+def test_many_leave_at_random_times(slow: tuple[FakeEngine, Running]):
+    engine, server = slow
+
+    def visit(number: int) -> None:
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(message({**BODY, "stream": bool(number % 2)}))
+            time.sleep(number * 0.01)
+
+    threads = [threading.Thread(target=visit, args=(number,)) for number in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    eventually(lambda: all(s.done for s in engine.streams))
+
+
+# --- clients that dawdle ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Connection, "request_timeout", 0.3)
+    monkeypatch.setattr(Connection, "write_timeout", 0.3)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /he", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n", message(BODY)[:-3]])
+def test_slow_requests(impatient: None, sent: bytes):
+    engine = FakeEngine()
+    with running(engine) as server, socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.settimeout(5)
+        client.sendall(sent)
+        answer = b"".join(iter(lambda: client.recv(1000), b""))
+        assert answer.startswith(b"HTTP/1.1 408") and b"request_timeout" in answer
+        assert not engine.streams
+
+
+def test_a_request_in_pieces_is_no_slow_one(impatient: None):
+    with running(FakeEngine()) as server, socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.settimeout(5)
+        whole = message({"prompt": "x", "max_tokens": 1})
+        for begin in range(0, len(whole), 40):
+            client.sendall(whole[begin : begin + 40])
+            time.sleep(0.01)
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_answers_may_take_longer_than_requests(impatient: None):
+    with running(FakeEngine(delay=0.05)) as server, httpx.Client(base_url=server.url) as client:
+        assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 12}).status_code == 200
+
+
+def test_slow_readers_are_cut_off(impatient: None):
+    engine = FakeEngine()
+    with running(engine) as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", server.port))
+        # Enough to fill the system's buffers.
+        client.sendall(message({**BODY, "prompt": ["x", "y"], "logprobs": 20, "n": 5, "stream": True}))
+        eventually(lambda: len(engine.streams) == 2 and all(s.aborted for s in engine.streams), 30)
+
+
+# --- clients that ask too much ----------------------------------------------------------------------------------------
+
+
+def test_large_bodies():
+    engine = FakeEngine()
+    with running(engine, max_body=10_000) as server, httpx.Client(base_url=server.url) as client:
+        assert client.post("/v1/completions", json={"prompt": "x" * 9000, "max_tokens": 1}).status_code != 413
+        answer = client.post("/v1/completions", json={"prompt": "x" * 10_000})
+        assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"
+        # without a length, in chunks that do not end
+        with socket.create_connection(("127.0.0.1", server.port)) as raw:
+            raw.settimeout(5)
+            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            answered = b""
+            for _ in range(100):
+                raw.sendall(b"400\r\n" + b"x" * 1024 + b"\r\n")
+            answered = raw.recv(1000)
+            assert answered.startswith(b"HTTP/1.1 413")
+        count = len(engine.streams)
+        with socket.create_connection(("127.0.0.1", server.port)) as raw:  # a lie is believed before it is read
+            raw.sendall(message({}, **{"Content-Length": "99999999999"}))
+            raw.settimeout(5)
+            assert raw.recv(1000).startswith(b"HTTP/1.1 413")
+        assert len(engine.streams) == count
+        assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 40_000 + b"\r\n\r\n",
+        b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"".join(b"A%d: bbbbb\r\n" % n for n in range(5000)) + b"\r\n",
+        b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03",  # TLS
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: x\r\n\r\n",
+        b"\r\n\r\n\0\0\r\n\r\n",
+    ],
+)
+def test_what_is_no_http(request_bytes: bytes):
+    with running(FakeEngine()) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.settimeout(5)
+            client.sendall(request_bytes)
+            try:
+                answer = client.recv(2000)
+            except ConnectionResetError:  # the server closes on what it does not read
+                answer = b"HTTP/1.1 400"
+            assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 431", b"HTTP/1.1 501")), answer
+        assert httpx.get(server.url + "/health").status_code == 200
+
+
+def test_the_queue_is_bounded():
+    engine = FakeEngine(delay=0.03, room=2)
+    with running(engine, grace=0.2) as server, httpx.Client(base_url=server.url) as client:
+        # all of a list or nothing of it
+        answer = client.post("/v1/completions", json={"prompt": ["a", "b", "c"], "max_tokens": 2000})
+        assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
+        assert answer.json()["error"]["type"] == "rate_limit_error" and answer.json()["error"]["code"] == "queue_full"
+        assert len(engine.streams) == 2 and all(s.aborted for s in engine.streams)
+        assert client.post("/v1/completions", json={"prompt": ["a", "b"], "max_tokens": 2}).status_code == 200
+        many = client.post("/v1/completions", json={"prompt": ["a"] * 2000, "max_tokens": 1})
+        assert many.status_code == 400 and "at most 1024" in many.json()["error"]["message"]
+
+
+def test_requests_in_flight_are_bounded():
+    engine = FakeEngine(delay=0.05)
+    # 1 that waits, 8 that run, 256 more
+    with running(engine, grace=0.1, max_waiting=1) as server:
+        clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(265)]
+        for client in clients:
+            client.sendall(message(BODY)[:-1])  # all but the end of the body
+        with httpx.Client(base_url=server.url) as late:
+            eventually(lambda: late.get("/v1/models").status_code == 429)
+            assert late.get("/v1/models").headers["retry-after"] == "1"
+            assert late.get("/health").status_code == late.get("/metrics").status_code == 200
+            for client in clients:
+                client.close()
+            eventually(lambda: late.get("/v1/models").status_code == 200)
+
+
+# --- who may ask ------------------------------------------------------------------------------------------------------
+
+
+def test_api_key():
+    with running(FakeEngine(), api_key="s3cret") as server, httpx.Client(base_url=server.url) as client:
+        body = {"prompt": "x", "max_tokens": 1}
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}, {"Authorization": ""}):
+            answer = client.post("/v1/completions", json=body, headers=headers)
+            assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+            assert "s3cret" not in answer.text
+        for path in ("/v1/models", "/tokenizer_info", "/v1/nothing", "/tokenize"):
+            assert client.get(path).status_code == 401
+        for path in ("/", "/health", "/metrics", "/stats", "/openapi.json", "/version"):
+            assert client.get(path).status_code == 200
+        right = {"Authorization": "Bearer s3cret"}
+        assert client.post("/v1/completions", json=body, headers=right).status_code == 200
+
+
+def test_other_sites_may_ask_only_where_told():
+    asking = {"Origin": "http://app.example", "Access-Control-Request-Method": "POST"}
+    with running(FakeEngine()) as server:
+        answer = httpx.options(server.url + "/v1/completions", headers=asking)
+        assert "access-control-allow-origin" not in answer.headers
+    with running(FakeEngine(), cors_origins=("http://app.example",), api_key="k") as server:
+        answer = httpx.options(server.url + "/v1/completions", headers=asking)
+        assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "http://app.example"
+        answer = httpx.post(server.url + "/v1/completions", headers={"Origin": "http://app.example"}, json={})
+        assert answer.status_code == 401 and "access-control-allow-origin" in answer.headers
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def read_stream(server: Running, tokens: int) -> list[str]:
+    body = {**BODY, "max_tokens": tokens, "stream": True}
+    with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=20) as answer:
+        return [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+
+
+def test_streams_end_within_the_grace():
+    engine = FakeEngine(delay=0.02)
+    found: dict[int, list[str]] = {}
+    with running(engine, grace=5.0) as server:
+        threads = [threading.Thread(target=lambda n=n: found.__setitem__(n, read_stream(server, n))) for n in (30, 40)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: len(engine.streams) == 2)
+        server.server.should_exit = True
+        for thread in threads:
+            thread.join(20)
+    for tokens, lines in found.items():
+        assert lines[-1] == "[DONE]" and json.loads(lines[-2])["choices"][0]["finish_reason"] == "length", tokens
+    assert not any(s.aborted for s in engine.streams) and engine.left
+
+
+def test_what_does_not_end_within_the_grace_gets_an_error():
+    engine = FakeEngine(delay=0.02)
+    found: list[Any] = []
+    with running(engine, grace=0.3) as server:
+        stream = threading.Thread(target=lambda: found.append(read_stream(server, 2000)))
+        whole = threading.Thread(
+            target=lambda: found.append(httpx.post(server.url + "/v1/completions", json=BODY, timeout=20))
+        )
+        for thread in (stream, whole):
+            thread.start()
+        eventually(lambda: len(engine.streams) == 2)
+        kept = httpx.Client(base_url=server.url)
+        assert kept.get("/health").status_code == 200
+        # a connection that is busy when the end begins
+        with socket.create_connection(("127.0.0.1", server.port)) as late:
+            late.settimeout(5)
+            whole_request = message({"prompt": "x"})
+            late.sendall(whole_request[:-1])
+            time.sleep(0.1)
+            server.server.should_exit = True
+            eventually(lambda: server.server.app.state.service.draining)
+            late.sendall(whole_request[-1:])
+            assert late.recv(1000).startswith(b"HTTP/1.1 503")
+        for thread in (stream, whole):
+            thread.join(20)
+        kept.close()
+    answer = next(item for item in found if isinstance(item, httpx.Response))
+    lines = next(item for item in found if isinstance(item, list))
+    assert answer.status_code == 503 and "shutting down" in answer.json()["error"]["message"]
+    assert lines[-1] == "[DONE]" and "shutting down" in json.loads(lines[-2])["error"]["message"]
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(server.url + "/health")
+
+
+def test_a_second_signal_does_not_wait():
+    engine = FakeEngine(delay=0.02)
+    found: list[list[str]] = []
+    with running(engine, grace=60.0) as server:
+        thread = threading.Thread(target=lambda: found.append(read_stream(server, 2000)))
+        thread.start()
+        eventually(lambda: len(engine.streams) == 1)
+        for _ in range(2):
+            server.server.handle_exit(signal.SIGINT, None)
+            time.sleep(0.2)
+        thread.join(10)
+    assert found[0][-1] == "[DONE]" and "shutting down" in found[0][-2]
+
+
+PROCESS = """
+import sys
+sys.path.insert(0, {tests!r})
+import engine.server.serve as serving
+from fake_engine import FakeEngine, fake_llm
+serving.AsyncLLM = lambda llm, max_waiting: FakeEngine(delay=0.02)
+serving.serve(fake_llm(), serving.Settings(("m",)), port=0, grace=5)
+print("after")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals(number: signal.Signals):
+    script = PROCESS.format(tests=str(Path(__file__).parent))
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        first = json.loads(process.stderr.readline())
+        assert first["message"] == "serving" and first["url"].startswith("http://127.0.0.1:")
+        lines: list[str] = []
+        with httpx.stream(
+            "POST", first["url"] + "/v1/completions", json={**BODY, "max_tokens": 40, "stream": True}, timeout=20
+        ) as answer:
+            for line in answer.iter_lines():
+                if not lines:
+                    process.send_signal(number)
+                lines.append(line)
+        assert lines[-2] == "data: [DONE]" or lines[-1] == "data: [DONE]"
+        stdout, stderr = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    logged = [json.loads(line)["message"] for line in stderr.splitlines()]
+    assert logged == ["shutting down", "answered", "stopped"], stderr
+    assert (process.returncode, stdout) == ((0, "after\n") if number == signal.SIGINT else (-signal.SIGTERM, ""))
+
+
+def test_a_warning_where_anyone_may_ask(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    import engine.server.serve as serving
+
+    monkeypatch.setattr(serving, "AsyncLLM", lambda llm, max_waiting: FakeEngine())
+    monkeypatch.setattr(serving.Server, "run", lambda self, sockets: None)
+    serving.serve(fake_llm(), serving.Settings(("m",)), host="0.0.0.0", port=0)
+    assert "no API key" in capfd.readouterr().err
+    serving.serve(fake_llm(), serving.Settings(("m",), api_key="k"), host="0.0.0.0", port=0)
+    serving.serve(fake_llm(), serving.Settings(("m",)), host="localhost", port=0)
+    assert "no API key" not in capfd.readouterr().err
+    logging.getLogger("engine").handlers.clear()

@@ -1,4 +1,4 @@
-"""The command `afs`: generate, chat, serve, check-gpu, inspect, bench.
+"""The command `afs`: generate, chat, serve, check-gpu, inspect, bench latency, bench throughput, bench serve.
 
 Heavy modules are imported inside the commands, so that `afs --help` answers at once.
 """
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from engine.config import ModelConfig
     from engine.llm import LLM, Completion
     from engine.sampling import SamplingParams
+    from engine.tokenizer import Tokenizer
 
 app = typer.Typer(
     help="Run and look at language models with the from-scratch engine.",
@@ -42,6 +43,17 @@ TopKOption = Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 
 TopPOption = Annotated[float, typer.Option(help="Keep the most likely tokens that make up this probability.")]
 MinPOption = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
 PenaltyOption = Annotated[float, typer.Option(help="Above 1 makes tokens already in the text less likely.")]
+WeightsOption = Annotated[str, typer.Option(help="checkpoint or random.")]
+FormatOption = Annotated[str, typer.Option("--format", help="table, json, csv or markdown.")]
+CountOption = Annotated[int, typer.Option(help="Requests of a run.")]
+PromptTokensOption = Annotated[str, typer.Option(help="Random tokens of each prompt: 512, or 32-1024 for any from to.")]
+AskedOption = Annotated[int | None, typer.Option(help="Tokens to generate; default: 128, with --sharegpt as many as "
+                                                      "the answer has.")]  # fmt: skip
+PrefixOption = Annotated[int, typer.Option(help="Tokens that all prompts begin with, before their own.")]
+ShareGptOption = Annotated[Path | None, typer.Option(help="Take prompts from this JSON file, not random tokens.")]
+LoadSeedOption = Annotated[int, typer.Option(help="Of lengths, tokens and arrivals.")]
+RateOption = Annotated[str, typer.Option(help="Requests a second, as 1,2,4 for a run each; inf is all at once.")]
+ArrivalsOption = Annotated[str, typer.Option(help="poisson, or fixed: one every 1/rate seconds.")]
 SeedOption = Annotated[int | None, typer.Option(help="Repeats the same draw; default: a fresh one.")]
 
 
@@ -422,9 +434,6 @@ def _stored(directory: Path, config: "ModelConfig") -> str:
     return f"stored: {len(entries)} tensors, {stored:,} bytes, {dtypes}, {shards} file{'s' if shards > 1 else ''}"
 
 
-FORMATS = ("table", "json", "csv", "markdown")
-
-
 @bench.command()
 @_one_line_errors
 def latency(
@@ -436,8 +445,8 @@ def latency(
     tests: Annotated[str | None, typer.Option(help="As llama-bench names them, pp512,tg128,tg128@d1024, in place of "
                                                    "--context and --new-tokens.")] = None,
     repetitions: Annotated[int, typer.Option(help="Runs of each test.")] = 5,
-    form: Annotated[str, typer.Option("--format", help="table, json, csv or markdown.")] = "table",
-    weights: Annotated[str, typer.Option(help="checkpoint or random.")] = "checkpoint",
+    form: FormatOption = "table",
+    weights: WeightsOption = "checkpoint",
     backend: BackendOption = "auto",
     dtype: DtypeOption = "bfloat16",
     cuda_graph: Annotated[bool, typer.Option(help="Capture decode steps, on a GPU.")] = True,
@@ -447,8 +456,7 @@ def latency(
 
     from engine.latency import COLUMNS, Case, TooLarge, lines, measure, measure_ceilings, records, render
 
-    if form not in FORMATS:
-        raise ValueError(f"format = {form!r}; it must be one of {', '.join(FORMATS)}")
+    _check_format(form)
     if repetitions < 1 or new_tokens < 1:
         raise ValueError(f"{repetitions} repetitions of {new_tokens} new tokens; at least 1 of 1 is needed")
     batches, contexts = _numbers("batch", batch), _numbers("context", context)
@@ -498,6 +506,153 @@ def latency(
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
+@bench.command()
+@_one_line_errors
+def throughput(
+    model: Annotated[Path, typer.Argument(help="Checkpoint folder; with --weights random a config.json, or a file of "
+                                               "conf/model/, will do.")] = DEFAULT_MODEL,
+    num_prompts: CountOption = 64,
+    prompt_tokens: PromptTokensOption = "32-1024",
+    new_tokens: AskedOption = None,
+    prefix_tokens: PrefixOption = 0,
+    sharegpt: ShareGptOption = None,
+    seed: LoadSeedOption = 1,
+    request_rate: RateOption = "inf",
+    arrivals: ArrivalsOption = "poisson",
+    max_batch: Annotated[int, typer.Option(help="Requests that run together.")] = 256,
+    kv_cache: Annotated[str, typer.Option(help="paged, or contiguous: a row of the longest length each.")] = "paged",
+    form: FormatOption = "table",
+    weights: WeightsOption = "checkpoint",
+    backend: BackendOption = "auto",
+    dtype: DtypeOption = "bfloat16",
+    cuda_graph: Annotated[bool, typer.Option(help="Capture decode steps, on a GPU.")] = True,
+) -> None:  # fmt: skip
+    """Requests a second and tokens a second, with latencies, beside the floor of what the machine allows."""
+    import torch
+
+    from engine.latency import measure_ceilings
+    from engine.throughput import bench
+    from engine.workloads import Mix, make_source, parse_range, parse_schedules, print_tables, render
+
+    _check_format(form)
+    schedules = parse_schedules(request_rate, arrivals, seed)
+    low, high = parse_range("prompt-tokens", prompt_tokens)
+    mix = Mix(num_prompts, low, high, new_tokens or 128, seed, prefix_tokens)
+    llm = _load_measured(model, weights, backend, dtype, cuda_graph, kv_cache=kv_cache, max_batch=max_batch)
+    limits = {"new_tokens": new_tokens, "max_total": min(2048, llm.max_model_len)}
+    draw = make_source(mix, llm.config.vocab_size, llm.tokenizer, sharegpt, **limits)
+    ceilings = measure_ceilings(llm.weights.device)
+    engine = llm.engine
+    device = torch.cuda.get_device_name() if engine.device == "cuda" else "CPU"
+    records = bench(
+        llm,
+        draw,
+        schedules,
+        ceilings,
+        model_filename=str(model),
+        model_type=f"{llm.config.architecture.removesuffix('ForCausalLM')} {engine.dtype}",
+        model_size=llm.weights.nbytes,
+        model_n_params=llm.config.parameter_count(),
+        weights=weights,
+        backends=engine.backend,
+        gpu_info=device,
+        kv_cache=engine.kv_cache,
+        max_batch=engine.max_batch,
+        n_batch=engine.max_step_tokens,
+        cuda_graph=engine.captures,
+        detokenized=llm.tokenizer is not None,
+        copy_bandwidth=ceilings.bandwidth,
+        matrix_rate=ceilings.matrix_rate,
+    )
+    if form != "table":
+        typer.echo(render(records, form))
+        return
+    assert ceilings.bandwidth is not None and ceilings.matrix_rate is not None
+    title = (
+        f"{model} ({engine.dtype}, {engine.backend}) on {device}: copy {ceilings.bandwidth / 1e12:.3g} TB/s, "
+        f"matrix {ceilings.matrix_rate / 1e12:.3g} TFLOP/s"
+    )
+    print_tables(records, title, None if sys.stdout.isatty() else 160)
+
+
+@bench.command("serve")
+@_one_line_errors
+def bench_serve(
+    url: Annotated[str, typer.Argument(help="The server's root.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Its name; default: the first that the server lists.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Folder with the served model's tokenizer.json.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="In its place, for completions of random token ids.")] = None,
+    api: Annotated[str, typer.Option(help="completions or chat.")] = "completions",
+    num_prompts: CountOption = 64,
+    prompt_tokens: PromptTokensOption = "32-1024",
+    new_tokens: AskedOption = None,
+    prefix_tokens: PrefixOption = 0,
+    sharegpt: ShareGptOption = None,
+    seed: LoadSeedOption = 1,
+    request_rate: RateOption = "inf",
+    arrivals: ArrivalsOption = "poisson",
+    clients: Annotated[str | None, typer.Option(help="Requests at a time at most, as 8,32 for a run each; default: as "
+                                                     "many as arrive.")] = None,
+    goodput: Annotated[str | None, typer.Option(help="Count requests within, as 'ttft_ms:500 tpot_ms:50'.")] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Ask for all tokens; not every server knows this field.")] = True,
+    extra_body: Annotated[str | None, typer.Option(help="More fields of every request, as a JSON object.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="AFS_API_KEY", help="Sent as a bearer token.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
+    form: FormatOption = "table",
+) -> None:  # fmt: skip
+    """Load an OpenAI-compatible server, ours or another's: throughput, latencies, goodput, errors by kind."""
+    import asyncio
+
+    from engine.client import Server, bench, make_body, make_schedules
+    from engine.tokenizer import Tokenizer
+    from engine.workloads import (
+        Mix,
+        make_source,
+        parse_goodput,
+        parse_range,
+        parse_schedules,
+        print_tables,
+        render,
+        with_text,
+    )
+
+    _check_format(form)
+    objectives = parse_goodput(goodput) if goodput else None
+    timed = parse_schedules(request_rate, arrivals, seed)
+    schedules = make_schedules(timed, _numbers("clients", clients) if clients else [])
+    low, high = parse_range("prompt-tokens", prompt_tokens)
+    mix = Mix(num_prompts, low, high, new_tokens or 128, seed, prefix_tokens)
+    loaded = Tokenizer(tokenizer) if tokenizer else None
+    if loaded is None and (vocab_size is None or api == "chat"):
+        raise ValueError("--tokenizer FOLDER is needed (or --vocab-size N, for completions of random token ids)")
+    count = functools.partial(_count_tokens, loaded) if loaded else None
+    server = Server(url, model or "", api, api_key, timeout, make_body(ignore_eos, extra_body), count)
+    ids = vocab_size or (loaded.vocab_size if loaded else 0)
+    draw = make_source(mix, ids, loaded, sharegpt, new_tokens=new_tokens)
+    texts = (lambda run: with_text(draw(run), loaded)) if loaded and api == "chat" else draw
+    records = asyncio.run(bench(server, texts, schedules, objectives))
+    if form == "table":
+        print_tables(records, f"{records[0]['model']} at {url}, {api}", None if sys.stdout.isatty() else 160)
+    else:
+        typer.echo(render(records, form))
+    for record in records:
+        for kind, detail in record["error_details"].items():
+            typer.echo(f"{record['run']}: {record['errors'][kind]} of {mix.count} failed, {kind}: {detail}", err=True)
+    if not all(record["completed"] for record in records):
+        raise typer.Exit(1)
+
+
+def _count_tokens(tokenizer: "Tokenizer", text: str) -> int:
+    return len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _check_format(form: str) -> None:
+    from engine.workloads import FORMATS
+
+    if form not in FORMATS:
+        raise ValueError(f"format = {form!r}; it must be one of {', '.join(FORMATS)}")
+
+
 def _numbers(name: str, text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
@@ -505,15 +660,15 @@ def _numbers(name: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _load_measured(path: Path, weights: str, backend: str, dtype: str, cuda_graph: bool) -> "LLM":
-    """The model for measurements; random weights need no more than its configuration."""
+def _load_measured(path: Path, weights: str, backend: str, dtype: str, cuda_graph: bool, **settings: Any) -> "LLM":
+    """The model for measurements; random weights need no more than its configuration. settings: of EngineConfig."""
     from engine.config import ModelConfig
     from engine.llm import LLM, EngineConfig
     from engine.weights import random_weights
 
     if weights not in ("checkpoint", "random"):
         raise ValueError(f"weights = {weights!r}; it must be checkpoint or random")
-    engine = EngineConfig(**_fastest(backend, cuda_graph), dtype=dtype)  # type: ignore[arg-type]
+    engine = EngineConfig(**_fastest(backend, cuda_graph), dtype=dtype, **settings)  # type: ignore[arg-type]
     if weights == "checkpoint":
         return LLM(path, engine)
     if path.suffix == ".yaml":

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import decode, peers, prefill
+from stages import decode, peers, prefill, throughput
 from stages.host import read_host, use_gpu
 from stages.metrics import COLUMNS, KNOBS, Rows, read
 from stages.params import Gpu, Model, ParamsError, Week, Workload
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 NO_FORWARD = "no forward pass before w03"
 TOKENIZER_BYTES = 1 << 16
-VERSIONS = ("attention", "linear", "sampling", "kv_cache", "cuda_graph")
+VERSIONS = ("attention", "linear", "sampling", "kv_cache", "cuda_graph", "batching")
 
 
 @dataclass
@@ -263,6 +263,7 @@ def measure_standard(context: Context, cases: list[Any]) -> None:
 
         def generate(prompts: list[list[int]], new_tokens: int) -> list[float]:
             params = SamplingParams(temperature=0.0, max_new_tokens=new_tokens, ignore_eos=True)
+            llm.core.forget()  # every repeat computes its prompts
             slowest = max(llm.generate(prompts, params), key=lambda done: done.e2e_ms)
             times = [slowest.ttft_ms]
             for gap in slowest.itl_ms:
@@ -297,6 +298,7 @@ def bench_steps(context: Context, suite: str) -> None:
     ceilings = read_ceilings(context.run, context.gpu)
     with measurement_lock():
         llm = context.llm
+        llm.release()  # these take caches of their own
         chunk = (llm.engine.max_step_tokens,) if module is prefill else ()
         how = *chunk, llm.engine.captures
         module.bench(suite, context.rows, llm.model, context.workload, ceilings, *how, **context.knobs)
@@ -312,20 +314,69 @@ def bench_peers(context: Context) -> None:
         return
     ceilings = read_ceilings(context.run, context.gpu)
     with measurement_lock():
+        context.llm.release()
         weights = context.llm.weights
         peers.bench(context.rows, context.path, context.config, weights, context.workload, ceilings, **knobs)
+
+
+# --- many requests ----------------------------------------------------------------------------------------------------
+
+
+def read_sizes(workload: Workload) -> throughput.Sizes:
+    """What the suites of `stages.throughput` run."""
+    from engine.workloads import Mix
+
+    many, shared = workload.requests, workload.shared_prefix
+    return throughput.Sizes(
+        Mix(many.count, *many.prompt_tokens, many.new_tokens, many.seed),
+        Mix(shared.count, *shared.own_tokens, shared.new_tokens, many.seed, shared.prefix_tokens),
+        workload.load.clients,
+        workload.load.rates,
+        workload.new_tokens,
+        workload.repeats,
+    )
+
+
+def bench_requests(context: Context, suite: str) -> None:
+    """One of the suites of `stages.throughput`; without a GPU what its backend would show is missing, but ours runs."""
+    from stages.timing import measurement_lock
+
+    sizes = read_sizes(context.workload)
+    if not context.gpu:
+        knobs: dict[str, Any] = context.knobs | {"backend": "cuda"}
+        throughput.add_missing(context.rows, suite, sizes, NO_GPU, gpu=True, **knobs)
+    ceilings = read_ceilings(context.run, context.gpu)
+    with measurement_lock():
+        throughput.bench(suite, context.rows, context.llm, sizes, ceilings, **context.knobs)
+
+
+def bench_server(context: Context) -> None:
+    """The week's engine behind its server, a process of its own. It comes before the engine is loaded in this one: a
+    GPU may not hold both."""
+    from stages.timing import measurement_lock
+
+    sizes = read_sizes(context.workload)
+    if not context.gpu:
+        knobs: dict[str, Any] = context.knobs | {"backend": "cuda"}
+        throughput.add_missing(context.rows, throughput.SERVE, sizes, NO_GPU, gpu=True, **knobs)
+    command = throughput.server_command(context.path, context.settings)
+    with measurement_lock(), throughput.serving(command) as url:
+        throughput.bench_server(
+            context.rows, url, throughput.NAME, context.config.vocab_size, sizes, **context.knobs
+        )  # fmt: skip
 
 
 SUITES: dict[str, Callable[[Context], None]] = {
     "baseline": bench_baseline,
     "tokenizer": bench_tokenizer,
     "load": bench_load,
+    throughput.SERVE: bench_server,
 }
 
 
 @stage(Gpu, Model, Week, Workload)
 def main(run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload) -> None:
-    known = [*SUITES, PREFILL, DECODE, *prefill.SUITES, *decode.SUITES, peers.PEERS]
+    known = [*SUITES, PREFILL, DECODE, *prefill.SUITES, *decode.SUITES, *throughput.SUITES, peers.PEERS]
     unknown = [name for name in week.bench if name not in known]
     if unknown:
         raise ParamsError(f"weeks.{week.name}.bench: no suite '{unknown[0]}'; there are: {', '.join(known)}")
@@ -338,6 +389,8 @@ def main(run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload) -> No
     for name in week.bench:
         if name in (*prefill.SUITES, *decode.SUITES):
             bench_steps(context, name)
+        elif name in throughput.SUITES:
+            bench_requests(context, name)
     if peers.PEERS in week.bench:
         bench_peers(context)
     rows.write(run.out(f"reports/metrics/bench_{week.name}.parquet"), headline=lambda row: row["metric"] != "itl_ms")

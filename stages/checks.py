@@ -70,6 +70,21 @@ def load_engine(path: Path, engine: EngineConfig) -> Model:
     return Model(config, load_weights(path, config, engine.device, engine.torch_dtype), make_ops(engine))
 
 
+def new_cache(model: Model, slots: int, capacity: int, paged: bool) -> KVCache:
+    """An empty cache; a paged one's pages are given to its slots in an order that is none."""
+    import torch
+
+    from engine.kv_cache import PAGE_SIZE
+
+    if not paged:
+        return model.new_cache(slots, capacity)
+    cache = model.new_paged_cache(pages=slots * -(-capacity // PAGE_SIZE), slots=slots, capacity=capacity)
+    order = torch.randperm(cache.pages, generator=torch.Generator().manual_seed(0)).tolist()
+    each = cache.pages // slots
+    cache.assign({slot: order[slot * each : (slot + 1) * each] for slot in range(slots)})
+    return cache
+
+
 @dataclass(frozen=True)
 class Piece:
     """Tokens of one sequence to run: they go to `slot`, from position `begin` on."""

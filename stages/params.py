@@ -85,8 +85,14 @@ class Engine:
     linear: str
     sampling: str
     kv_cache: str
+    page_size: Count
+    kv_tokens: Count | None
+    """That a paged cache has room for; null is what max_batch requests take, or the GPU's memory has."""
+    prefix_cache: bool
     cuda_graph: bool
+    batching: str
     max_batch: Count
+    max_step_tokens: Count
     max_model_len: Count | None
     """Tokens of prompt and answer together; null is the model's own maximum."""
 
@@ -122,6 +128,38 @@ class Weeks:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Requests:
+    """Requests of random tokens: lengths are random.Random(seed).randint of `prompt_tokens`, one after another."""
+
+    count: Count
+    prompt_tokens: tuple[Count, Count]
+    """The shortest and the longest that may be drawn."""
+    new_tokens: Count
+    seed: Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class SharedPrefix:
+    """Requests whose prompts begin with the same tokens."""
+
+    count: Count
+    prefix_tokens: Count
+    own_tokens: tuple[Count, Count]
+    """The least and the most that a prompt has of its own, after the prefix."""
+    new_tokens: Count
+
+
+@dataclass(frozen=True, config=STRICT)
+class Load:
+    """How `requests` come to a server, a run for each."""
+
+    clients: tuple[Count, ...]
+    """So many at a time, the next when one is done."""
+    rates: tuple[Positive, ...]
+    """So many a second, whether or not the others are done."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Workload:
     """What is generated when something is measured or compared."""
 
@@ -132,6 +170,9 @@ class Workload:
     new_tokens: Count
     repeats: Count
     warmup: Annotated[int, Field(ge=0)]
+    requests: Requests
+    shared_prefix: SharedPrefix
+    load: Load
 
 
 Section = TypeVar("Section")

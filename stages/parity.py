@@ -11,7 +11,7 @@ import gc
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from stages.checks import (
     forward,
     load_engine,
     mean_difference,
+    new_cache,
     observe_engine,
 )
 from stages.corpus import INVALID_UTF8, TEXTS
@@ -95,6 +96,8 @@ class Context:
         from engine.llm import EngineConfig
 
         settings: dict[str, Any] = self.settings | {"dtype": dtype}
+        if dtype != "bfloat16" and settings["backend"] == "cuda" and settings["kv_cache"] == "paged":
+            settings["kv_cache"] = "contiguous"  # the kernels that read pages are for bf16
         return EngineConfig(**settings)
 
     def llm(self, dtype: str) -> LLM:
@@ -585,13 +588,16 @@ STEPS = 12
 
 def check_invariance(context: Context) -> None:
     """Design section 5 on the target backend: the same token's logits are the same bits however they were computed."""
-    engine = context.llm(context.dtype).model
+    llm = context.llm(context.dtype)
+    engine, config = llm.model, llm.engine
     prompts = random_prompts(LENGTHS, context.config.vocab_size)
-    found = count_unequal(engine, prompts)
-    if context.settings["cuda_graph"]:
-        captures = context.engine(context.dtype).captures
-        case = "steps of a CUDA graph" if captures else "steps of the decode loop"
-        found[case] = count_unequal_steps(engine, prompts, captures)
+    paged = config.kv_cache == "paged"
+    found = count_unequal(engine, prompts, paged)
+    if config.cuda_graph:
+        case = "steps of a CUDA graph" if config.captures else "steps of the decode loop"
+        found[case] = count_unequal_steps(engine, prompts, config.captures, paged)
+    if config.batching == "continuous":
+        found["requests together, in pieces and preempted"] = count_unequal_requests(llm, prompts)
     for case, count in found.items():
         context.findings.check(
             suite="invariance", case=case, metric="unequal_logits", value=count, limit=0.0, limit_kind=ORDER,
@@ -608,7 +614,37 @@ def differing(results: Sequence[Tensor], expected: Sequence[Tensor]) -> int:
     return sum(int((a.view(kind) != b.view(kind)).sum()) for a, b in zip(results, expected, strict=True))
 
 
-def count_unequal_steps(engine: EngineModel, prompts: list[list[int]], captures: bool) -> int:
+def count_unequal_requests(llm: LLM, prompts: list[list[int]]) -> int:
+    """Log probabilities of requests' tokens and of the likeliest others that differ from those of each request alone.
+
+    Together they have pages for a part of their tokens only, and steps too short for the longest prompt.
+    """
+    from engine.llm import LLM
+    from engine.sampling import MOST_LOGPROBS, SamplingParams
+
+    params = [
+        SamplingParams(max_new_tokens=2 * STEPS, temperature=i % 2, seed=i, logprobs=MOST_LOGPROBS, ignore_eos=True)
+        for i in range(len(prompts))
+    ]
+    longest = max(map(len, prompts)) + 2 * STEPS
+    small = {"max_batch": len(prompts), "max_step_tokens": 24, "kv_tokens": longest + 16, "page_size": 8}
+    weights = llm.config, llm.weights
+
+    def run(engine: EngineConfig, groups: list[list[int]]) -> list[Any]:
+        single = LLM(weights, engine)
+        return [
+            done.logprobs
+            for group in groups
+            for done in single.generate([prompts[i] for i in group], [params[i] for i in group])
+        ]
+
+    order = list(range(len(prompts)))
+    together = run(replace(llm.engine, **small), [order])
+    alone = run(replace(llm.engine, max_batch=1, kv_tokens=2 * longest), [[i] for i in order])
+    return sum(mine != theirs for a, b in zip(together, alone, strict=True) for mine, theirs in zip(a, b, strict=True))
+
+
+def count_unequal_steps(engine: EngineModel, prompts: list[list[int]], captures: bool, paged: bool) -> int:
     """Logits of STEPS greedy steps of the decode loop that differ from those of one pass over the finished text.
 
     Each prompt but its last token is in the cache before. With `captures` the steps are replayed from a CUDA graph.
@@ -619,7 +655,7 @@ def count_unequal_steps(engine: EngineModel, prompts: list[list[int]], captures:
     from engine.sampling import SamplingParams
 
     capacity = max(map(len, prompts)) + STEPS
-    loop = DecodeLoop(engine, engine.new_cache(bucket(len(prompts)), capacity), captures)
+    loop = DecodeLoop(engine, new_cache(engine, bucket(len(prompts)), capacity, paged), captures)
     pieces = [Piece(slot, ids[:-1]) for slot, ids in enumerate(prompts) if len(ids) > 1]
     forward(engine, pieces, loop.cache)
     greedy = SamplingParams(temperature=0.0)
@@ -639,7 +675,7 @@ def count_unequal_steps(engine: EngineModel, prompts: list[list[int]], captures:
     return differing(list(found), alone)
 
 
-def count_unequal(engine: EngineModel, prompts: list[list[int]]) -> dict[str, int]:
+def count_unequal(engine: EngineModel, prompts: list[list[int]], paged: bool) -> dict[str, int]:
     """case -> logits whose bits differ from those of the prompt run alone in one pass."""
     import torch
 
@@ -648,11 +684,11 @@ def count_unequal(engine: EngineModel, prompts: list[list[int]]) -> dict[str, in
 
     def packed(order: Sequence[int]) -> int:
         pieces = [Piece(place, prompts[index]) for place, index in enumerate(order)]
-        results = forward(engine, pieces, engine.new_cache(len(order), capacity))
+        results = forward(engine, pieces, new_cache(engine, len(order), capacity, paged))
         return differing(results, [alone[index] for index in order])
 
     def chunked(size: int) -> int:
-        cache = engine.new_cache(len(prompts), capacity)
+        cache = new_cache(engine, len(prompts), capacity, paged)
         parts: list[list[Tensor]] = [[] for _ in prompts]
         for begin in range(0, capacity, size):
             running = [index for index, ids in enumerate(prompts) if begin < len(ids)]

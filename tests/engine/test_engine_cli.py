@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,3 +163,96 @@ def test_as_a_process(olmo2: Reference):
     light = f"{script[:-5]}\ntry:\n    app(['--help'])\nfinally:\n    assert 'torch' not in sys.modules, 'torch'"
     done = subprocess.run([sys.executable, "-c", light], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "check-gpu" in done.stdout, done.stderr
+
+
+# --- bench throughput, bench serve ------------------------------------------------------------------------------------
+
+
+def throughput(*args: str | int | Path) -> Result:
+    few = ("--num-prompts", 3, "--prompt-tokens", "4-8", "--new-tokens", 2, "--max-batch", 2)
+    return afs("bench", "throughput", *few, *args)
+
+
+def test_bench_throughput(olmo2: Reference, tmp_path: Path):
+    result = throughput(olmo2.path, "--request-rate", "inf,50", "--arrivals", "fixed", "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    at_once, timed = json.loads(result.stdout)
+    assert [at_once["run"], timed["run"]] == ["all at once", "50 requests/s"] and at_once["max_batch"] == 2
+    for record in (at_once, timed):
+        assert (record["completed"], record["failed"], record["new_tokens"]) == (3, 0, 6)
+        assert record["output_throughput"] == pytest.approx(6 / record["duration_s"])
+    assert at_once["floor_share"] > 0 and timed["floor_share"] is None
+    assert [phase["phase"] for phase in at_once["phases"]] == ["prompts", "decode"]
+
+    (tmp_path / "config.json").write_text((olmo2.path / "config.json").read_text())
+    table = throughput(tmp_path, "--weights", "random", "--prefix-tokens", 40)
+    assert table.exit_code == 0 and "all at once" in table.stdout and "TTFT" in table.stdout, table.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--format", "x"), "format = 'x'; it must be one of table, json, csv, markdown"),
+        (("--prompt-tokens", "9-x"), "prompt-tokens = '9-x'; it must be a number of tokens"),
+        (("--prompt-tokens", "9-3"), "from 9 to 3"),
+        (("--request-rate", "0"), "request rate '0'"),
+        (("--arrivals", "burst"), "arrivals = 'burst'; they must be poisson or fixed"),
+        (("--prompt-tokens", "512"), "has 512 tokens and asks for 2: 514 is above the model's 512"),
+        (("--sharegpt", "no.json"), "no.json"),
+    ],
+)
+def test_bench_throughput_refuses(olmo2: Reference, args: tuple[str, ...], message: str):
+    failed(throughput(olmo2.path, *args), message)
+
+
+def test_bench_serve_refuses():
+    failed(afs("bench", "serve"), "--tokenizer FOLDER is needed")
+    ids = ("bench", "serve", "http://127.0.0.1:1", "--vocab-size", 99, "--num-prompts", 1)
+    failed(afs(*ids, "--api", "chat"), "--tokenizer FOLDER is needed")
+    failed(afs(*ids), r"http://127.0.0.1:1/v1/models: ")
+    failed(afs(*ids, "--model", "m"), "does not answer a request: ConnectError")
+    failed(afs(*ids, "--goodput", "itl:5"), "goodput 'itl:5'")
+    failed(afs(*ids, "--extra-body", "[1]"), "extra-body = ")
+    failed(afs(*ids, "--clients", "0"), "clients = '0'; it must be positive integers")
+
+
+class Answers(BaseHTTPRequestHandler):
+    """A model that says "a" as often as it is asked to, and refuses prompts of more than 6 tokens."""
+
+    def do_GET(self):
+        self.answer(json.dumps({"data": [{"id": "tiny"}]}).encode())
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if len(asked["prompt"]) > 6:
+            self.answer(b"too long", 400)
+            return
+        count = asked["max_tokens"]
+        chunks: list[Any] = [{"choices": [{"text": "a", "finish_reason": None}]}] * (count - 1)
+        chunks.append({"choices": [{"text": "a", "finish_reason": "length"}]})
+        chunks.append({"choices": [], "usage": {"prompt_tokens": len(asked["prompt"]), "completion_tokens": count}})
+        self.answer("".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks).encode() + b"data: [DONE]\n\n")
+
+    def answer(self, body: bytes, status: int = 200):
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any):
+        pass
+
+
+def test_bench_serve():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        few = ("bench", "serve", url, "--vocab-size", 99, "--num-prompts", 6, "--new-tokens", 3)
+        found = afs(*few, "--prompt-tokens", 4, "--clients", "1,4", "--goodput", "ttft:1e6", "--format", "json")
+        some = afs(*few, "--prompt-tokens", "6-8", "--seed", 2)
+        server.shutdown()
+    assert found.exit_code == 0, found.stderr
+    records = json.loads(found.stdout)
+    assert [(record["run"], record["completed"]) for record in records] == [("1 clients", 6), ("4 clients", 6)]
+    assert all(record["goodput"] == pytest.approx(6 / record["duration_s"]) for record in records)
+    assert some.exit_code == 0 and "HTTP 400" in some.stdout and "of 6 failed, HTTP 400: too long" in some.stderr

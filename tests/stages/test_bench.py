@@ -1,6 +1,9 @@
 """stages/bench.py and stages/standard.py: what is measured, what is not, and the limits beside it."""
 
+import contextlib
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_pipeline as tiny
@@ -8,7 +11,7 @@ import torch
 
 from engine.config import ModelConfig
 from engine.cost import Ceilings, step_cost
-from stages import bench
+from stages import bench, throughput
 from stages.params import ParamsError, Workload
 from stages.stage import Run
 from stages.standard import (
@@ -40,7 +43,7 @@ def run_bench(week) -> None:
 
 
 def test_cases_fit_the_model_and_grow():
-    workload = Workload("w", ("x",), (1, 8), (128, 32, 255), 16, 1, 0)
+    workload = Workload("w", ("x",), (1, 8), (128, 32, 255), 16, 1, 0, *tiny.MANY)
     cases = list_cases(workload, 256)
     assert [case.prompt_tokens for case in cases if case.suite == PREFILL] == [32, 128, 255]
     decode = [(case.batch, case.prompt_tokens) for case in cases if case.suite == DECODE]
@@ -98,7 +101,7 @@ def test_repeats_stop_at_the_budget_and_slow_cases_are_not_run(monkeypatch: pyte
         clock[0] += 0.1 * len(prompts) * len(prompts[0]) + 0.1 * (new_tokens - 1)
         return [0.1 * len(prompts) * len(prompts[0]) + 0.1 * index for index in range(new_tokens)]
 
-    workload = Workload("w", ("x",), (1,), (10,), 11, 5, 1)
+    workload = Workload("w", ("x",), (1,), (10,), 11, 5, 1, *tiny.MANY)
     budget = Budget(case_seconds=5.5, ceiling_seconds=30)
     latency = measure_case(generate, Case(DECODE, 1, 10, 11), workload, 320, "cpu", budget)
     assert calls[0] == (1, 10, 2) and set(calls[1:]) == {(1, 10, 11)}
@@ -152,6 +155,42 @@ def test_tokenizer_and_loading_are_measured(here: Path):
     load = frame[frame.suite == "load"]
     assert set(load.case) == {"cold", "warm"} and set(load.metric) == {"load_seconds", "load_gbs"}
     assert (tokenizer.value > 0).all() and (load.value > 0).all() and (load.limit > 0).all()
+
+
+def test_many_requests_run_here_beside_rows_of_what_needs_a_gpu(here: Path):
+    engine = dataclasses.replace(tiny.ENGINE, kv_cache="paged")
+    run_bench(tiny.make_week(bench=throughput.SUITES, engine=engine))
+    frame = tiny.read("reports/metrics/bench_w04.parquet")
+    ours = frame[frame.suite.isin(throughput.SUITES)]
+    missing, run = ours[ours.backend == "cuda"], ours[ours.backend == "reference"]
+    sizes = bench.read_sizes(tiny.WORKLOAD)
+    assert set(missing.status) == {"not_measured"} and set(missing.note) == {"no GPU on this host"}
+    assert len(missing) == sum(len(throughput.list_rows(suite, sizes, gpu=True)) for suite in throughput.SUITES)
+    assert len(run) == sum(len(throughput.list_rows(suite, sizes, gpu=False)) for suite in throughput.SUITES)
+    assert set(run[run.status != "ok"].metric) == {"peak_memory_bytes"}
+    computed = run[(run.metric == "computed_tokens") & run.case.str.endswith("all at once")]
+    assert (computed.value == computed.limit).all() and len(computed) == 1
+
+
+def test_the_server_is_loaded_before_the_engine(here: Path, monkeypatch: pytest.MonkeyPatch):
+    called: list[Any] = []
+
+    @contextlib.contextmanager
+    def serving(command):
+        called.append(command(7)[-1])
+        yield "http://x"
+
+    def bench_server(rows, url, model, vocabulary, sizes, **knobs):
+        called.append((url, model, vocabulary, sizes, knobs["backend"]))
+
+    monkeypatch.setattr(throughput, "serving", serving)
+    monkeypatch.setattr(throughput, "bench_server", bench_server)
+    monkeypatch.setattr(bench.Context, "llm", property(lambda _: pytest.fail("the engine is loaded")))
+    run_bench(tiny.make_week(bench=(throughput.SERVE,)))
+    assert called == ["7", ("http://x", "model", 320, bench.read_sizes(tiny.WORKLOAD), "reference")]
+    frame = tiny.read("reports/metrics/bench_w04.parquet")
+    ours = frame[frame.suite == throughput.SERVE]
+    assert set(ours.status) == {"not_measured"} and set(ours.backend) == {"cuda"} and len(ours) > 20
 
 
 def test_an_unknown_suite_is_refused(here: Path):

@@ -22,7 +22,7 @@ CONFIG = ModelConfig.from_dict(tiny.ARCHITECTURE)
 LLAMA = ModelConfig.from_dict(
     tiny.ARCHITECTURE | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False}
 )
-WORKLOAD = Workload("w", ("x",), (1,), (8,), 4, 2, 1)
+WORKLOAD = Workload("w", ("x",), (1,), (8,), 4, 2, 1, *tiny.MANY)
 
 
 def model(config: ModelConfig = CONFIG) -> Model:

@@ -17,7 +17,7 @@ from stages.params import Workload
 from stages.stage import Run
 
 BUNDLED = Path(__file__).resolve().parents[2] / "data" / "models" / "olmo2-tiny"
-WORKLOAD = Workload("w", ("x",), (1,), (8,), 4, 2, 1)
+WORKLOAD = Workload("w", ("x",), (1,), (8,), 4, 2, 1, *tiny.MANY)
 
 
 def test_without_a_gpu_every_row_says_so(monkeypatch: pytest.MonkeyPatch):

@@ -16,7 +16,7 @@ from stages.params import Workload
 from stages.stage import Run
 
 CONFIG = ModelConfig.from_dict(tiny.ARCHITECTURE)
-WORKLOAD = Workload("w", ("x",), (1,), (8,), 4, 2, 1)
+WORKLOAD = Workload("w", ("x",), (1,), (8,), 4, 2, 1, *tiny.MANY)
 
 
 def test_without_a_gpu_every_row_says_so(monkeypatch: pytest.MonkeyPatch):

@@ -420,3 +420,39 @@ def test_the_decode_step_has_tables_of_its_own(weeks: Weeks) -> None:
     assert kernels.rows[0][3].text == "22 %"
     assert isinstance(graphs, report_sections.Text) and "no GPU on this host" in graphs.text
     assert "step_ms" not in str(report_sections.results_section(inputs))
+
+
+def test_many_requests_have_tables_of_their_own(weeks: Weeks) -> None:
+    made = []
+    for week, output, seconds in (("w06", 2000.0, (20.0, 4.0)), ("w08", 5400.0, (3.0, 3.2))):
+        rows = metrics.Rows("bench", week, "m", H200)
+        knobs: dict[str, Any] = {"suite": "throughput", "backend": "cuda", "dtype": "bfloat16", "batch": 256}
+        floor: dict[str, Any] = {"limit_kind": "prompts, then decode steps"}
+        rows.add(case="256 at once", metric="output_throughput", value=output, unit="tokens/s", better="higher",
+                 samples=[output, output + 9], limit=6000.0, **knobs, **floor)  # fmt: skip
+        rows.add(case="256 at once", metric="ttft_ms_p99", value=900.0, unit="ms", better="lower", **knobs)
+        for phase, spent, least in zip(("prompts", "decode"), seconds, (2.7, 2.4), strict=True):
+            rows.add(case=f"256 at once: {phase}", metric="phase_s", value=spent, unit="s", better="lower", limit=least,
+                     note="144420 prompt tokens", **knobs, **floor)  # fmt: skip
+        shared = knobs | {"suite": "serve", "batch": 8}
+        rows.missing(case="8 clients", metric="ttft_ms", unit="ms", better="lower", reason="no GPU", **shared)
+        made += [Row(**row, run="h200/m", source="") for row in rows.rows]
+    inputs = report_sections.Inputs(made, weeks.weeks)
+    _, figures, speed, server, phases = report_sections.load_section(inputs).blocks
+    assert isinstance(figures, report_sections.Figures) and figures.figures[0].name == "load-h200-m"
+    assert isinstance(speed, report_sections.Table) and isinstance(phases, report_sections.Table)
+    assert list(speed.columns) == ["case", "week", "against the week before", "output", "TTFT p99"]
+    assert [[cell.text for cell in line] for line in speed.rows] == [
+        ["256 at once", "w06", "", "2,000 tokens/s", "900 ms"],
+        ["256 at once", "w08", "2.70 ×", "5,400 tokens/s", "900 ms"],
+    ]
+    assert [line[3].small for line in speed.rows] == ["33 %", "90 %"]
+    assert isinstance(server, report_sections.Text) and "no GPU" in server.text
+    assert [(line[0].text, line[1].text, line[2].text, line[2].small) for line in phases.rows] == [
+        ("w06", "256 at once: prompts", "20 s", "14 %"),
+        ("w06", "256 at once: decode", "4 s", "60 %"),
+        ("w08", "256 at once: prompts", "3 s", "90 %"),
+        ("w08", "256 at once: decode", "3.20 s", "75 %"),
+    ]
+    assert phases.rows[0][3].text == "2.70 s"
+    assert "output_throughput" not in str(report_sections.results_section(inputs))

@@ -11,7 +11,7 @@ from typing import Any
 from stages import metrics
 from stages.host import read_host
 from stages.metrics import Rows
-from stages.params import Engine, Gpu, Model, Week, Workload
+from stages.params import Engine, Gpu, Load, Model, Requests, SharedPrefix, Week, Workload
 from stages.stage import Run
 
 NAME = "tiny"
@@ -38,8 +38,13 @@ ARCHITECTURE = {
 }
 GPU = Gpu(name="cpu", sm=None, memory_gb=None, bandwidth_gbs=None, bf16_tflops=None, count=0)
 MODEL = Model(NAME, None, None, "path", None, 0, False, ARCHITECTURE)
-WORKLOAD = Workload("smoke", ("def f(x):\n    return x", "the quick brown fox", "é語👍"), (1, 2), (8, 20), 6, 2, 1)
-ENGINE = Engine("auto", "auto", "bfloat16", "naive", "naive", "naive", "contiguous", False, 8, None)
+MANY = (Requests(5, (4, 9), 3, 1), SharedPrefix(3, 32, (3, 5), 2), Load((1, 3), (40.0,)))
+WORKLOAD = Workload(
+    "smoke", ("def f(x):\n    return x", "the quick brown fox", "é語👍"), (1, 2), (8, 20), 6, 2, 1, *MANY
+)  # fmt: skip
+ENGINE = Engine(
+    "auto", "auto", "bfloat16", "naive", "naive", "naive", "contiguous", 16, None, False, False, "inflight", 8, 2048, None
+)  # fmt: skip
 BANDWIDTH, MATRIX_RATE = 1e10, 1e11
 
 

@@ -36,6 +36,7 @@ class EngineStats:
     cached_tokens: int = 0  # found in the prefix cache
     generated_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)  # requests by finish_reason
+    kv_wasted_share: float = 0.0  # of the room on running requests' pages, what held no token; mean over steps
 
 
 class Engine:
@@ -72,6 +73,7 @@ class Engine:
         self._begun: set[Request] = set()
         self._counts = EngineStats()
         self._finished: Counter[str] = Counter()
+        self._room = self._unused = 0  # tokens on running requests' pages, added up over steps
 
     def __len__(self) -> int:
         """Requests that have not ended."""
@@ -111,6 +113,10 @@ class Engine:
         if step.work:
             self.runner.enqueue(step)
             self._counts.steps += 1
+            for sequence in self.scheduler.running:
+                room = len(sequence.pages) * self.pool.page_size
+                self._room += room
+                self._unused += room - sequence.computed
         elif not self.runner.pending and len(self) and not touched:
             raise RuntimeError(f"nothing can run, and {len(self)} requests have not ended: a fault of the scheduler")
         while self.runner.pending > (self._ahead if step.work else 0):
@@ -152,6 +158,7 @@ class Engine:
         return EngineStats(
             len(scheduler.running), len(scheduler.waiting), pool.pages, pool.used, pool.cached, counts.preemptions,
             counts.steps, counts.prompt_tokens, counts.cached_tokens, counts.generated_tokens, dict(self._finished),
+            self._unused / max(1, self._room),
         )  # fmt: skip
 
 

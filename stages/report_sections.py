@@ -62,6 +62,7 @@ LOAD_LABELS = {
     "gpu_idle_share": "GPU idle",
     "gpu_time_share": "share of its time",
     "preemptions": "preemptions",
+    "kv_wasted_share": "KV wasted",
     "failed": "failed",
     "peak_memory_bytes": "peak memory",
 }

@@ -65,6 +65,7 @@ UNITS: dict[str, tuple[str, str | None]] = {
     "cached_tokens": ("tokens", None),
     "computed_tokens": ("tokens", "lower"),
     "preemptions": ("1", "lower"),
+    "kv_wasted_share": ("1", "lower"),
     "failed": ("1", "lower"),
     "peak_memory_bytes": ("B", "lower"),
 }
@@ -112,7 +113,7 @@ def list_rows(suite: str, sizes: Sizes, gpu: bool) -> list[tuple[str, str, dict[
     """(case, metric, knobs) of a suite's rows; gpu: whether of a host that has one."""
     if suite == THROUGHPUT:
         name, knobs = name_mix(sizes.requests), mix_knobs(sizes.requests)
-        metrics = (*RUN, "cached_tokens", "preemptions", "peak_memory_bytes")
+        metrics = (*RUN, "cached_tokens", "preemptions", "kv_wasted_share", "peak_memory_bytes")
         rows = [(name, metric, knobs) for metric in metrics]
         return rows + [(f"{name}: {phase}", "phase_s", knobs) for phase in ("prompts", "decode")]
     if suite == PREFIX:
@@ -271,6 +272,8 @@ def bench_throughput(rows: Rows, llm: LLM, mix: Mix, repeats: int, ceilings: Cei
     floor = results[0].floor_s, results[0].floor_kind
     add_run(rows, THROUGHPUT, name, runs, (*RUN, "cached_tokens"), floor, **knobs)
     add(rows, THROUGHPUT, name, "preemptions", samples=[result.preemptions for result in results], **knobs)
+    note = "of the room on running requests' pages, what held no token; mean over steps"
+    add(rows, THROUGHPUT, name, "kv_wasted_share", llm.stats().kv_wasted_share, note=note, **knobs)
     add_memory(rows, THROUGHPUT, name, results, **knobs)
     for phase in ("prompts", "decode"):
         parts = [part for result in results for part in result.phases if part.phase == phase]

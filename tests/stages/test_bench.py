@@ -158,7 +158,7 @@ def test_tokenizer_and_loading_are_measured(here: Path):
 
 
 def test_many_requests_run_here_beside_rows_of_what_needs_a_gpu(here: Path):
-    engine = dataclasses.replace(tiny.ENGINE, kv_cache="paged")
+    engine = dataclasses.replace(tiny.ENGINE, kv_cache="paged", prefix_cache=True, batching="continuous")
     run_bench(tiny.make_week(bench=throughput.SUITES, engine=engine))
     frame = tiny.read("reports/metrics/bench_w04.parquet")
     ours = frame[frame.suite.isin(throughput.SUITES)]

@@ -162,7 +162,8 @@ def test_engine_settings_follow_the_host(workspace):
     (_, week) = call(["week=w04"], Week)
     assert week.engine.settings(gpu=True, max_positions=2048) | {"attention": "naive"} == {
         "backend": "cuda", "device": "cuda", "dtype": "bfloat16", "attention": "naive", "linear": "naive",
-        "sampling": "naive", "kv_cache": "contiguous", "cuda_graph": False, "max_batch": 8, "max_model_len": 2048,
+        "sampling": "naive", "kv_cache": "contiguous", "page_size": 16, "kv_tokens": None, "prefix_cache": False,
+        "cuda_graph": False, "batching": "inflight", "max_batch": 8, "max_step_tokens": 2048, "max_model_len": 2048,
     }  # fmt: skip
     assert week.engine.settings(gpu=False, max_positions=64)["backend"] == "reference"
 

@@ -59,6 +59,7 @@ class Engine:
             cache = model.new_paged_cache(pages=pages, slots=slots, capacity=max_len, page_size=config.page_size)
             pool = PagePool(pages, config.page_size, config.prefix_cache)
         else:
+            _check_room(model, slots, max_len)
             cache = model.new_cache(slots, max_len)
             # A slot is a page that a sequence never outgrows; as many again for those that the scheduler holds back.
             pool = PagePool(2 * most, max_len, prefix_cache=False)
@@ -160,6 +161,18 @@ class Engine:
             counts.steps, counts.prompt_tokens, counts.cached_tokens, counts.generated_tokens, dict(self._finished),
             self._unused / max(1, self._room),
         )  # fmt: skip
+
+
+def _check_room(model: Model, slots: int, max_len: int) -> None:
+    """Raises ValueError where the GPU's free memory has no room for a contiguous cache."""
+    if model.weights.device.type == "cuda":
+        size = slots * max_len * kv_bytes_per_token(model.config, model.weights.dtype)
+        free, _ = torch.cuda.mem_get_info(model.weights.device)
+        if size > free:
+            raise ValueError(
+                f"a contiguous cache of {slots} slots of {max_len} tokens is {size / 1e9:.1f} GB, and "
+                f"{free / 1e9:.1f} GB are free; lower max_batch or max_model_len, or use kv_cache = 'paged'"
+            )
 
 
 def _pages(model: Model, config: EngineConfig, max_len: int) -> int:

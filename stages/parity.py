@@ -97,7 +97,8 @@ class Context:
 
         settings: dict[str, Any] = self.settings | {"dtype": dtype}
         if dtype != "bfloat16" and settings["backend"] == "cuda" and settings["kv_cache"] == "paged":
-            settings["kv_cache"] = "contiguous"  # the kernels that read pages are for bf16
+            # The kernels that read pages are for bf16, and rows as long as the model's positions take much memory.
+            settings |= {"kv_cache": "contiguous", "max_batch": min(8, settings["max_batch"])}
         return EngineConfig(**settings)
 
     def llm(self, dtype: str) -> LLM:

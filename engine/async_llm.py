@@ -88,7 +88,8 @@ class AsyncLLM:
         self._threads: list[Thread] = []
         self._failure: BaseException | None = None
         self._closing = False
-        self._submitted = 0  # requests that the engine's thread has not taken yet
+        # Requests that were submitted, and those that the engine's thread has taken: each counted by one thread.
+        self._submitted = self._taken = 0
 
     async def __aenter__(self) -> AsyncLLM:
         self._loop = asyncio.get_running_loop()
@@ -147,7 +148,7 @@ class AsyncLLM:
         """
         params = params or SamplingParams()
         self._check_open()
-        waiting = self._submitted + self.llm.core.stats().waiting
+        waiting = self.stats().waiting
         if waiting + params.n > self.max_waiting:
             raise QueueFull(f"{waiting} requests wait and {params.n} more would; at most {self.max_waiting} may")
         name = f"request-{next(self._numbers)}" if id is None else id
@@ -175,7 +176,7 @@ class AsyncLLM:
     def stats(self) -> EngineStats:
         """Counts of the engine, those that its thread has not taken yet among the waiting."""
         stats = self.llm.core.stats()
-        stats.waiting += self._submitted
+        stats.waiting += self._submitted - self._taken
         return stats
 
     async def drain(self, timeout: float | None = None) -> None:
@@ -204,7 +205,7 @@ class AsyncLLM:
 
     def _add(self, lives: list[Live]) -> None:
         for live in lives:
-            self._submitted -= 1
+            self._taken += 1
             self.llm.core.add(live.request)
 
     def _end(self, lives: list[Live]) -> None:

@@ -13,12 +13,13 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from engine.async_llm import EngineDead, QueueFull
+from engine.core import EngineStats
 from engine.requests import Completion, TokenLogprobs, Update
 from engine.sampling import SamplingParams
 from engine.server.app import Settings
@@ -39,21 +40,6 @@ def fake_llm(**fields: Any) -> Any:
     """What the server reads of an LLM."""
     engine = SimpleNamespace(max_batch=8, page_size=16, kv_cache="paged")
     return SimpleNamespace(**{"tokenizer": tokenizer(), "max_model_len": 2048, "engine": engine, **fields})
-
-
-@dataclass
-class FakeStats:
-    running: int = 0
-    waiting: int = 0
-    pages: int = 100
-    pages_used: int = 25
-    pages_cached: int = 10
-    preemptions: int = 2
-    steps: int = 7
-    prompt_tokens: int = 50
-    cached_tokens: int = 20
-    generated_tokens: int = 30
-    finished: dict[str, int] = field(default_factory=lambda: {"stop": 3, "length": 4, "abort": 1})
 
 
 class FakeEngine:
@@ -98,8 +84,12 @@ class FakeEngine:
         self.streams.append(FakeStream(self, list(prompt), params or SamplingParams(), asked))
         return self.streams[-1]
 
-    def stats(self) -> FakeStats:
-        return FakeStats(running=sum(not stream.done for stream in self.streams))
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=sum(not stream.done for stream in self.streams), pages=100, pages_used=25, pages_cached=10,
+            preemptions=2, steps=7, prompt_tokens=50, cached_tokens=20, generated_tokens=30,
+            finished={"stop": 3, "length": 4, "abort": 1},
+        )  # fmt: skip
 
     async def drain(self, timeout: float | None = None) -> None:
         end = time.monotonic() + (math.inf if timeout is None else timeout)

@@ -43,7 +43,9 @@ WORKLOAD = Workload(
     "smoke", ("def f(x):\n    return x", "the quick brown fox", "é語👍"), (1, 2), (8, 20), 6, 2, 1, *MANY
 )  # fmt: skip
 ENGINE = Engine(
-    "auto", "auto", "bfloat16", "naive", "naive", "naive", "contiguous", 16, None, False, False, "inflight", 8, 2048, None
+    backend="auto", device="auto", dtype="bfloat16", attention="naive", linear="naive", sampling="naive",
+    kv_cache="contiguous", page_size=16, kv_tokens=None, prefix_cache=False, cuda_graph=False, batching="inflight",
+    max_batch=8, max_step_tokens=2048, max_model_len=None,
 )  # fmt: skip
 BANDWIDTH, MATRIX_RATE = 1e10, 1e11
 

@@ -64,7 +64,8 @@ class Runner:
         self._prompts = PromptLoop(model, cache, graph) if loops else None
         self._decoding: list[Request] = []  # whose steps the decode loop is in the middle of
         self._tokens = torch.zeros(cache.slots + 1, dtype=torch.int32, device=device)  # that slots chose last
-        self._assigned: dict[int, tuple[Request, int]] = {}  # of each slot, whose pages the table holds, and how many
+        # Of each slot, whose pages the table holds, since which preemption, and how many.
+        self._assigned: dict[int, tuple[Request, int, int]] = {}
         self._pending: deque[_Pending] = deque()
 
     @property
@@ -111,7 +112,7 @@ class Runner:
         changed = {}
         for part in work:
             request = cast(Request, part.sequence)
-            held = request, len(request.pages)
+            held = request, request.preemptions, len(request.pages)
             if self._assigned.get(request.slot) != held:
                 self._assigned[request.slot] = held
                 changed[request.slot] = request.pages

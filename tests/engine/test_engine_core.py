@@ -150,6 +150,10 @@ def test_random_schedules(part: int, alone: Callable[..., tuple[list[int], Logit
     assert sum(s.preemptions for s in stats) and sum(s.cached_tokens for s in stats)
 
 
+def test_a_request_that_gets_its_slot_back_on_other_pages(alone: Callable[..., tuple[list[int], Logits]]):
+    assert check_schedule(588, alone).stats().preemptions
+
+
 @pytest.mark.skipif("AFS_SOAK" not in os.environ, reason="minutes; AFS_SOAK=1 runs it")
 @pytest.mark.timeout(3000)
 def test_a_thousand_random_schedules(alone: Callable[..., tuple[list[int], Logits]]):

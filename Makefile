@@ -90,8 +90,8 @@ params: env ## write params.yaml from conf/
 report: env ## write the report anew from the Parquet that is there
 	$(RUN) dvc repro --single-item --force report
 
-record: ## keep this host's measurements under reports/recorded/
-	$(PYTHON) -m stages.record
+record: ## keep this host's measurements under reports/recorded/; WEEKS="w06 w08": those alone, FORCE="why": despite noise
+	$(PYTHON) -m stages.record $(if $(WEEKS),--weeks $(WEEKS)) $(if $(FORCE),--force "$(FORCE)")
 
 lock: ## resolve pyproject.toml anew into requirements.lock
 	bash setup/lock.sh

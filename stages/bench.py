@@ -1,6 +1,7 @@
 """How fast a week's engine is: the standard suite that all weeks share, and what the week measures of its own.
 
-A week without an engine, or a host without a GPU, has the same rows with status not_measured and no value.
+A week without an engine, or a host without a GPU, has the same rows with status not_measured and no value. By hand,
+profile=torch|nsys|ncu measures nothing and shows which kernels the time goes to (docs/profiling.md).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from stages import decode, peers, prefill, throughput
 from stages.host import read_host, use_gpu
 from stages.metrics import COLUMNS, KNOBS, Rows, read
 from stages.params import Gpu, Model, ParamsError, Week, Workload
+from stages.profile import TOOLS, profile_week
 from stages.stage import Run, stage
 from stages.standard import (
     DECODE,
@@ -71,7 +73,7 @@ class Context:
     def settings(self) -> dict[str, Any]:
         """The week's EngineConfig fields on this host."""
         if self.week.engine is None:
-            raise ParamsError(f"weeks.{self.week.name}.engine is null: this suite needs an engine")
+            raise ParamsError(f"weeks.{self.week.name}.engine is null: this needs an engine")
         return self.week.engine.settings(self.gpu, self.config.max_position_embeddings)
 
     @property
@@ -374,14 +376,19 @@ SUITES: dict[str, Callable[[Context], None]] = {
 }
 
 
-@stage(Gpu, Model, Week, Workload)
-def main(run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload) -> None:
+@stage(Gpu, Model, Week, Workload, options={"profile": TOOLS})
+def main(
+    run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload, profile: str | None = None
+) -> None:  # fmt: skip
     known = [*SUITES, PREFILL, DECODE, *prefill.SUITES, *decode.SUITES, *throughput.SUITES, peers.PEERS]
     unknown = [name for name in week.bench if name not in known]
     if unknown:
         raise ParamsError(f"weeks.{week.name}.bench: no suite '{unknown[0]}'; there are: {', '.join(known)}")
     rows = Rows("bench", week.name, model.name, read_host())
     context = Context(run, model, week, workload, use_gpu(gpu), rows)
+    if profile:
+        profile_week(profile, week.name, model.name, context.path, context.settings, workload)
+        return
     for name in week.bench:
         if name in SUITES:
             SUITES[name](context)

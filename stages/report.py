@@ -13,17 +13,21 @@ from typing import Any
 
 import jinja2
 import pandas as pd
+import yaml
 
 from stages import metrics
 from stages.host import HOST, Host
 from stages.params import Week, Weeks
 from stages.report_figures import standalone
-from stages.report_sections import LOCAL, SECTIONS, Figures, Inputs, Row, glance_table, headline
+from stages.report_parts import LOCAL, Figures, Inputs, Planned, Row
+from stages.report_rows import cited, list_pages, name_page
+from stages.report_sections import SECTIONS, glance_table, headline
 from stages.stage import Run, StageError, stage, write_whole
 
 TEMPLATES = Path(__file__).with_name("report_templates")
 METRICS, RECORDED, README = Path("reports/metrics"), Path("reports/recorded"), Path("README.md")
 ARCHITECTURE, FIGURES = Path("reports/architecture.csv"), Path("reports/figures")
+SITE, ROWS = Path("reports/site"), Path("reports/site/rows")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -95,6 +99,12 @@ def read_hosts(run: Run) -> dict[str, Host]:
     return hosts
 
 
+def read_plan() -> dict[str, Planned]:
+    """Week -> what was planned."""
+    plan = yaml.safe_load((TEMPLATES / "plan.yaml").read_text(encoding="utf-8"))
+    return {name: Planned(**week) for name, week in plan.items()}
+
+
 def environment(autoescape: bool) -> jinja2.Environment:
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -104,6 +114,7 @@ def environment(autoescape: bool) -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     made.filters["cell"] = markdown_cell
+    made.filters["href"] = name_page
     made.filters["markdown"] = lambda cell: f"{cell.text} ({cell.small})" if cell.small else cell.text
     return made
 
@@ -118,10 +129,15 @@ def render(inputs: Inputs) -> dict[str, str]:
     style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     sections = [make(inputs) for make in SECTIONS]
     context = {"sections": sections, "headline": headline(inputs), "style": style}
+    pages = environment(True)
     files = {
         "reports/REPORT.md": environment(False).get_template("report.md.j2").render(context),
-        "reports/site/index.html": environment(True).get_template("index.html.j2").render(context),
+        f"{SITE}/index.html": pages.get_template("index.html.j2").render(context),
     }
+    sources = cited(sections) | {card["source"] for card in context["headline"]["cards"]}
+    template = pages.get_template("rows.html.j2")
+    for path, page in list_pages(inputs.rows, sources).items():
+        files[f"{SITE}/{path}"] = template.render(page=page, style=style)
     palette = style.partition("/* page */")[0]
     for block in (block for section in sections for block in section.blocks if isinstance(block, Figures)):
         files |= {f"{FIGURES}/{figure.name}.svg": standalone(figure.svg, palette) for figure in block.figures}
@@ -148,12 +164,14 @@ def main(run: Run, weeks: Weeks) -> None:
     rows = read_local(run) + recorded
     if not rows:
         raise StageError(f"no Parquet under {METRICS} or {RECORDED}: run the stages that measure first (`dvc repro`)")
-    inputs = Inputs(rows, weeks.weeks, read_dates(rows), read_architecture(run), read_hosts(run))
+    inputs = Inputs(rows, weeks.weeks, read_dates(rows), read_architecture(run), read_hosts(run), read_plan())
     files = render(inputs)
     for path, content in files.items():
         write_whole(run.out(path), content)
-    for stale in set(run.out(FIGURES / "any").parent.glob("*.svg")) - {run.out(path) for path in files}:
-        stale.unlink()
+    made = {run.out(path) for path in files}
+    for folder in (FIGURES, ROWS):
+        for stale in set(run.out(folder / "any").parent.iterdir()) - made:
+            stale.unlink()
     if README.exists():
         write_whole(run.out(README), fill_readme(README.read_text("utf-8"), readme_block(recorded, weeks.weeks)))
     print(f"wrote {run.out('reports/REPORT.md')} and {run.out('reports/site/index.html')}")

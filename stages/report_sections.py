@@ -1,29 +1,57 @@
 """What the report says: rows of the metrics' table in, sections of tables, plots and paragraphs out.
 
-Nothing here reads or writes a file. A table shows rows of one run; where these come from more than one host or commit
-its note says so and every line names its own.
+Nothing here reads or writes a file.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections import Counter, defaultdict, namedtuple
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
-from stages.host import Host
-from stages.metrics import COLUMNS
-from stages.params import Week
-from stages.report_figures import Series, plot_layers, plot_weeks
+from stages.report_figures import plot_heat, plot_weeks
+from stages.report_kernels import find_ceilings, kernel_section, layer_section, roofline_section
+from stages.report_parts import (
+    BASELINE,
+    DETAIL,
+    LABELS,
+    LOCAL,
+    STANDARD,
+    WITHOUT_WEEK,
+    Block,
+    Cell,
+    Columns,
+    Figure,
+    Figures,
+    Inputs,
+    Row,
+    Section,
+    Table,
+    Text,
+    commit_of,
+    drop_unmeasured,
+    engine_of,
+    host_of,
+    knobs_of,
+    limit_cell,
+    list_rows,
+    median_interval,
+    number,
+    percent,
+    provenance,
+    run_title,
+    share_of_limit,
+    show,
+    slug,
+    span,
+    times,
+    value_cell,
+)
+from stages.report_weeks import compare_section, done_weeks, make_series, plan_section
 
-LOCAL = "this host"
-BASELINE = "w01"
-PLANNED_WEEKS = 12
-SPEED_STAGES = ("provision", "baseline", "bench")  # where a limit is a ceiling of the machine and not a gate
-STANDARD = ("standard_prefill", "standard_decode", "workload_prompts")
 PREFILL_SUITES = {
     "prompt_lengths": "prompts by length",
     "prompt_products": "a prompt's matrix products, and torch's (cuBLAS)",
@@ -79,299 +107,6 @@ STEP_LABELS = {
     "host_us_per_token": "host, a token",
     "capture_ms": "capture",
 }
-LABELS = {
-    "ttft_ms": "TTFT",
-    "tpot_ms": "TPOT",
-    "itl_ms": "ITL",
-    "e2e_ms": "end to end",
-    "output_throughput": "output",
-    "total_token_throughput": "prompt + output",
-    "peak_memory_bytes": "peak memory",
-}
-PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-Row = namedtuple("Row", [*COLUMNS, "run", "source"])
-"""A row of the metrics, None where it is empty; `run` is LOCAL or "<gpu>/<model>", `source` its file and place."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One place of a table. `small` stands under the text; `share` (0 to 1) draws a bar, `heat` (0 to 1) a background;
-    `tone` is good, warn, bad or mute; `source` the row of Parquet."""
-
-    text: str
-    small: str = ""
-    numeric: bool = False
-    share: float | None = None
-    heat: float | None = None
-    tone: str = ""
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """`note` says whose rows these are; a `folded` one opens on request in the page."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    title: str = ""
-    note: str = ""
-    folded: bool = False
-    kind: str = "table"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """An <svg> element; `name` is its file in reports/figures/ without the ending."""
-
-    name: str
-    svg: str
-    alt: str
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Figures side by side where there is room; `wide` ones below each other."""
-
-    figures: Sequence[Figure]
-    title: str = ""
-    note: str = ""
-    wide: bool = False
-    kind: str = "figures"
-
-
-@dataclass(frozen=True)
-class Text:
-    """A paragraph."""
-
-    text: str
-    kind: str = "text"
-
-
-Block = Table | Figures | Text
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report; `anchor` is its id in the page."""
-
-    anchor: str
-    title: str
-    blocks: Sequence[Block]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """All a report is made of.
-
-    dates: commit -> the day it was made, of the commits that git knows. architecture: property -> value, of the
-    checkpoint that this host ran. hosts: run -> the machine, where its host.json is there.
-    """
-
-    rows: Sequence[Row]
-    weeks: Mapping[str, Week]
-    dates: Mapping[str, str] = field(default_factory=dict)
-    architecture: Mapping[str, str] = field(default_factory=dict)
-    hosts: Mapping[str, Host] = field(default_factory=dict)
-
-    @property
-    def runs(self) -> list[str]:
-        """Recorded runs, largest decode step first (most bytes a token), then this host."""
-        sizes = {row.run: 0.0 for row in self.rows}
-        for row in self.rows:
-            if row.metric == "tpot_ms" and row.limit is not None:
-                sizes[row.run] = max(sizes[row.run], row.limit)
-        return sorted(sizes, key=lambda run: (run == LOCAL, -sizes[run], run))
-
-    def of(self, run: str, *stages: str) -> list[Row]:
-        """The rows of one run, of the named stages or of all."""
-        return [row for row in self.rows if row.run == run and (not stages or row.stage in stages)]
-
-    def model(self, run: str, name: str) -> str:
-        """The model's name, and that its weights are random where a row of the run says so."""
-        random = any("random weights" in (row.note or "") for row in self.of(run))
-        return f"{name} (random weights)" if random else name
-
-    def speed(self, run: str) -> list[Row]:
-        """The rows of bench, and those of baseline that bench@w01 has not repeated."""
-        bench = self.of(run, "bench")
-        repeated = {row.suite for row in bench if row.week == BASELINE}
-        return bench + [row for row in self.of(run, "baseline") if row.suite not in repeated]
-
-
-# --- values as text -------------------------------------------------------------------------------------------------
-
-
-def number(value: float) -> str:
-    """Three significant digits; whole numbers and thousands in full."""
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    if abs(value) >= 1e-3:
-        return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
-    return f"{value:.1e}"
-
-
-def show(value: float, unit: str) -> str:
-    """`value` with its unit: "12.3 ms", "4.20 GB", "1,204 tokens/s"."""
-    if unit in ("B", "B/s", "FLOP/s"):
-        size, prefix = next((pair for pair in PREFIXES if abs(value) >= pair[0]), (1.0, ""))
-        return f"{number(value / size)} {prefix}{unit}"
-    return number(value) if unit == "1" else f"{number(value)} {unit}"
-
-
-def percent(share: float) -> str:
-    if share < 0.001:
-        return "< 0.1 %"
-    return f"{share * 100:.{1 if share < 0.0995 else 0}f} %"
-
-
-def times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{number(ratio)} ×"
-
-
-def share_of_limit(row: Row) -> float | None:
-    """How near a measured speed is to the most the machine allows, 0 to 1; None without a limit."""
-    if row.stage not in SPEED_STAGES or not row.value or not row.limit or not row.better:
-        return None
-    return row.value / row.limit if row.better == "higher" else row.limit / row.value
-
-
-def value_cell(row: Row) -> Cell:
-    """The value with its share of the limit, or why there is none: never a zero in its place."""
-    if row.status == "not_measured":
-        return Cell(f"not measured: {row.note}", tone="mute", source=row.source)
-    if row.status == "failed":
-        value = "" if row.value is None else f"{show(row.value, row.unit)}: "
-        return Cell(f"failed: {value}{row.note}", tone="bad", source=row.source)
-    share = share_of_limit(row)
-    small = "" if share is None else percent(share)
-    return Cell(show(row.value, row.unit), small, numeric=True, share=share, source=row.source)
-
-
-def range_cell(row: Row) -> Cell:
-    """The least and the greatest sample, and how many there are."""
-    if not row.samples or len(row.samples) < 2:
-        return Cell("")
-    low, high = show(min(row.samples), row.unit), show(max(row.samples), row.unit)
-    return Cell(f"{low} to {high}, n = {len(row.samples)}", numeric=True)
-
-
-def limit_cell(row: Row) -> Cell:
-    return Cell("" if row.limit is None else f"{show(row.limit, row.unit)}: {row.limit_kind}")
-
-
-def engine_of(row: Row) -> str:
-    return ", ".join(filter(None, (row.backend, row.dtype, row.quantization)))
-
-
-def knobs_of(row: Row) -> str:
-    """What was run: "cuda, bfloat16, batch 1, 128+32 tokens"."""
-    tokens = "+".join(str(count) for count in (row.prompt_tokens, row.new_tokens) if count is not None)
-    batch = f"batch {row.batch}" if row.batch else ""
-    return ", ".join(filter(None, (engine_of(row), batch, tokens and f"{tokens} tokens")))
-
-
-def host_of(row: Row) -> str:
-    if row.gpu == "cpu":
-        return "a CPU without a GPU"
-    pairs = (("driver", row.driver), ("CUDA", row.cuda))
-    return row.gpu + "".join(f", {name} {value}" for name, value in pairs if value)
-
-
-def commit_of(row: Row) -> str:
-    """The commit's first ten digits, and `-dirty` where the code differed from it."""
-    if not row.commit:
-        return "commit not recorded"
-    commit, dirty, _ = row.commit.partition("-dirty")
-    return commit[:10] + dirty
-
-
-def run_title(run: str) -> str:
-    return "This host" if run == LOCAL else f"Recorded, {run}"
-
-
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
-
-Columns = Mapping[str, Callable[[Row], Cell | str | None]]
-
-
-def provenance(rows: Sequence[Row]) -> tuple[str, bool]:
-    """Whose rows these are, for a table's note, and whether they are of more than one host or commit."""
-    counts = sorted(Counter((host_of(row), commit_of(row)) for row in rows).items())
-    if len(counts) == 1:
-        (host, commit), _ = counts[0]
-        return f"Measured on {host}; commit {commit}.", False
-    said = "; ".join(f"{host}, commit {commit}: {count} rows" for (host, commit), count in counts)
-    return f"Mixed: not one run but {len(counts)} hosts or commits. {said}.", True
-
-
-def list_rows(title: str, rows: Sequence[Row], columns: Columns, folded: bool = False) -> Table:
-    """A line a row; host and commit become columns where they differ. A column that is empty throughout is left out."""
-    note, mixed = provenance(rows)
-    columns = dict(columns) | ({"host": host_of, "commit": commit_of} if mixed else {})
-    lines = [[as_cell(column(row)) for column in columns.values()] for row in rows]
-    kept = [at for at in range(len(columns)) if any(line[at].text for line in lines)]
-    names = list(columns)
-    return Table([names[at] for at in kept], [[line[at] for at in kept] for line in lines], title, note, folded)
-
-
-def as_cell(value: Cell | str | None) -> Cell:
-    return value if isinstance(value, Cell) else Cell(value or "")
-
-
-DETAIL: Columns = {
-    "week": lambda row: row.week,
-    "suite": lambda row: row.suite,
-    "case": lambda row: row.case,
-    "metric": lambda row: row.metric,
-    "value": value_cell,
-    "samples": range_cell,
-    "limit": limit_cell,
-    "run with": knobs_of,
-}
-WITHOUT_WEEK: Columns = {name: column for name, column in DETAIL.items() if name != "week"}
-
-
-def drop_unmeasured(table: Table, first: int) -> Table:
-    """`table` without the lines and columns (from `first` on) that have nothing but one reason; its note says which."""
-    said: dict[str, set[str]] = defaultdict(set)
-    lines = []
-    for line in table.rows:
-        reason = only_reason([cell.text for cell in line[first:]])
-        if reason:
-            said[reason].add(f"{line[1].text} ({line[1].small})")
-        else:
-            lines.append(line)
-    kept = list(range(first))
-    for at in range(first, len(table.columns)):
-        reason = only_reason([line[at].text for line in lines])
-        if reason:
-            said[reason].add(table.columns[at])
-        elif any(line[at].text for line in lines):
-            kept.append(at)
-    notes = [f"{'; '.join(sorted(names))}: {reason}." for reason, names in sorted(said.items())]
-    columns = [table.columns[at] for at in kept]
-    return replace(
-        table,
-        columns=columns,
-        rows=[[line[at] for at in kept] for line in lines],
-        note=" ".join([table.note, *notes]),
-    )
-
-
-def only_reason(texts: Sequence[str]) -> str | None:
-    """The reason that all texts but the empty ones give for not being measured; None where they do not agree."""
-    found = {text for text in texts if text}
-    reason = found.pop() if len(found) == 1 else ""
-    return reason if reason.startswith("not measured: ") else None
-
-
 # --- at a glance ----------------------------------------------------------------------------------------------------
 
 
@@ -441,12 +176,13 @@ def glance_table(inputs: Inputs, runs: Sequence[str]) -> Table | None:
 
 
 def headline(inputs: Inputs) -> dict[str, Any]:
-    """The first screen: a sentence and a few figures, of the first run that has any."""
+    """The first screen, of the first run that has any figures: a sentence, these figures, and what they rest on."""
     found = next((found for run in inputs.runs if (found := find_glance(inputs, run))), None)
     if found is None:
-        return {"sentence": "No run has measured the standard suite yet: run `make repro`.", "cards": []}
+        said = "No run has measured the standard suite yet: run `make repro`."
+        return {"sentence": said, "cards": [], "facts": []}
     lead = found.rows[0]
-    place = "a CPU, without a GPU" if lead.gpu == "cpu" else lead.gpu
+    place = "a CPU, without a GPU" if lead.gpu == "cpu" else f"one {lead.gpu}"
     week = inputs.weeks.get(found.week)
     since = f"{found.week} ({week.title.lower()})" if week else found.week
     names = {"output_throughput": "at batch 1", "tpot_ms": "per output token", "ttft_ms": "to the first token"}
@@ -456,10 +192,37 @@ def headline(inputs: Inputs) -> dict[str, Any]:
         under = [f"{row.prompt_tokens}-token prompt"]
         under.append("limit not measured" if share is None else f"{percent(share)} of the limit")
         under += [] if ratio is None else [f"{times(ratio)} Hugging Face's speed"]
-        text = show(row.value, row.unit)
-        cards.append({"value": text, "name": names[row.metric], "under": under, "share": share, "source": row.source})
+        text, name = show(row.value, row.unit), names[row.metric]
+        if interval := median_interval(row):
+            name += f" ({span(interval.low, interval.high, row.unit)})"
+        cards.append({"value": text, "name": name, "under": under, "share": share, "source": row.source})
     model = inputs.model(lead.run, lead.model)
-    return {"sentence": f"{model} on {place} ({engine_of(lead)}), as of {since}", "cards": cards}
+    sentence = f"{model} on {place} ({engine_of(lead)}), as of {since}"
+    return {"sentence": sentence, "cards": cards, "facts": list_facts(inputs, found)}
+
+
+def list_facts(inputs: Inputs, found: Glance) -> list[tuple[str, str]]:
+    """Of the lead run: what the limit is, who it is compared with, what was checked, when and where it was measured."""
+    lead = found.rows[0]
+    facts = []
+    version = json.loads(lead.packages or "{}").get("transformers", "")
+    if any(against_baseline(inputs, row) for row in found.rows):
+        facts.append(("Against", f"Hugging Face transformers {version} on the same machine, same checkpoint and dtype"))
+    if ceilings := find_ceilings(inputs, lead.run):
+        bandwidth, matrix = (show(row.value, row.unit) for row in ceilings)
+        facts.append(("The limit", f"copy bandwidth {bandwidth}, bfloat16 matrix rate {matrix}: measured on this GPU"))
+    checks = [row for row in inputs.of(lead.run, "parity") if row.week == found.week]
+    gated = [row for row in checks if row.suite != "invariance" and (row.limit is not None or row.status == "failed")]
+    if gated:
+        held = sum(row.status == "ok" for row in gated)
+        facts.append(("Parity", f"{held:,} of {len(gated):,} limits on the distance from Hugging Face hold"))
+    if bits := [row for row in checks if row.suite == "invariance" and row.status != "not_measured"]:
+        held = sum(row.status == "ok" for row in bits)
+        facts.append(("Same bits", f"{held} of {len(bits)} other ways to compute a token's logits give the same bits"))
+    days = sorted({inputs.dates.get(row.commit or "", "") for row in found.rows} - {""})
+    day, commits = f"{days[-1]} " if days else "", ", ".join(sorted({commit_of(row) for row in found.rows}))
+    facts.append(("Since", f"{found.week}, measured {day}at commit {commits}; {done_weeks(inputs)}"))
+    return facts
 
 
 def glance_section(inputs: Inputs) -> Section:
@@ -468,36 +231,6 @@ def glance_section(inputs: Inputs) -> Section:
     if all(run == LOCAL for run in inputs.runs):
         blocks.append(Text("No run on a named GPU has been recorded yet."))
     return Section("glance", "At a glance", blocks)
-
-
-# --- weeks ----------------------------------------------------------------------------------------------------------
-
-
-def state_cell(rows: Sequence[Row]) -> Cell:
-    """Whether a week was run on a host, and how it went."""
-    states = Counter(row.status for row in rows)
-    if states["failed"]:
-        return Cell(f"failed: {states['failed']} rows", tone="bad")
-    if states["ok"]:
-        return Cell("done", tone="good")
-    return Cell("not measured" if rows else "not run", tone="mute")
-
-
-def week_section(inputs: Inputs) -> Section:
-    """Each week's state on each host, and the commit that measured it."""
-    hosts = sorted({row.run.split("/")[0] for row in inputs.rows}, key=lambda host: (host != LOCAL, host))
-    lines, done = [], 0
-    for name, week in inputs.weeks.items():
-        rows = [row for row in inputs.rows if row.week == name]
-        states = [state_cell([row for row in rows if row.run.split("/")[0] == host]) for host in hosts]
-        tones = {state.tone for state in states}
-        done += "good" in tones and "bad" not in tones
-        commits = sorted({(inputs.dates.get(row.commit, ""), commit_of(row)) for row in rows if row.status == "ok"})
-        measured = ", ".join(f"{day} {commit}".strip() for day, commit in commits)
-        lines.append([Cell(name), Cell(week.title), Cell(week.milestone), *states, Cell(measured or "–")])
-    table = Table(["week", "title", "what it must show", *hosts, "measured at"], lines)
-    said = f"{done} of {PLANNED_WEEKS} weeks done. Every week is a configuration of the same code and still runs."
-    return Section("weeks", "Weeks", [Text(said), table])
 
 
 # --- speed ----------------------------------------------------------------------------------------------------------
@@ -687,17 +420,7 @@ def load_figure(run: str, rows: Sequence[Row]) -> Figure | None:
     rows = [row for row in rows if (row.suite, row.metric, row.status) == ("throughput", "output_throughput", "ok")]
     series = []
     for case in dict.fromkeys(row.case for row in rows):
-        line = sorted((row for row in rows if row.case == case), key=lambda row: row.week)
-        series.append(
-            Series(
-                label=case,
-                x=[row.week for row in line],
-                y=[row.value for row in line],
-                low=[min(row.samples or [row.value]) for row in line],
-                high=[max(row.samples or [row.value]) for row in line],
-                limit=[row.limit for row in line],
-            )
-        )
+        series.append(make_series(case, [row for row in rows if row.case == case]))
     weeks = sorted({row.week for row in rows})
     if not weeks:
         return None
@@ -706,48 +429,53 @@ def load_figure(run: str, rows: Sequence[Row]) -> Figure | None:
     return Figure(name, plot_weeks(name, title, weeks, weeks, series), f"{title}, {run}, by week")
 
 
-def week_figures(inputs: Inputs, run: str) -> Figures | None:
-    """TTFT, TPOT and output tokens/s by week, a line a case, with the range of the samples and the limit."""
-    wanted = (("standard_prefill", "ttft_ms"), ("standard_decode", "tpot_ms"), ("standard_decode", "output_throughput"))
-    figures, used = [], []
-    for suite, metric in wanted:
-        rows = [row for row in inputs.speed(run) if (row.suite, row.metric, row.status) == (suite, metric, "ok")]
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def memory_section(inputs: Inputs) -> Section:
+    """Peak memory of the GPU by case and week, beside the weights and the memory there is."""
+    said = (
+        "The most GPU memory in use at a time while a case runs. Under a figure, and as a bar: what is beyond the "
+        "checkpoint's weights (cache, activations, and what the engine reserves), and the share of the GPU's memory."
+    )
+    blocks: list[Block] = [Text(said)]
+    for run in inputs.runs:
+        rows = [row for row in inputs.speed(run) if row.metric == "peak_memory_bytes" and row.status == "ok"]
         if not rows:
             continue
-        used += rows
-        series = []
-        for batch, prompt in sorted({(row.batch, row.prompt_tokens) for row in rows}):
-            line = [row for row in rows if (row.batch, row.prompt_tokens) == (batch, prompt)]
-            line.sort(key=lambda row: row.week)
-            samples = [row.samples or [row.value] for row in line]
-            series.append(
-                Series(
-                    label=f"prompt {prompt}" if suite == "standard_prefill" else f"batch {batch}, context {prompt}",
-                    x=[row.week for row in line],
-                    y=[row.value for row in line],
-                    low=[min(values) for values in samples],
-                    high=[max(values) for values in samples],
-                    limit=[row.limit for row in line],
-                )
-            )
+        weights = next(
+            (row for row in inputs.of(run, "inventory") if (row.case, row.metric) == ("checkpoint", "weight_bytes")),
+            None,
+        )
+        host = inputs.hosts.get(run)
+        size = host.gpus[0].memory_bytes if host and host.gpus else None
         weeks = sorted({row.week for row in rows})
-        labels = [f"{week}\nHugging Face" if week == BASELINE else week for week in weeks]
-        name = f"weeks-{slug(run)}-{slug(metric)}"
-        title = f"{LABELS[metric]} ({rows[0].unit}): {rows[0].better} is better"
-        figures.append(Figure(name, plot_weeks(name, title, weeks, labels, series), f"{title}, {run}, by week"))
-    return Figures(figures, run_title(run), provenance(used)[0]) if figures else None
+        found: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
+        for row in sorted(rows, key=lambda row: (row.suite not in STANDARD, row.suite, row.prompt_tokens or 0)):
+            found[row.suite, row.case][row.week] = row
+        lines = [
+            [Cell(case), *(memory_cell(of.get(week), weights, size) for week in weeks)]
+            for (_, case), of in found.items()
+        ]
+        note = provenance(rows)[0]
+        if weights is not None and weights.value:
+            total = "" if size is None else f" of the GPU's {show(size, 'B')}"
+            note = f"Weights: {show(weights.value, 'B')}{total}. {note}"
+        folded = len(blocks) > 1
+        blocks.append(Table(["case", *weeks], lines, f"{run_title(run)}: peak memory", note, folded))
+    if len(blocks) == 1:
+        blocks = [Text("Not measured: no run has a GPU.")]
+    return Section("memory", "Memory", blocks)
 
 
-def progress_section(inputs: Inputs) -> Section:
-    found = [figures for run in inputs.runs if (figures := week_figures(inputs, run))]
-    said = (
-        "Points are medians, thick bars the range of the samples, short dashes the limit; the scale is logarithmic. "
-        "w01 is transformers' own code on the same machine. A week that does not measure a case has no point."
-    )
-    blocks: list[Block] = [Text(said), *found]
-    return Section(
-        "progress", "Week over week", blocks if found else [Text("Not measured: no run has the standard suite.")]
-    )
+def memory_cell(row: Row | None, weights: Row | None, size: float | None) -> Cell:
+    if row is None:
+        return Cell("–", numeric=True, tone="mute")
+    more = row.value - weights.value if weights is not None and weights.value else None
+    small = [] if more is None or more < 0 else [f"+ {show(more, 'B')}"]
+    share = None if not size else row.value / size
+    small += [] if share is None else [percent(share)]
+    return Cell(show(row.value, row.unit), ", ".join(small), numeric=True, share=share, source=row.source)
 
 
 # --- parity ---------------------------------------------------------------------------------------------------------
@@ -798,24 +526,26 @@ def layer_table(title: str, rows: Sequence[Row], folded: bool) -> Table:
     return Table(columns, lines, title, provenance(rows)[0], folded)
 
 
-def layer_figure(run: str, rows: Sequence[Row]) -> Figure | None:
-    """The bf16 error of each layer relative to transformers' own, by week."""
-    rows = [row for row in rows if row.metric == "error_ratio" and row.case.startswith("layers.") and row.value]
-    if not rows:
+def heat_figure(run: str, rows: Sequence[Row]) -> Figure | None:
+    """How much of the allowed error each activation uses: a line a week, engine and dtype, a column an activation."""
+    found = {
+        (row.week, engine_of(row), row.dtype, row.case): row.value / row.limit
+        for row in rows
+        if row.value is not None and row.limit
+    }
+    if not found:
         return None
-    series = []
-    for week, engine in sorted({(row.week, engine_of(row)) for row in rows}):
-        line = [row for row in rows if (row.week, engine_of(row)) == (week, engine)]
-        line.sort(key=lambda row: layer_order(row.case))
-        series.append(
-            Series(f"{week} {engine}", [layer_order(row.case)[1] for row in line], [row.value for row in line])
-        )
-    gates = {row.limit for row in rows}
-    title = "bf16 error against fp32, relative to transformers' own bf16 error"
-    name = f"parity-{slug(run)}"
-    return Figure(
-        name, plot_layers(name, title, "ratio", series, gates.pop() if len(gates) == 1 else None), f"{title}, {run}"
-    )
+    keys = sorted({(dtype, week, engine) for week, engine, dtype, _ in found})
+    cases = sorted({case for *_, case in found}, key=layer_order)
+    shares = [[found.get((week, engine, dtype, case)) for case in cases] for dtype, week, engine in keys]
+    lines = [
+        f"{week} {engine}: {percent(max(filter(None, line), default=0))}"
+        for (_, week, engine), line in zip(keys, shares, strict=True)
+    ]
+    name, title = f"parity-{slug(run)}", "part of the allowed error that each activation uses, by layer, and the most"
+    columns = [case.removeprefix("layers.").replace("embedding", "emb") for case in cases]
+    svg = plot_heat(name, title, lines, columns, shares)
+    return Figure(name, svg, f"{title}, {run}, by week and layer")
 
 
 GATED: Columns = {
@@ -834,8 +564,8 @@ GATED: Columns = {
 def parity_section(inputs: Inputs) -> Section:
     said = (
         "fp32: the mean absolute difference from transformers in fp32. bf16: the engine's error against fp32 divided "
-        "by transformers' own bf16 error, so that 1 is as good as transformers. The background is the part of the "
-        "allowed error that is used."
+        "by transformers' own bf16 error, so that 1 is as good as transformers. The stronger a field's colour, the "
+        "more of the allowed error is used; one beyond it is red."
     )
     blocks: list[Block] = [Text(said)]
     for run in inputs.runs:
@@ -844,7 +574,7 @@ def parity_section(inputs: Inputs) -> Section:
         # The run's own model; the others are small random ones of another architecture or for the simulator.
         models = [row.model for row in inputs.of(run, "bench", "baseline") if row.model]
         own = [row for row in layers if row.suite == "layers" and row.model in models]
-        if figure := layer_figure(run, own):
+        if figure := heat_figure(run, own):
             blocks.append(Figures([figure], run_title(run), provenance(own)[0], wide=True))
         # The run's own model first.
         for _, suite, model in sorted({(row not in own, row.suite, row.model or "") for row in layers}):
@@ -898,67 +628,6 @@ def held_cell(row: Row | None) -> Cell:
     counted = "" if row.value is None else f"{number(row.value)} {row.metric.replace('_', ' ')}"
     state, tone = ("holds", "good") if row.status == "ok" else ("does not hold", "bad")
     return Cell(state, counted, tone=tone, source=row.source)
-
-
-# --- kernels --------------------------------------------------------------------------------------------------------
-
-MIX_ARCH = "sm_90a"
-MIX_TOP = 8
-
-
-def kernel_section(inputs: Inputs) -> Section:
-    """Registers, spills, shared memory, occupancy and instructions by architecture: this host's, whose code is the
-    report's, else those of the first run that has them."""
-    run = next((run for run in [LOCAL, *inputs.runs] if inputs.of(run, "build")), None)
-    if run is None:
-        return Section("kernels", "Kernels by architecture", [Text("Not measured: no run has the build stage.")])
-    rows = inputs.of(run, "build")
-    found: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
-    for row in rows:
-        kernel, _, arch = row.case.rpartition(" ")
-        found[kernel, arch][row.metric] = row
-    kernels = sorted({kernel for kernel, _ in found})
-    archs = sorted({arch for _, arch in found}, key=lambda arch: int(re.sub(r"\D", "", arch) or 0))
-    note = f"{run_title(run)}. {provenance(rows)[0]}"
-    lines = [[Cell(kernel), *(resource_cell(found.get((kernel, arch), {})) for arch in archs)] for kernel in kernels]
-    summary = Table(["kernel", *archs], lines, "Registers a thread · theoretical occupancy", note)
-    metrics = list(dict.fromkeys(row.metric for row in rows if row.suite != "instructions"))
-    detail = [
-        [Cell(kernel), Cell(arch), *(value_cell(of[name]) if name in of else Cell("") for name in metrics)]
-        for (kernel, arch), of in sorted(found.items(), key=lambda item: (item[0][0], archs.index(item[0][1])))
-    ]
-    resources = Table(["kernel", "architecture", *metrics], detail, "All resources", note, folded=True)
-    arch = MIX_ARCH if MIX_ARCH in archs else archs[-1]
-    mix = [[Cell(kernel), *mix_cells(found.get((kernel, arch), {}))] for kernel in kernels]
-    mixed = Table(["kernel", "instructions", "most frequent"], mix, f"PTX instruction mix, {arch}", note, folded=True)
-    said = (
-        "ptxas' own figures, which need no GPU. Spilled bytes are named where there are any. Instructions are counted "
-        "in the code, not as executed."
-    )
-    return Section("kernels", "Kernels by architecture", [Text(said), summary, resources, mixed])
-
-
-def resource_cell(found: Mapping[str, Row]) -> Cell:
-    """ "40 · 67 %", and the spilled bytes; a dash where the kernel is not for the architecture."""
-    if not found:
-        return Cell("–")
-    parts = []
-    if "registers" in found and found["registers"].value is not None:
-        parts.append(number(found["registers"].value))
-    if "theoretical_occupancy" in found and found["theoretical_occupancy"].value is not None:
-        parts.append(f"{found['theoretical_occupancy'].value * 100:.0f} %")
-    spilled = found["spill_bytes"].value if "spill_bytes" in found else None
-    text = " · ".join(parts) + (f", spills {number(spilled)} B" if spilled else "")
-    return Cell(text or "not measured", numeric=bool(text), tone="warn" if spilled else "")
-
-
-def mix_cells(found: Mapping[str, Row]) -> list[Cell]:
-    counts = [
-        (name.partition(".")[2], row.value) for name, row in found.items() if row.suite == "instructions" and row.value
-    ]
-    counts.sort(key=lambda pair: (-pair[1], pair[0]))
-    total = number(sum(count for _, count in counts)) if counts else "not measured"
-    return [Cell(total, numeric=True), Cell(", ".join(f"{name} {number(count)}" for name, count in counts[:MIX_TOP]))]
 
 
 # --- checkpoint, host, what is missing, methods -----------------------------------------------------------------------
@@ -1031,6 +700,12 @@ METHODS = (
     "Each figure is the median of repeats inside one stage, whose samples are in the Parquet; warm-up runs are not "
     "counted. On a GPU a call is timed by CUDA events or a synchronised clock, on a CPU by the wall clock. A lock "
     "keeps two measurements from sharing a host.",
+    "The confidence interval of a median is that of order statistics: the innermost pair of the sorted samples that "
+    "holds the true median with 95 %, as the number of samples below it is binomial (n, 1/2) whatever their "
+    "distribution. No resampling, no seed. Fewer than six samples hold it with less: then the interval is their range, "
+    "which holds 94 % of five, 88 % of four, 75 % of three, 50 % of two. It covers the repeats of one process on one "
+    "day, not another day's or another machine's, and takes the repeats as independent. A change from week to week is "
+    "named where the two intervals do not overlap.",
     "A call of the standard suite has B prompts of P random tokens and makes N tokens for each, the end-of-text token "
     "ignored. Tokenisation is outside the time, greedy sampling inside. TTFT: from the call to the first token. TPOT: "
     "(end to end − TTFT) / (N − 1). ITL: between two tokens. Output: B × N tokens over the end-to-end time; prompt + "
@@ -1038,8 +713,13 @@ METHODS = (
     "The limit of a step is the larger of its weight and KV bytes over the copy bandwidth and its FLOPs over the "
     "matrix rate, both measured on that machine by the provision stage. The share of the limit is limit / value where "
     "lower is better, value / limit where higher is.",
+    "A roofline's bytes are those that a kernel must move at least: each weight, key, value, input and output once. "
+    "Its FLOPs are two for each parameter and token of a matrix product, and four for each query's width and key of "
+    "attention (half of it where a prompt is causal), both from the sizes in the inventory's rows.",
     "Hugging Face (HF) is transformers on the same checkpoint, dtype and cases: w01. A ratio to it is of rows of equal "
     "batch, prompt and new tokens on the same host.",
+    "A number links to its row: the page of a Parquet file lists the rows that the report cites with their samples, "
+    "limit, knobs, host and commit.",
     "This host's rows come from reports/metrics/, recorded ones from reports/recorded/<gpu>/<model>/. They share a "
     "table only where each line says which it is.",
 )
@@ -1051,12 +731,15 @@ def methods_section(inputs: Inputs) -> Section:
 
 SECTIONS: tuple[Callable[[Inputs], Section], ...] = (
     glance_section,
-    week_section,
+    plan_section,
+    compare_section,
     results_section,
+    roofline_section,
+    layer_section,
     prefill_section,
     decode_section,
     load_section,
-    progress_section,
+    memory_section,
     parity_section,
     invariance_section,
     kernel_section,

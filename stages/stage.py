@@ -16,7 +16,7 @@ import functools
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
             raise
 
 
-def stage(*sections: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def stage(
+    *sections: type, options: Mapping[str, Sequence[str]] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Makes `function(run, *sections)` an entry point without arguments that reads them, runs it and exits.
+
+    By hand the command line may also give each of `options`, which are no parameters, one of its values: a keyword
+    argument of `function`, to do something else with the same sections.
 
     Exit status: 0; 1 for a StageError; 2 for a ParamsError. Both are one line on stderr. The function itself stays
     reachable as `__wrapped__`, the sections as `sections`.
@@ -90,11 +95,12 @@ def stage(*sections: type) -> Callable[[Callable[..., None]], Callable[..., None
         def main(arguments: list[str] | None = None) -> None:
             arguments = sys.argv[1:] if arguments is None else arguments
             if {"-h", "--help"} & set(arguments):
-                print(_usage(name, sections, function))
+                print(_usage(name, sections, options or {}, function))
                 return
             try:
                 run = Run(name, by_hand="DVC_STAGE" not in os.environ)
-                function(run, *resolve(sections, arguments, run.by_hand))
+                given, rest = take_options(options or {}, arguments) if run.by_hand else ({}, arguments)
+                function(run, *resolve(sections, rest, run.by_hand), **given)
             except ParamsError as error:
                 print(f"error: {error}", file=sys.stderr)
                 sys.exit(2)
@@ -106,6 +112,23 @@ def stage(*sections: type) -> Callable[[Callable[..., None]], Callable[..., None
         return main
 
     return decorate
+
+
+def take_options(options: Mapping[str, Sequence[str]], arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The options among `arguments`, and the others. Raises ParamsError."""
+    given: dict[str, str] = {}
+    rest = []
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name not in options:
+            rest.append(argument)
+        elif name in given:
+            raise ParamsError(f"one {name} at a time, not {given[name]}, {value}")
+        elif value not in options[name]:
+            raise ParamsError(f"{name} = '{value}': should be one of {', '.join(options[name])}")
+        else:
+            given[name] = value
+    return given, rest
 
 
 def resolve(sections: tuple[type, ...], arguments: list[str], by_hand: bool) -> list[Any]:
@@ -127,8 +150,11 @@ def resolve(sections: tuple[type, ...], arguments: list[str], by_hand: bool) -> 
     return [select(section, params, weeks[0] if weeks else None) for section in sections]
 
 
-def _usage(name: str, sections: tuple[type, ...], function: Callable[..., None]) -> str:
+def _usage(
+    name: str, sections: tuple[type, ...], options: Mapping[str, Sequence[str]], function: Callable[..., None]
+) -> str:
     about = (sys.modules[function.__module__].__doc__ or "").strip()
     lines = [f"python -m stages.{name} [key=value ...]", "", about, ""]
     declared = [section.__name__.lower() for section in sections]
-    return "\n".join(lines + [f"{group}={'|'.join(list_choices(group))}" for group in declared if list_choices(group)])
+    choices = {group: list_choices(group) for group in declared} | dict(options)
+    return "\n".join(lines + [f"{name}={'|'.join(values)}" for name, values in choices.items() if values])

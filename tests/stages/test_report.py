@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from stages import metrics, report_sections
+from stages import metrics, report_sections, report_weeks
 from stages.compose import as_dict, compose_conf
 from stages.decode import add_missing as add_decode_missing
 from stages.host import Device, Host
 from stages.params import Weeks, select
 from stages.report import BEGIN, END, fill_readme, main, read_recorded, readme_block
-from stages.report_sections import PLANNED_WEEKS, Row, number, percent, share_of_limit, show
+from stages.report_parts import Row, number, percent, share_of_limit, show
 from stages.stage import StageError
 from stages.standard import Case, Latency, add_latency, add_missing
 
@@ -42,8 +42,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_STAGE", "report")
     # The figures take most of the time; `full` has real ones.
-    for name in ("plot_weeks", "plot_layers"):
-        monkeypatch.setattr(report_sections, name, lambda *_: "<svg></svg>")
+    for module, name in ((report_sections, "plot_weeks"), (report_weeks, "plot_weeks"), (report_sections, "plot_heat")):
+        monkeypatch.setattr(module, name, lambda *_: "<svg></svg>")
     return tmp_path
 
 
@@ -157,7 +157,11 @@ def write_run(folder: Path, host: Host, model: str, scale: float) -> None:
 
 def files(root: Path) -> dict[str, bytes]:
     """All the report wrote under `root`."""
-    made = [root / "reports/REPORT.md", root / "reports/site/index.html", *(root / "reports/figures").glob("*.svg")]
+    made = [
+        root / "reports/REPORT.md",
+        *(root / "reports/figures").glob("*.svg"),
+        *(root / "reports/site").rglob("*.html"),
+    ]
     made += [path for path in [root / "README.md"] if path.exists()]
     return {str(path.relative_to(root)): path.read_bytes() for path in made}
 
@@ -187,11 +191,14 @@ def test_the_same_parquet_gives_the_same_bytes(
     full: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit: Callable[[str], None]
 ) -> None:
     first = files(full)
-    assert len(first) == 3 + 3 * 3 + 3
+    pages = [path for path in first if path.startswith("reports/site/rows/")]
+    # README, REPORT.md, the page; three plots by week and a heat map a run; a page a file that is cited.
+    assert len(first) == 3 + 3 * (3 + 1) + len(pages) and len(pages) > 3 * 5
     shutil.copytree(full, tmp_path / "again")
     monkeypatch.chdir(tmp_path / "again")
     monkeypatch.setenv("DVC_STAGE", "report")
     shutil.rmtree("reports/figures")
+    Path("reports/site/rows/of-an-older-run.html").write_text("")
     main([])
     assert files(tmp_path / "again") == first
 
@@ -199,13 +206,12 @@ def test_the_same_parquet_gives_the_same_bytes(
 def test_runs_stay_apart_and_tables_name_host_and_commit(full: Path) -> None:
     text = (full / "reports/REPORT.md").read_text()
     tables = re.findall(r"((?:^\|.*\n)+)\n(.*)", text, re.MULTILINE)
-    glance, *results = [table + note for table, note in tables if "| TTFT |" in table]
+    glance, *results = [table + note for table, note in tables if "| TTFT |" in table.split("\n")[0]]
     assert glance.count("| 1234512345 |") == 3
     assert len(results) == 3 and all("commit 1234512345." in result for result in results)
     assert sum("Measured on NVIDIA H200, driver 580.1, CUDA 13.0;" in result for result in results) == 2
     assert sum("Measured on a CPU without a GPU;" in result for result in results) == 1
-    assert f"4 of {PLANNED_WEEKS}" not in text  # w02 has no rows here
-    assert f"3 of {PLANNED_WEEKS} weeks done" in text
+    assert "3 of 12 weeks done: 25 %" in text  # w02 has no rows here
 
 
 def test_commits_are_not_mixed_silently(place: Path, commit: Callable[[str], None]) -> None:
@@ -238,6 +244,20 @@ def test_what_was_not_measured_says_why(full: Path) -> None:
     assert "| this host | bench w03 | not measured | no GPU on this host |" in missing
 
 
+def test_the_first_screen_says_what_where_how_fast_and_against_whom(full: Path) -> None:
+    text = (full / "reports/REPORT.md").read_text()
+    first = text[: text.index("## At a glance")]
+    assert "**olmo2_7b on one NVIDIA H200 (cuda, bfloat16), as of w04 (prefill, decode, sampling)**" in first
+    assert re.search(
+        r"^- [\d.]+ ms per output token \([\d.]+ to [\d.]+\): 32-token prompt, .* of the limit, ", first, re.M
+    )
+    assert "Hugging Face's speed" in first
+    assert "- Against: Hugging Face transformers 5.17.0 on the same machine" in first
+    assert "- The limit: copy bandwidth 4.20 TB/s, bfloat16 matrix rate 740 TFLOP/s: measured on this GPU" in first
+    assert "- Same bits: 3 of 3 other ways" in first and "of 114 limits on the distance" in first
+    assert "- Since: w04, measured at commit 1234512345; 3 of 12 weeks done: 25 %" in first
+
+
 def test_machine_and_architecture_are_shown(full: Path) -> None:
     text = (full / "reports/REPORT.md").read_text()
     assert "| this host | none | – | – | a CPU | 2 | 24 GiB | Linux x86_64, Python 3.12 |" in text
@@ -257,7 +277,7 @@ def test_failed_rows_are_shown_as_failed(place: Path, commit: Callable[[str], No
     rows.write_parquet(metrics_folder / "parity_w03.failed.parquet")
     main([])
     text = (place / "reports/REPORT.md").read_text()
-    assert "failed: 1 rows" in text and "4 times the 1.25 allowed" in text and "embedding" not in text
+    assert "failed: 1 rows" in text and "4 times the 1.25 allowed" in text and "| embedding |" not in text
 
 
 @pytest.mark.parametrize("kept", ["provision", "build", "parity_w03", "bench_w03", "baseline"])
@@ -330,9 +350,38 @@ def test_the_page_is_whole_and_fetches_nothing(full: Path) -> None:
     assert not page.open
     assert len(page.ids) == len(set(page.ids))
     assert not page.tags & {"script", "link", "img", "iframe", "object", "embed"}
-    assert all(reference.startswith("#") and reference[1:] in page.ids for reference in page.references)
+    inside = [reference for reference in page.references if reference.startswith("#")]
+    assert inside and all(reference[1:] in page.ids for reference in inside)
+    assert all(re.match(r"#|rows/[a-z0-9-]+\.html#r\d+$", reference) for reference in page.references)
     assert "@import" not in text and all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
+
+
+def test_every_number_links_to_its_row(full: Path) -> None:
+    page = Page()
+    page.feed((full / "reports/site/index.html").read_text())
+    links = {reference for reference in page.references if reference.startswith("rows/")}
+    pages: dict[str, Page] = {}
+    for path in (full / "reports/site/rows").glob("*.html"):
+        pages[f"rows/{path.name}"] = Page()
+        pages[f"rows/{path.name}"].feed(path.read_text())
+        assert not pages[f"rows/{path.name}"].open
+    assert len(links) > 300
+    for link in links:
+        path, _, place = link.partition("#")
+        assert place in pages[path].ids
+    # No page and no row that nothing links to.
+    assert {f"{path}#{place}" for path, found in pages.items() for place in found.ids} == links
+
+
+def test_a_link_leads_to_the_row_of_the_number(full: Path) -> None:
+    text = (full / "reports/site/index.html").read_text()
+    page, place, shown = re.findall(r'<li><b><a href="rows/([^"#]+)#r(\d+)">([^<]+)</a>', text)[0]
+    assert page == "recorded-nvidia-h200-olmo2-7b-bench-w04.html"
+    row = metrics.read(full / "reports/recorded/nvidia-h200/olmo2_7b/bench_w04.parquet").iloc[int(place)]
+    assert shown == show(row["value"], row["unit"])
+    line = re.search(rf'<tr id="r{place}">.*', (full / "reports/site/rows" / page).read_text())
+    assert line and f"{row['value']:.9g} tokens/s" in line[0] and f"{row['samples'][0]:.6g}" in line[0]
 
 
 def test_figures_stand_alone_in_light_and_dark(full: Path) -> None:

@@ -273,7 +273,7 @@ class AsyncLLM:
         live.pieces.clear()
         live.done = ended
         logprobs = None if request.params.logprobs is None else request.logprobs[begin : text.count]
-        tokens = request.generated[begin : text.count]
+        tokens = request.generated_from(begin)[: text.count - begin]
         return Update(request.index, piece, tokens, logprobs, completion(request, text) if ended else None)
 
     def _stop(self, live: Live) -> None:

@@ -452,8 +452,6 @@ def latency(
     cuda_graph: Annotated[bool, typer.Option(help="Capture decode steps, on a GPU.")] = True,
 ) -> None:  # fmt: skip
     """Time prompts (pp) and decode steps (tg) in llama-bench's columns, each beside what the machine allows at best."""
-    import torch
-
     from engine.latency import COLUMNS, Case, TooLarge, lines, measure, measure_ceilings, records, render
 
     _check_format(form)
@@ -474,16 +472,11 @@ def latency(
             except TooLarge as reason:
                 typer.echo(f"left out: {test.name}, batch {size}: {reason}", err=True)
     engine = llm.engine
-    device = torch.cuda.get_device_name() if engine.device == "cuda" else "CPU"
+    described = _describe_measured(llm, model, weights)
+    device = described["gpu_info"]
     rows = records(
         results,
-        model_filename=str(model),
-        model_type=f"{llm.config.architecture.removesuffix('ForCausalLM')} {engine.dtype}",
-        model_size=llm.weights.nbytes,
-        model_n_params=llm.config.parameter_count(),
-        weights=weights,
-        backends=engine.backend,
-        gpu_info=device,
+        **described,
         n_batch=chunk,
         cuda_graph=engine.captures,
         copy_bandwidth=ceilings.bandwidth,
@@ -528,8 +521,6 @@ def throughput(
     cuda_graph: Annotated[bool, typer.Option(help="Capture decode steps, on a GPU.")] = True,
 ) -> None:  # fmt: skip
     """Requests a second and tokens a second, with latencies, beside the floor of what the machine allows."""
-    import torch
-
     from engine.latency import measure_ceilings
     from engine.throughput import bench
     from engine.workloads import Mix, make_source, parse_range, parse_schedules, print_tables, render
@@ -543,19 +534,14 @@ def throughput(
     draw = make_source(mix, llm.config.vocab_size, llm.tokenizer, sharegpt, **limits)
     ceilings = measure_ceilings(llm.weights.device)
     engine = llm.engine
-    device = torch.cuda.get_device_name() if engine.device == "cuda" else "CPU"
+    described = _describe_measured(llm, model, weights)
+    device = described["gpu_info"]
     records = bench(
         llm,
         draw,
         schedules,
         ceilings,
-        model_filename=str(model),
-        model_type=f"{llm.config.architecture.removesuffix('ForCausalLM')} {engine.dtype}",
-        model_size=llm.weights.nbytes,
-        model_n_params=llm.config.parameter_count(),
-        weights=weights,
-        backends=engine.backend,
-        gpu_info=device,
+        **described,
         kv_cache=engine.kv_cache,
         max_batch=engine.max_batch,
         n_batch=engine.max_step_tokens,
@@ -658,6 +644,22 @@ def _numbers(name: str, text: str) -> list[int]:
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"{name} = {text!r}; it must be positive integers with commas between them")
     return [int(part) for part in parts]
+
+
+def _describe_measured(llm: "LLM", model: Path, weights: str) -> dict[str, Any]:
+    """What every record of a measurement begins with, named as llama-bench names it."""
+    import torch
+
+    engine = llm.engine
+    return {
+        "model_filename": str(model),
+        "model_type": f"{llm.config.architecture.removesuffix('ForCausalLM')} {engine.dtype}",
+        "model_size": llm.weights.nbytes,
+        "model_n_params": llm.config.parameter_count(),
+        "weights": weights,
+        "backends": engine.backend,
+        "gpu_info": torch.cuda.get_device_name() if engine.device == "cuda" else "CPU",
+    }
 
 
 def _load_measured(path: Path, weights: str, backend: str, dtype: str, cuda_graph: bool, **settings: Any) -> "LLM":

@@ -38,7 +38,7 @@ class Live:
     def take(self) -> bool:
         """Turn new tokens into text. True where that has ended the request, and the engine does not know it yet."""
         request, text = self.request, self.text
-        piece = text.take(request.generated[text.count :], last=request.finish_reason is not None)
+        piece = text.take(request.generated_from(text.count), last=request.finish_reason is not None)
         if piece:
             self.pieces.append(piece)
         return text.stop is not None and request.finish_reason is None

@@ -77,7 +77,11 @@ class Request(Sequence):
 
     @property
     def generated(self) -> list[int]:
-        return self.tokens[self.prompt_length :]
+        return self.generated_from(0)
+
+    def generated_from(self, begin: int) -> list[int]:
+        """Generated tokens without the first `begin`: what a step has added costs no copy of all before."""
+        return self.tokens[self.prompt_length + begin :]
 
     def accept(self, token: int) -> None:
         """Take the newest of `tokens` into account: its time, and whether it is the last."""

@@ -1,6 +1,8 @@
 """CUDA graphs: work that the host launches once for all of its kernels."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -15,10 +17,22 @@ def new_pool(device: torch.device) -> Any:
     return torch.cuda.graph_pool_handle()
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage is collected within: an old graph that is freed while another is captured spoils it."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def capture(run: Callable[[], Result], pool: Any) -> tuple[torch.cuda.CUDAGraph, Result]:
     """`run` as a graph, and its result, which a replay fills anew. It must have run once: kernels load then."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with _uncollected(), torch.cuda.graph(graph, pool=pool):
         result = run()
     # Kernels may have sent what they need to the device on other streams meanwhile.
     torch.cuda.synchronize()

@@ -121,10 +121,17 @@ def measure(llm: LLM, requests: Sequence[Request], ceilings: Ceilings) -> Result
 
 
 def warm_up(llm: LLM, requests: Sequence[Request]) -> None:
-    """The requests' lengths with other tokens, all at once: kernels are loaded and graphs captured, and what a prefix
-    cache keeps of them is no prompt's beginning."""
+    """The requests' lengths with other tokens, all at once: kernels are loaded, and graphs captured of every size, as
+    requests end one after another. What a prefix cache keeps of them is no prompt's beginning."""
     drawn, ids = random.Random(f"not {requests[0].prompt}"), range(llm.config.vocab_size)
-    run_offline(llm, [Request(drawn.choices(ids, k=len(request.prompt)), request.new_tokens) for request in requests])
+    few = [2 + (len(requests) // (1 + index)).bit_length() for index in range(len(requests))]
+    run_offline(
+        llm,
+        [
+            Request(drawn.choices(ids, k=len(request.prompt)), min(most, request.new_tokens))
+            for request, most in zip(requests, few, strict=True)
+        ],
+    )
 
 
 def run_offline(llm: LLM, requests: Sequence[Request]) -> tuple[list[Outcome], float]:

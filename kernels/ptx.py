@@ -318,6 +318,16 @@ def cp_async_cg_16_zfill(target: Any, pointer: Any, index: Any, size: Any) -> No
     current().copies[-1].append((shared_bytes(int(target), 16), source))
 
 
+@instruction(
+    "{.reg .pred p; setp.ne.u32 p, $0, 0; @p cp.async.cg.shared.global [$1], [$2], 16, $3;}",
+    None, "u32", "u32", "p", "u32", memory=True,
+)  # fmt: skip
+def cp_async_cg_16_zfill_if(wanted: Any, target: Any, pointer: Any, index: Any, size: Any) -> None:
+    """As cp_async_cg_16_zfill where `wanted` is not 0, else nothing: no branch, which code would be moved into."""
+    if wanted:
+        cp_async_cg_16_zfill(target, pointer, index, size)
+
+
 @instruction("cp.async.commit_group;", None, memory=True)
 def cp_async_commit_group() -> None:
     """Close the group of copies this thread started since the last commit."""
@@ -428,6 +438,27 @@ def mbarrier_arrive(address: Any) -> None:
     current().block.phases.arrive(int(address))
 
 
+@instruction(
+    "{ .reg .b32 there; mapa.shared::cluster.u32 there, $0, $1; mbarrier.arrive.shared::cluster.b64 _, [there]; }",
+    None, "u32", "u32", memory=True,
+)  # fmt: skip
+def mbarrier_arrive_at(address: Any, rank: Any) -> None:
+    """One arrival at the barrier that lies at this address in the cluster's block `rank`."""
+    raise SimulationError("an arrival at another block's barrier: clusters are not simulated")
+
+
+@instruction("mov.u32 $0, %cluster_ctarank;", "u32")
+def cluster_ctarank() -> Any:
+    """This block's number in its cluster."""
+    raise SimulationError("a block's number in its cluster: clusters are not simulated")
+
+
+@instruction("barrier.cluster.arrive; barrier.cluster.wait;", None, memory=True)
+def cluster_sync() -> None:
+    """Wait for all threads of the cluster's blocks, and see what they wrote."""
+    raise SimulationError("a barrier of a cluster: clusters are not simulated")
+
+
 @instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", None, "u32", "u32", memory=True)
 def mbarrier_arrive_expect_tx(address: Any, size: Any) -> None:
     """One arrival, after which the phase also waits for `size` bytes of bulk copies (sm_90 and later)."""
@@ -475,6 +506,19 @@ def cp_async_bulk_tensor_2d(
     policy: how L2 keeps it, EVICT_NORMAL, EVICT_FIRST or EVICT_LAST.
     """
     _copy_box(target, tensor_map, map_index, barrier, int(row), int(column))
+
+
+@instruction(
+    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+    " [$0], [$1, {$3, $4}], [$2], $5, $6;",
+    None, "u32", "p", "u32", "s32", "s32", "u16", "u64", memory=True,
+)  # fmt: skip
+def cp_async_bulk_tensor_2d_multicast(
+    target: Any, tensor_map: Any, map_index: Any, barrier: Any, column: Any, row: Any, blocks: Any, policy: Any
+) -> None:
+    """As `cp_async_bulk_tensor_2d`, to the same place in each block of the cluster whose bit in `blocks` is set; the
+    bytes count towards each one's own barrier."""
+    raise SimulationError("a copy to several blocks: clusters are not simulated")
 
 
 @instruction(

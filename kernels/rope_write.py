@@ -2,7 +2,7 @@
 
 | version | what it does |
 |---|---|
-| fast | one block of 128 threads a token, 16-byte loads of the row, then pairs of elements |
+| fast | one block of 128 threads a token, all of it in vectors of 16 bytes |
 
 The decode kernel of `kernels/attention/flash.py` does the same to its one token with the functions of this file.
 
@@ -191,6 +191,8 @@ def check_projection(
     check.aligned(operation, "qkv", qkv)
     check.tensor(operation, "cos", cos, (limit, half), torch.float32)
     check.tensor(operation, "sin", sin, (limit, half), torch.float32)
+    check.aligned(operation, "cos", cos)
+    check.aligned(operation, "sin", sin)
     if (q_norm is None) != (k_norm is None):
         raise ValueError(f"{operation}: {'q_norm' if q_norm is None else 'k_norm'} is None and the other is not")
     if q_norm is not None and k_norm is not None:
@@ -209,7 +211,7 @@ def norm_kind(q_norm: torch.Tensor | None, rounding: str) -> str:
 def fast(head_dim: int, norm: str, paged: bool) -> Kernel:
     """qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, slots, positions, table, q_out, Hq, Hk, pages of a slot, log2 of
     a page, strides of the cache (slot or page, position, head) and of qkv and q_out, eps; grid (T,)."""
-    units = head_dim // 4  # of a head: two pairs of elements each
+    units = head_dim // 16  # of a head: eight pairs of elements each
     chunks = head_dim // 8
     normed, twice = norm != "none", norm == "twice"
 
@@ -243,31 +245,42 @@ def fast(head_dim: int, norm: str, paged: bool) -> Kernel:
             inside = position & ((int64(1) << page_bits) - 1)
             target = page * slot_stride + inside * position_stride
         angle = position * (head_dim // 2)
+        angles = cuda.local.array(16, float32)
+        words = cuda.local.array(8, uint32)
         unit = thread
         while unit < (q_heads + kv_heads) * units:
-            head, d = unit // units, unit % units * 2
-            first = ptx.ld_global_b32(qkv, row + head * head_dim + d)
-            second = ptx.ld_global_b32(qkv, row + head * head_dim + head_dim // 2 + d)
+            head, d = unit // units, unit % units * 8
+            first = ptx.ld_global_v4(qkv, row + head * head_dim + d)
+            second = ptx.ld_global_v4(qkv, row + head * head_dim + head_dim // 2 + d)
+            for half in range(2):
+                cosines = ptx.ld_global_v4(cos, angle + d + 4 * half)
+                sines = ptx.ld_global_v4(sin, angle + d + 4 * half)
+                for e in range(4):
+                    angles[8 * half + 2 * e] = ptx.f32_from_bits(cosines[e])
+                    angles[8 * half + 2 * e + 1] = ptx.f32_from_bits(sines[e])
+            scale = q_scale if head < q_heads else k_scale
             if normed:
                 if head < q_heads:
-                    w_first = ptx.ld_global_b32(q_norm, head * head_dim + d)
-                    w_second = ptx.ld_global_b32(q_norm, head * head_dim + head_dim // 2 + d)
-                    scale = q_scale
+                    w_first = ptx.ld_global_v4(q_norm, head * head_dim + d)
+                    w_second = ptx.ld_global_v4(q_norm, head * head_dim + head_dim // 2 + d)
                 else:
-                    w_first = ptx.ld_global_b32(k_norm, (head - q_heads) * head_dim + d)
-                    w_second = ptx.ld_global_b32(k_norm, (head - q_heads) * head_dim + head_dim // 2 + d)
-                    scale = k_scale
-                first = normalised(first, w_first, scale, twice)
-                second = normalised(second, w_second, scale, twice)
-            result = rotated(first, second, cos[angle + d], sin[angle + d], cos[angle + d + 1], sin[angle + d + 1])
+                    w_first = ptx.ld_global_v4(k_norm, (head - q_heads) * head_dim + d)
+                    w_second = ptx.ld_global_v4(k_norm, (head - q_heads) * head_dim + head_dim // 2 + d)
+            for e in range(4):
+                a, b = first[e], second[e]
+                if normed:
+                    a = normalised(a, w_first[e], scale, twice)
+                    b = normalised(b, w_second[e], scale, twice)
+                result = rotated(a, b, angles[4 * e], angles[4 * e + 1], angles[4 * e + 2], angles[4 * e + 3])
+                words[e], words[4 + e] = result[0], result[1]
             if head < q_heads:
                 place = token * out_stride + head * head_dim + d
-                ptx.st_global_b32(q_out, place, result[0])
-                ptx.st_global_b32(q_out, place + head_dim // 2, result[1])
+                ptx.st_global_v4(q_out, place, words[0], words[1], words[2], words[3])
+                ptx.st_global_v4(q_out, place + head_dim // 2, words[4], words[5], words[6], words[7])
             else:
                 place = target + (head - q_heads) * head_stride + d
-                ptx.st_global_b32(k_cache, place, result[0])
-                ptx.st_global_b32(k_cache, place + head_dim // 2, result[1])
+                ptx.st_global_v4(k_cache, place, words[0], words[1], words[2], words[3])
+                ptx.st_global_v4(k_cache, place + head_dim // 2, words[4], words[5], words[6], words[7])
             unit += THREADS
         vector = thread
         while vector < kv_heads * chunks:

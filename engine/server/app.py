@@ -6,7 +6,6 @@ import asyncio
 import base64
 import dataclasses
 import hashlib
-import importlib.metadata
 import logging
 import re
 import time
@@ -24,6 +23,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
 
+from engine import __version__
 from engine.async_llm import AsyncLLM, EngineDead, QueueFull
 from engine.server import answers, protocol
 from engine.server.answers import EventStream, Job, Prompt
@@ -85,7 +85,7 @@ def create_app(engine: AsyncLLM, llm: LLM, settings: Settings) -> FastAPI:
 
     app = FastAPI(
         title="Attention-From-Scratch",
-        version=importlib.metadata.version("attention-from-scratch"),
+        version=__version__,
         description="OpenAI's API over a from-scratch LLM inference engine.",
         lifespan=lifespan,
         redoc_url=None,

@@ -93,19 +93,19 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
     steps = head_dim // 16  # of the matrix product over d
     columns = head_dim // 32  # blocks of 8 columns of O that a warp owns
     halves = 2 if group > 8 else 1  # of the 16 rows that are in use
-    registers = 4 if group > 8 else 2  # of a step's operand of 16 rows
     units = head_dim // 4  # of a head to rotate: two pairs of elements each
     rounds = -(-(group + 1) * units // THREADS)
     partial = head_dim + 4
     # Elements of arrays in registers.
-    pair_words, angle_words, q_words_held = 2 * rounds, 4 * rounds, registers * steps
+    pair_words, angle_words, q_words_held = 2 * rounds, 4 * rounds, 4 * steps
     o_words, p_words = 4 * columns, 4 * (TILE // 16)
     # Shared memory: K tile, V tile; queries and the new key, in whose place later are the weights and their sums; what
-    # warps exchange before: sums of squares, then largest scores.
+    # warps exchange before: sums of squares, then largest scores; zeros.
     rows_at = 2 * tile_bytes
     sums_at = rows_at + group * 256
     largest_at = sums_at + halves * 512
-    shared_bytes = largest_at + halves * 128
+    zeros_at = largest_at + halves * 128
+    shared_bytes = zeros_at + 16
 
     @device_function
     def pages_of(table, row, pages, page_bits, segment, lane):
@@ -118,50 +118,48 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
     def record_of(heads, segments):
         return (int64(heads) * (int64(segments) * partial + 1) + 3) // 4 * 4
 
-    def copier(zero):
-        """A function that starts copying a tile; with `zero`, rows outside the token's range become 0."""
+    @device_function
+    def copy(
+        target, cache, base, page0, page1, page_bits, slot_stride, position_stride, tile, begin, limit, own, thread
+    ):
+        """Positions begin … limit - 1 of the tile to shared memory, 0 for others, but nothing for position `own`.
 
-        @device_function
-        def copy(
-            target, cache, base, page0, page1, page_bits, slot_stride, position_stride, tile, begin, limit, own, thread
-        ):
-            """Positions begin … limit - 1 of the tile to shared memory; position `own` is left as it is."""
-            row, chunk = thread // chunks, thread % chunks
-            first = tile * TILE + row
-            low, high = int32(max(begin - tile * TILE, 0)), int32(min(limit - tile * TILE, TILE))
-            skipped = int32(min(max(own - tile * TILE, -1), TILE))
-            place = target + uint32(row * row_bytes + ((chunk ^ (row & 7)) * 16))
-            at = base + chunk * 8 + first * position_stride
-            if paged:
-                held = page0 if tile & 3 < 2 else page1
-            # As many passes as `passes` says, which the compiler shall not know: the addresses of all of them at once
-            # take more registers than there are.
-            last = int64(cuda.blockDim.x) // pass_rows
-            i = int64(0)
-            while i < last:
-                for u in range(4):
-                    here = int32((i + u) * pass_rows + row)
-                    if paged:
-                        position = first + (i + u) * pass_rows
-                        eighth = (tile & 1) * 16 + ((i + u) * pass_rows + row) // 8
-                        page = int64(ptx.shfl_sync_idx_u32(ptx.FULL_MASK, held, uint32(eighth)))
-                        inside = position & ((int64(1) << page_bits) - 1)
-                        at = base + page * slot_stride + inside * position_stride + chunk * 8
-                    to = place + uint32((i + u) * pass_rows * row_bytes)
-                    if zero:
-                        if here != skipped:
-                            size = uint32(16) if low <= here < high else uint32(0)
-                            ptx.cp_async_cg_16_zfill(to, cache, at, size)
-                    elif low <= here < high:
-                        ptx.cp_async_cg_16(to, cache, at)
-                    if not paged:
-                        at += pass_rows * position_stride
-                i += 4
+        0, since a weight of 0 times what an old value may hold, infinity, is not 0."""
+        row, chunk = int32(thread // chunks), int32(thread % chunks)
+        low, high = int32(max(begin - tile * TILE, 0)), int32(min(limit - tile * TILE, TILE))
+        skipped = int32(min(max(own - tile * TILE, -1), TILE))
+        to = target + uint32(row * row_bytes + ((chunk ^ (row & 7)) * 16))
+        # Most of what a warp executes is here: 32 bits where they do, and sums kept from pass to pass.
+        span, ahead, gap = uint32(high - low), int32(row - low), int32(row - skipped)
+        within = int32(position_stride)
+        mask, eighth = int32(-1), int32(0)
+        if paged:
+            mask = int32((int32(1) << int32(page_bits)) - 1)
+            start = base + chunk * 8 + int32(int32(row & mask) * within)
+            held = page0 if tile & 3 < 2 else page1
+            eighth = int32(int32(tile & 1) * 16 + row // 8)
+        else:
+            start = base + chunk * 8 + (tile * TILE + row) * position_stride
+        # Up to TILE, which the compiler shall not know: the addresses of all passes at once take more registers
+        # than there are.
+        first, last = int32(0), int32(cuda.blockDim.x)
+        while first < last:
+            at = start + int32(int32(first & mask) * within)
+            for u in range(4):
+                rows_on = u * pass_rows
+                place = at + int32(int32(rows_on & mask) * within)
+                if paged:
+                    page = int32(ptx.shfl_sync_idx_u32(ptx.FULL_MASK, held, uint32(eighth + rows_on // 8)))
+                    place += int64(page) * int64(slot_stride)
+                inside = uint32(ahead + rows_on) < span
+                size = uint32(16) if inside else uint32(0)
+                wanted = uint32(1) if gap != -rows_on else uint32(0)
+                ptx.cp_async_cg_16_zfill_if(wanted, to + uint32(rows_on * row_bytes), cache, place, size)
+            first = int32(first + 4 * pass_rows)
+            ahead, gap = int32(ahead + 4 * pass_rows), int32(gap + 4 * pass_rows)
+            eighth = int32(eighth + 4 * pass_rows // 8)
+            to = uint32(to + uint32(4 * pass_rows * row_bytes))
 
-        return copy
-
-    # Scores outside the range are masked, whatever the keys are; a weight of 0 times what an old value holds is not 0.
-    copy_keys, copy_values = copier(False), copier(True)
     all_but_one, all_landed = ptx.cp_async_wait_group(1), ptx.cp_async_wait_group(0)
 
     @device_function
@@ -196,6 +194,7 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
         rows = k_tile + uint32(rows_at)
         largest_shared = k_tile + uint32(largest_at)
         sums_shared = k_tile + uint32(sums_at)
+        zeros = k_tile + uint32(zeros_at)
         thread = int64(cuda.threadIdx.x)
         warp, lane = thread >> 5, thread & 31
         r8, matrix, quad, column = lane & 7, lane >> 3, lane >> 2, lane & 3
@@ -204,6 +203,9 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
         token = int64(cuda.blockIdx.z)
         row = token * x_stride
         q_width, k_width = int64(q_heads) * head_dim, int64(kv_heads) * head_dim
+
+        if thread == 0:
+            ptx.st_shared_v4(zeros, uint32(0), uint32(0), uint32(0), uint32(0))
 
         # What no kernel of the step writes may be read before the wait: the norm's weights.
         weights = cuda.local.array(pair_words, uint32)
@@ -264,12 +266,12 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
                         rows + uint32(head * row_bytes + ((chunk ^ (head & 7)) * 16)),
                         x, row + kv_head * group * head_dim + vector * 8,
                     )  # fmt: skip
-        copy_keys(
+        copy(
             k_tile, k_cache, base, page0, page1, page_bits, slot_stride, position_stride, tile, begin, limit, own,
             thread,
         )  # fmt: skip
         ptx.cp_async_commit_group()
-        copy_values(
+        copy(
             v_tile, v_cache, base, page0, page1, page_bits, slot_stride, position_stride, tile, begin, limit, own,
             thread,
         )  # fmt: skip
@@ -323,20 +325,16 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
         all_but_one()
         cuda.syncthreads()
 
-        # Queries as the operand of 16 rows; rows beyond the group repeat its last.
+        # Queries, and later weights, as the operand of 16 rows. Rows beyond the group are 0: the tensor cores' work on
+        # them would cost power that the memory's clock needs.
+        row16, half16 = r8 + (matrix & 1) * 8, matrix >> 1
+        alive = row16 < group
         q = cuda.local.array(q_words_held, uint32)
-        if halves == 1:
-            q_row = min(r8, group - 1)
-            for s in range(steps // 2):
-                got = ptx.ldmatrix_x4(rows + uint32(q_row * row_bytes + (((4 * s + matrix) ^ (q_row & 7)) * 16)))
-                for e in range(4):
-                    q[4 * s + e] = got[e]
-        else:
-            q_row = min(r8 + (matrix & 1) * 8, group - 1)
-            for s in range(steps):
-                got = ptx.ldmatrix_x4(rows + uint32(q_row * row_bytes + (((2 * s + (matrix >> 1)) ^ (q_row & 7)) * 16)))
-                for e in range(4):
-                    q[4 * s + e] = got[e]
+        for s in range(steps):
+            q_at = rows + uint32(row16 * row_bytes + (((2 * s + half16) ^ r8) * 16))
+            got = ptx.ldmatrix_x4(q_at if alive else zeros)
+            for e in range(4):
+                q[4 * s + e] = got[e]
         if fused and thread < chunks:
             loaded = ptx.ld_shared_v4(rows + uint32(group * row_bytes + ((thread ^ (group & 7)) * 16)))
             for e in range(4):
@@ -348,9 +346,11 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
         total = cuda.local.array(halves, float32)
         alpha = cuda.local.array(halves, float32)
         for h in range(halves):
-            largest[h], total[h] = float32(-math.inf), float32(0.0)
+            largest[h], total[h], alpha[h] = float32(-math.inf), float32(0.0), float32(1.0)
         for i in range(o_words):
             o[i] = float32(0.0)
+        k_lane = k_tile + uint32((warp * 32 + r8) * row_bytes)
+        v_lane = v_tile + uint32((r8 + (matrix & 1) * 8) * row_bytes)
         record = token * record_of(q_heads, segments)
         running = True
         while running:
@@ -359,30 +359,23 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
                 score[i] = float32(0.0)
             for s in range(steps // 2):
                 for i in range(4):
-                    k_row = warp * 32 + i * 8 + r8
-                    b = ptx.ldmatrix_x4(k_tile + uint32(k_row * row_bytes + (((4 * s + matrix) ^ r8) * 16)))
+                    b = ptx.ldmatrix_x4(k_lane + uint32(((4 * s + matrix) ^ r8) * 16) + uint32(i * 8 * row_bytes))
                     for half in range(2):
                         c = 2 * s + half
-                        if halves == 1:
-                            d4 = ptx.mma_m16n8k16_bf16(
-                                q[2 * c], uint32(0), q[2 * c + 1], uint32(0), b[2 * half], b[2 * half + 1],
-                                score[4 * i], score[4 * i + 1], float32(0.0), float32(0.0),
-                            )  # fmt: skip
-                            score[4 * i], score[4 * i + 1] = d4[0], d4[1]
-                        else:
-                            d4 = ptx.mma_m16n8k16_bf16(
-                                q[4 * c], q[4 * c + 1], q[4 * c + 2], q[4 * c + 3], b[2 * half], b[2 * half + 1],
-                                score[4 * i], score[4 * i + 1], score[4 * i + 2], score[4 * i + 3],
-                            )  # fmt: skip
-                            for e in range(4):
-                                score[4 * i + e] = d4[e]
+                        d4 = ptx.mma_m16n8k16_bf16(
+                            q[4 * c], q[4 * c + 1], q[4 * c + 2], q[4 * c + 3], b[2 * half], b[2 * half + 1],
+                            score[4 * i], score[4 * i + 1], score[4 * i + 2], score[4 * i + 3],
+                        )  # fmt: skip
+                        for e in range(4):
+                            score[4 * i + e] = d4[e]
             low, high = int32(max(begin - tile * TILE, 0)), int32(min(position - tile * TILE, TILE))
-            for i in range(4):
-                for e in range(2):
-                    here = int32(warp * 32 + i * 8 + column * 2 + e)
-                    if here < low or here > high:
-                        for h in range(halves):
-                            score[4 * i + 2 * h + e] = float32(-math.inf)
+            if low > 0 or high < TILE - 1:
+                for i in range(4):
+                    for e in range(2):
+                        here = int32(warp * 32 + i * 8 + column * 2 + e)
+                        if here < low or here > high:
+                            for h in range(halves):
+                                score[4 * i + 2 * h + e] = float32(-math.inf)
             for h in range(halves):
                 value = score[2 * h]
                 for i in range(4):
@@ -400,7 +393,7 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
             if following <= last_tile:
                 if paged and following // 4 != tile // 4:
                     page0, page1 = pages_of(table, table_row, pages, page_bits, following // 4, lane)
-                copy_keys(
+                copy(
                     k_tile, k_cache, base, page0, page1, page_bits, slot_stride, position_stride, following, begin,
                     limit, own, thread,
                 )  # fmt: skip
@@ -409,27 +402,27 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
             ptx.cp_async_commit_group()
 
             for h in range(halves):
-                four = ptx.ld_shared_v4(largest_shared + uint32((h * 8 + quad) * 16))
-                value = largest[h]
-                for e in range(4):
-                    value = max(value, ptx.f32_from_bits(four[e]))
-                alpha[h] = _exponential(largest[h], value, factor)
-                largest[h] = value
-                shift = -ptx.mul_rn_f32(value, factor)
-                part = float32(0.0)
-                for i in range(4):
-                    first_weight = ptx.ex2_approx_f32(ptx.fma_rn_f32(score[4 * i + 2 * h], factor, shift))
-                    second_weight = ptx.ex2_approx_f32(ptx.fma_rn_f32(score[4 * i + 2 * h + 1], factor, shift))
-                    part = ptx.add_rn_f32(ptx.add_rn_f32(part, first_weight), second_weight)
-                    p_row = h * 8 + quad
-                    if p_row < group:
+                p_row = h * 8 + quad
+                if p_row < group:
+                    four = ptx.ld_shared_v4(largest_shared + uint32(p_row * 16))
+                    value = largest[h]
+                    for e in range(4):
+                        value = max(value, ptx.f32_from_bits(four[e]))
+                    alpha[h] = _exponential(largest[h], value, factor)
+                    largest[h] = value
+                    shift = -ptx.mul_rn_f32(value, factor)
+                    part = float32(0.0)
+                    for i in range(4):
+                        first_weight = ptx.ex2_approx_f32(ptx.fma_rn_f32(score[4 * i + 2 * h], factor, shift))
+                        second_weight = ptx.ex2_approx_f32(ptx.fma_rn_f32(score[4 * i + 2 * h + 1], factor, shift))
+                        part = ptx.add_rn_f32(ptx.add_rn_f32(part, first_weight), second_weight)
                         ptx.st_shared_b32(
                             rows + uint32(p_row * 256 + (((warp * 4 + i) ^ (p_row & 7)) * 16) + column * 4),
                             ptx.cvt_rn_bf16x2_f32(second_weight, first_weight),
                         )
-                ptx.st_shared_b32(
-                    sums_shared + uint32(((h * 8 + quad) * 4 + column) * 16 + warp * 4), ptx.bits_from_f32(part)
-                )
+                    ptx.st_shared_b32(
+                        sums_shared + uint32((p_row * 4 + column) * 16 + warp * 4), ptx.bits_from_f32(part)
+                    )
             for i in range(columns):
                 for h in range(halves):
                     o[4 * i + 2 * h] = ptx.mul_rn_f32(o[4 * i + 2 * h], alpha[h])
@@ -439,44 +432,30 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
 
             # The V tile has landed and the weights are there.
             for h in range(halves):
-                four = ptx.ld_shared_v4(sums_shared + uint32(((h * 8 + quad) * 4 + column) * 16))
-                part = ptx.add_rn_f32(ptx.f32_from_bits(four[0]), ptx.f32_from_bits(four[1]))
-                part = ptx.add_rn_f32(part, ptx.f32_from_bits(four[2]))
-                part = ptx.add_rn_f32(part, ptx.f32_from_bits(four[3]))
-                total[h] = ptx.fma_rn_f32(total[h], alpha[h], part)
+                if h * 8 + quad < group:
+                    four = ptx.ld_shared_v4(sums_shared + uint32(((h * 8 + quad) * 4 + column) * 16))
+                    part = ptx.add_rn_f32(ptx.f32_from_bits(four[0]), ptx.f32_from_bits(four[1]))
+                    part = ptx.add_rn_f32(part, ptx.f32_from_bits(four[2]))
+                    part = ptx.add_rn_f32(part, ptx.f32_from_bits(four[3]))
+                    total[h] = ptx.fma_rn_f32(total[h], alpha[h], part)
             p = cuda.local.array(p_words, uint32)
-            if halves == 1:
-                p_row = min(r8, group - 1)
-                for s in range(TILE // 32):
-                    got = ptx.ldmatrix_x4(rows + uint32(p_row * 256 + (((4 * s + matrix) ^ (p_row & 7)) * 16)))
-                    for e in range(4):
-                        p[4 * s + e] = got[e]
-            else:
-                p_row = min(r8 + (matrix & 1) * 8, group - 1)
-                for s in range(TILE // 16):
-                    got = ptx.ldmatrix_x4(rows + uint32(p_row * 256 + (((2 * s + (matrix >> 1)) ^ (p_row & 7)) * 16)))
-                    for e in range(4):
-                        p[4 * s + e] = got[e]
+            for s in range(TILE // 16):
+                p_at = rows + uint32(row16 * 256 + (((2 * s + half16) ^ r8) * 16))
+                got = ptx.ldmatrix_x4(p_at if alive else zeros)
+                for e in range(4):
+                    p[4 * s + e] = got[e]
             for s in range(TILE // 16):
                 for i in range(columns // 2):
-                    v_row = s * 16 + r8 + (matrix & 1) * 8
                     chunk = warp * columns + 2 * i + (matrix >> 1)
-                    b = ptx.ldmatrix_x4_trans(v_tile + uint32(v_row * row_bytes + ((chunk ^ r8) * 16)))
+                    b = ptx.ldmatrix_x4_trans(v_lane + uint32((chunk ^ r8) * 16) + uint32(s * 16 * row_bytes))
                     for half in range(2):
                         c = 4 * (2 * i + half)
-                        if halves == 1:
-                            d4 = ptx.mma_m16n8k16_bf16(
-                                p[2 * s], uint32(0), p[2 * s + 1], uint32(0), b[2 * half], b[2 * half + 1],
-                                o[c], o[c + 1], float32(0.0), float32(0.0),
-                            )  # fmt: skip
-                            o[c], o[c + 1] = d4[0], d4[1]
-                        else:
-                            d4 = ptx.mma_m16n8k16_bf16(
-                                p[4 * s], p[4 * s + 1], p[4 * s + 2], p[4 * s + 3], b[2 * half], b[2 * half + 1],
-                                o[c], o[c + 1], o[c + 2], o[c + 3],
-                            )  # fmt: skip
-                            for e in range(4):
-                                o[c + e] = d4[e]
+                        d4 = ptx.mma_m16n8k16_bf16(
+                            p[4 * s], p[4 * s + 1], p[4 * s + 2], p[4 * s + 3], b[2 * half], b[2 * half + 1],
+                            o[c], o[c + 1], o[c + 2], o[c + 3],
+                        )  # fmt: skip
+                        for e in range(4):
+                            o[c + e] = d4[e]
 
             if fused and tile == last_tile and thread < chunks:
                 ptx.st_global_v4(k_cache, own_at + thread * 8, new_k[0], new_k[1], new_k[2], new_k[3])
@@ -515,7 +494,7 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
                 all_landed()
                 cuda.syncthreads()
                 # The K tile has landed, and every warp is done with the V tile.
-                copy_values(
+                copy(
                     v_tile, v_cache, base, page0, page1, page_bits, slot_stride, position_stride, following, begin,
                     limit, own, thread,
                 )  # fmt: skip
@@ -578,7 +557,7 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
 
     name = f"attention_flash_{source}_{'paged_' if paged else ''}d{head_dim}_g{group}"
     kinds = (*("bf16*",) * 3, "f32*", "f32*", "bf16*", "bf16*", *("i32*",) * 3, "bf16*", "f32*", "i32*")
-    kinds += (*("i32",) * 5, *("i64",) * 5, "f32", "f32", "i32")
+    kinds += (*("i32",) * 5, "i32" if paged else "i64", *("i64",) * 4, "f32", "f32", "i32")
     return Kernel(
         name, attention, kinds, THREADS, dynamic_shared=shared_bytes, blocks_per_sm=3,
         options=LaunchOptions(programmatic=True),

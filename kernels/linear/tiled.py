@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels import check, device, ptx
-from kernels.cuda import cuda, device_function, float32, int32, int64, uint8, uint32, uint64
+from kernels.cuda import cuda, device_function, float32, int32, int64, uint8, uint16, uint32, uint64
 from kernels.launch import LIMITS, Kernel, LaunchOptions, kept_tensor_map, kernel_factory, machine_of
 from kernels.linear.streamed import BOX, MULTIPROCESSORS
 
@@ -30,9 +30,12 @@ from kernels.linear.streamed import BOX, MULTIPROCESSORS
 PIECE = 8  # fragments of 8 columns
 PITCH = 2 * 8 * PIECE + 16
 STAGING = 16 * PITCH
-# Of a multiprocessor, measured on an H200: clock cycles of a stage and of a tile beyond their multiplications.
-STAGE = 100
+# Of a multiprocessor, measured on an H200: clock cycles of a stage, alone and in a cluster, and of a tile beyond their
+# multiplications.
+STAGE, SHARED_STAGE = 100, 70
 TILE = 2000
+# Tokens from which clusters gain: a product as long as that runs at the power limit.
+SHARING = 2048
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Tiling:
     """How a block works. tokens, rows: of a tile (gate and up rows together). down, across: parts that the tile's
     tokens and rows are divided into, one a warpgroup ("wgmma", which divides tokens only) or warp ("mma"). columns: of
     K in a stage. stages: of the ring. turns: such groups of warpgroups, which take tiles in turn: one multiplies as the
-    other writes."""
+    other writes. cluster: blocks, 1 or 2, with tiles of the same weights, of which each copies its part for both."""
 
     multiply: str
     tokens: int
@@ -50,13 +53,14 @@ class Tiling:
     columns: int
     stages: int
     turns: int = 1
+    cluster: int = 1
 
     @staticmethod
-    def of_warpgroups(rows: int, turns: int = 1) -> Tiling:
+    def of_warpgroups(rows: int, turns: int = 1, cluster: int = 1) -> Tiling:
         """128 tokens between two warpgroups, or all of them for each of two in turn; the ring takes what memory there
         is."""
         columns = 2 * BOX if rows <= 64 else BOX
-        tiling = Tiling("wgmma", 128, rows, 2 // turns, 1, columns, 0, turns)
+        tiling = Tiling("wgmma", 128, rows, 2 // turns, 1, columns, 0, turns, cluster)
         return replace(tiling, stages=(LIMITS["sm_90a"].shared_block - tiling.shared) // (tiling.stage_bytes + 16))
 
     @staticmethod
@@ -67,7 +71,8 @@ class Tiling:
     @property
     def name(self) -> str:
         size = f"{self.tokens}x{self.rows}x{self.columns}_{self.down}x{self.across}_s{self.stages}"
-        return f"{self.multiply}_{size}" + (f"_t{self.turns}" if self.turns > 1 else "")
+        turns, cluster = f"_t{self.turns}" * (self.turns > 1), f"_c{self.cluster}" * (self.cluster > 1)
+        return f"{self.multiply}_{size}{turns}{cluster}"
 
     @property
     def warps(self) -> int:
@@ -93,31 +98,34 @@ class Tiling:
         return max(self.stages * self.stage_bytes, self.warps * STAGING)
 
     def tiles(self, count: int, rows: int) -> tuple[int, int]:
-        """That `count` tokens and `rows` weight rows are divided into."""
-        return -(-count // self.tokens), -(-rows // self.rows)
+        """That `count` tokens and `rows` weight rows are divided into; a cluster's blocks have tokens for each."""
+        return -(-count // (self.tokens * self.cluster)) * self.cluster, -(-rows // self.rows)
 
     def group(self, count: int, rows: int, multiprocessors: int) -> int:
         """Tiles down which are worked on together, such that those at work at a time cover about a square."""
         down, _ = self.tiles(count, rows)
-        return min(down, max(1, round(math.sqrt(multiprocessors * self.rows / self.tokens))))
+        square = math.sqrt(multiprocessors * self.rows / self.tokens) / self.cluster
+        return min(down, max(1, round(square)) * self.cluster)
 
     def fits(self, gated: bool) -> bool:
         """Whether the tile divides into whole fragments."""
         step = 8 if self.multiply == "wgmma" else 16 * self.across
-        return self.rows % (2 * step if gated else step) == 0
+        return self.rows % (2 * step if gated or self.cluster > 1 else step) == 0
 
     def blocks(self, count: int, rows: int, multiprocessors: int) -> int:
         """Of the grid: with "wgmma" as many as are at work at a time, else one a tile."""
         down, wide = self.tiles(count, rows)
-        return min(down * wide, multiprocessors) if self.multiply == "wgmma" else down * wide
+        at_work = multiprocessors // self.cluster * self.cluster
+        return min(down * wide, at_work) if self.multiply == "wgmma" else down * wide
 
     def clocks(self, count: int, rows: int, depth: int, multiprocessors: int) -> float:
         """About how many clock cycles the product takes: as many tiles one after another as the busiest has."""
         down, wide = self.tiles(count, rows)
         multiply = self.tokens * self.rows / (32 if self.multiply == "wgmma" else 16)
         most = -(-down * wide // multiprocessors)
+        stage = STAGE if self.cluster == 1 or count < SHARING else SHARED_STAGE
         # With turns, what a tile takes beyond its multiplications passes while the next one multiplies.
-        return most * depth / BOX * (multiply + STAGE) + (most if self.turns == 1 else 1) * TILE
+        return most * depth / BOX * (multiply + stage) + (most if self.turns == 1 else 1) * TILE
 
     @staticmethod
     def choose(count: int, rows: int, depth: int, gated: bool, arch: str, multiprocessors: int) -> Tiling:
@@ -133,8 +141,17 @@ def tilings(arch: str, gated: bool) -> tuple[Tiling, ...]:
     """What `Tiling.choose` chooses from."""
     if arch == "sm_90a":
         alone = tuple(Tiling.of_warpgroups(rows) for rows in (32, 40, 64, 80, 96, 128, 160, 192, 224, 240, 256))
-        # To write a tile is long work for SwiGLU alone: else turns gain less than the smaller tiles of them lose.
-        return (*alone, Tiling.of_warpgroups(192, turns=2)) if gated else alone
+        shared = tuple(Tiling.of_warpgroups(rows, cluster=2) for rows in (160, 192, 224, 256))
+        # To write a tile is long work for SwiGLU alone: else turns gain less than the smaller tiles of them lose. A
+        # small tile one warpgroup multiplies with fewer reads than two.
+        if gated:
+            in_turn = (
+                Tiling.of_warpgroups(176, 2),
+                Tiling.of_warpgroups(192, 2),
+                Tiling.of_warpgroups(192, 2, cluster=2),
+            )
+            return (*alone, *shared, *in_turn)
+        return (Tiling.of_warpgroups(64, 2), *alone, *shared)
     return tuple(Tiling.of_warps(*tile, arch) for tile in ((128, 256, 2, 4), (64, 128, 2, 4)))
 
 
@@ -237,8 +254,11 @@ def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
     """
     tokens, rows, stages, down_parts, turns = tiling.tokens, tiling.rows, tiling.stages, tiling.down, tiling.turns
     boxes = tiling.columns // BOX
-    halves = 2 if gated else 1
+    halves, cluster = 2 if gated else 1, tiling.cluster
     kept_rows = rows // halves  # columns of out
+    # Boxes that the weights of 64 columns come in: gates and ups, or what each block of a cluster copies for both.
+    parts = max(halves, cluster)
+    part_rows = rows // parts
     weight_bytes, token_bytes, stage_bytes = rows * 128, tokens * 128, tiling.stage_bytes
     accumulators = rows // 2
     # A warpgroup multiplies 64 tokens at a time: all of its part, or the lower and the higher half of it.
@@ -252,13 +272,21 @@ def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
     write = _writer(1, rows // 8, gated)
 
     @device_function
-    def copy_weight(weight, stage_at, barrier, n, k, half, policy):
+    def copy_weight(weight, stage_at, barrier, n, k, half, rank, policy):
         ptx.mbarrier_arrive_expect_tx(barrier, uint32(stage_bytes))
         for h in range(boxes):
-            for part in range(halves):
-                place = uint32(h * weight_bytes + part * kept_rows * 128)
-                column, row = int32((k * boxes + h) * BOX), int32(part * half + n * kept_rows)
-                ptx.cp_async_bulk_tensor_2d(stage_at + place, weight, 0, barrier, column, row, policy)
+            column = int32((k * boxes + h) * BOX)
+            if cluster > 1:
+                place = uint32(h * weight_bytes + rank * part_rows * 128)
+                row = int32(n * kept_rows + rank * (half if gated else part_rows))
+                ptx.cp_async_bulk_tensor_2d_multicast(
+                    stage_at + place, weight, 0, barrier, column, row, uint16((1 << cluster) - 1), policy
+                )
+            else:
+                for part in range(parts):
+                    place = uint32(h * weight_bytes + part * part_rows * 128)
+                    row = int32(part * half + n * kept_rows)
+                    ptx.cp_async_bulk_tensor_2d(stage_at + place, weight, 0, barrier, column, row, policy)
 
     @device_function
     def copy_tokens(x, stage_at, barrier, m, k, policy):
@@ -266,6 +294,15 @@ def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
             place = uint32(boxes * weight_bytes + h * token_bytes)
             column, row = int32((k * boxes + h) * BOX), int32(m * tokens)
             ptx.cp_async_bulk_tensor_2d(stage_at + place, x, 0, barrier, column, row, policy)
+
+    @device_function
+    def free(barrier, lane):
+        """Tell every block that copies to this stage that a warp is done with it."""
+        if cluster > 1:
+            if lane < cluster:
+                ptx.mbarrier_arrive_at(barrier, uint32(lane))
+        elif lane == 0:
+            ptx.mbarrier_arrive(barrier)
 
     def linear(weight, x, out, count, weight_rows, depth, group):
         memory = cuda.shared.array(0, uint8)
@@ -278,12 +315,19 @@ def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
         if thread == 0:
             for s in range(stages):
                 ptx.mbarrier_init(full + uint32(8 * s), uint32(1))
-                ptx.mbarrier_init(empty + uint32(8 * s), uint32(turn_warps))
+                ptx.mbarrier_init(empty + uint32(8 * s), uint32(turn_warps * cluster))
             ptx.fence_mbarrier_init()
-        cuda.syncthreads()
+        rank = int32(0)
+        if cluster > 1:
+            rank = int32(ptx.cluster_ctarank())
+            ptx.cluster_sync()
+        else:
+            cuda.syncthreads()
         ptx.griddepcontrol_launch_dependents()
         half = weight_rows // halves
         down, wide = (count + (tokens - 1)) // tokens, (half + (kept_rows - 1)) // kept_rows
+        if cluster > 1:
+            down = (down + (cluster - 1)) // cluster * cluster
         # The last stage of an odd number of boxes ends in zeros, which change no sum.
         stage_count = (depth + (boxes * BOX - 1)) // (boxes * BOX)
         tile, step = int32(cuda.blockIdx.x), int32(cuda.gridDim.x)
@@ -300,7 +344,9 @@ def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                 m, n = _place(tile, group, down, wide)
                 early = min(stage_count, int32(stages))
                 for k in range(early):
-                    copy_weight(weight, ring + uint32(k * stage_bytes), full + uint32(8 * k), n, k, half, weight_policy)
+                    copy_weight(
+                        weight, ring + uint32(k * stage_bytes), full + uint32(8 * k), n, k, half, rank, weight_policy
+                    )
                 ptx.griddepcontrol_wait()
                 for k in range(early):
                     copy_tokens(x, ring + uint32(k * stage_bytes), full + uint32(8 * k), m, k, token_policy)
@@ -314,7 +360,7 @@ def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                         while ptx.mbarrier_try_wait(empty + uint32(8 * stage), parity) == 0:
                             pass
                         stage_at, barrier = ring + uint32(stage * stage_bytes), full + uint32(8 * stage)
-                        copy_weight(weight, stage_at, barrier, n, k, half, weight_policy)
+                        copy_weight(weight, stage_at, barrier, n, k, half, rank, weight_policy)
                         copy_tokens(x, stage_at, barrier, m, k, token_policy)
                         stage += int32(1)
                         if stage == stages:
@@ -370,8 +416,8 @@ def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                     ptx.wgmma_commit_group()
                     # While these multiply, those before them are done: their stage may be filled again.
                     all_but_one()
-                    if previous >= 0 and lane == 0:
-                        ptx.mbarrier_arrive(empty + uint32(8 * previous))
+                    if previous >= 0:
+                        free(empty + uint32(8 * previous), lane)
                     previous = stage
                     stage += int32(1)
                     if stage == stages:
@@ -382,19 +428,21 @@ def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                 keep(acc)
                 if two:
                     keep_high(high)
-                if lane == 0:
-                    ptx.mbarrier_arrive(empty + uint32(8 * previous))
+                free(empty + uint32(8 * previous), lane)
                 m, n = _place(tile, group, down, wide)
                 write(acc, own_staging, lane, out, m * tokens + own_token, n * kept_rows, count, half)
                 if two:
                     write(high, own_staging, lane, out, m * tokens + own_token + 64, n * kept_rows, count, half)
                 tile = int32(tile + turns * step)
+        if cluster > 1:
+            # No block may end while another arrives at its barriers.
+            ptx.cluster_sync()
 
     name = f"linear_{'swiglu_' if gated else ''}tiled_{tiling.name}_{arch}"
     return Kernel(
         name, linear, ("u8*", "u8*", "bf16*", "i32", "i32", "i32", "i32"), tiling.threads,
         dynamic_shared=tiling.shared, blocks_per_sm=1,
-        options=LaunchOptions(programmatic=True),
+        options=LaunchOptions(programmatic=True, cluster=(cluster, 1, 1) if cluster > 1 else None),
         architectures=(arch,),
     )  # fmt: skip
 
@@ -559,7 +607,9 @@ def _plan(
 ) -> tuple[Kernel, tuple[int], int, tuple[int, int] | None]:
     """Kernel, grid, group and, where it reads by tensor maps, rows of the boxes of weights and tokens."""
     grid = (tiling.blocks(count, rows, multiprocessors),)
-    boxes = (tiling.rows // (2 if gated else 1), tiling.tokens) if tiling.multiply == "wgmma" else None
+    boxes = (
+        (tiling.rows // max(2 if gated else 1, tiling.cluster), tiling.tokens) if tiling.multiply == "wgmma" else None
+    )
     return _kernel(tiling, gated, arch), grid, tiling.group(count, rows, multiprocessors), boxes
 
 

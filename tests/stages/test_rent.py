@@ -1,5 +1,6 @@
 """Renting: the plan; nothing without a yes and a price; the machine is given back whatever happens."""
 
+import functools
 import os
 import shutil
 import signal
@@ -165,7 +166,9 @@ def test_gives_back_after_too_long(fakes, monkeypatch, capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_gives_back_when_it_is_told_to_end(fakes, number):
     environment = os.environ | {"SLOW": "launch", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", "stages.rent", *YES], env=environment, cwd=fakes)
+    # A shell's background job, as CI may be, ignores SIGINT, and children inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([sys.executable, "-m", "stages.rent", *YES], env=environment, cwd=fakes, preexec_fn=heed)
     try:
         for _ in range(200):
             if Path("started").exists():

@@ -17,8 +17,9 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
+import aiohttp
 
 from engine.throughput import progress
 from engine.workloads import Arrive, Outcome, Request, describe, failed, goodput, summarize
@@ -89,22 +90,23 @@ class Server:
         if not self.timeout > 0:
             raise ValueError(f"timeout = {self.timeout!r}; it must be seconds above 0")
         try:
-            url = httpx.URL(self.url)
-        except httpx.InvalidURL as error:
-            raise ValueError(f"url = {self.url!r}: {error}") from None
-        if url.scheme not in ("http", "https") or not url.host or not 0 < (url.port or 80) < 65536:
+            url = urlsplit(self.url)
+            right = url.scheme in ("http", "https") and url.hostname and url.port != 0
+        except ValueError:  # of the port
+            right = False
+        if not right:
             raise ValueError(f"url = {self.url!r}; it must be like http://127.0.0.1:8000")
 
     @property
     def root(self) -> str:
         return self.url.rstrip("/").removesuffix("/v1") + "/v1"
 
-    def connect(self) -> httpx.AsyncClient:
-        """A client for as many requests at a time as one likes."""
+    def connect(self) -> aiohttp.ClientSession:
+        """A client for as many requests at a time as one likes; to be made within an event loop."""
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         # A request's time is bounded as a whole, by asyncio.
-        return httpx.AsyncClient(headers=headers, limits=limits, timeout=None, trust_env=False)
+        unbounded, connector = aiohttp.ClientTimeout(total=None, sock_connect=None), aiohttp.TCPConnector(limit=0)
+        return aiohttp.ClientSession(headers=headers, connector=connector, timeout=unbounded)
 
     def message(self, request: Request) -> tuple[str, dict[str, Any]]:
         """The address and body for a request. Raises ValueError for a chat without text."""
@@ -130,14 +132,14 @@ async def find_model(url: str, api_key: str | None = None, timeout: float = 30.0
     """
     server = Server(url, "", api_key=api_key)
     try:
-        async with server.connect() as client:
-            answer = await client.get(f"{server.root}/models", timeout=timeout)
-    except httpx.HTTPError as error:
-        raise ValueError(f"{server.root}/models: {error or type(error).__name__}") from None
-    if answer.status_code != 200:
-        raise ValueError(f"{server.root}/models: HTTP {answer.status_code}: {' '.join(answer.text.split())[:300]}")
+        async with asyncio.timeout(timeout), server.connect() as client, client.get(f"{server.root}/models") as answer:
+            status, text = answer.status, await answer.text(errors="replace")
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise ValueError(f"{server.root}/models: {str(error) or type(error).__name__}") from None
+    if status != 200:
+        raise ValueError(f"{server.root}/models: HTTP {status}: {' '.join(text.split())[:300]}")
     try:
-        return str(answer.json()["data"][0]["id"])
+        return str(json.loads(text)["data"][0]["id"])
     except (ValueError, LookupError, TypeError):
         raise ValueError(f"{server.root}/models does not list a model as OpenAI's API does") from None
 
@@ -186,19 +188,18 @@ class _Answer:
             self.finished |= last
 
 
-async def send(client: httpx.AsyncClient, server: Server, request: Request, begin: float) -> Outcome:
+async def send(client: aiohttp.ClientSession, server: Server, request: Request, begin: float) -> Outcome:
     """Send a request now and read its answer; `begin` is when the run began, by time.perf_counter.
 
-    An error of the network, the server or its answer is the outcome's: "HTTP 429", "timeout", "ConnectError",
-    "error in the stream", "cut off", "no tokens", …
+    An error of the network, the server or its answer is the outcome's: "HTTP 429", "timeout",
+    "ClientConnectorError", "error in the stream", "cut off", "no tokens", …
     """
     url, body = server.message(request)
     sent, answer = time.perf_counter(), _Answer()
     try:
-        async with asyncio.timeout(server.timeout), client.stream("POST", url, json=body) as response:
-            if response.status_code != 200:
-                said = (await response.aread()).decode(errors="replace")
-                raise _Refused(f"HTTP {response.status_code}", said)
+        async with asyncio.timeout(server.timeout), client.post(url, json=body) as response:
+            if response.status != 200:
+                raise _Refused(f"HTTP {response.status}", await response.text(errors="replace"))
             async for data in events(response):
                 if data == DONE:
                     break
@@ -206,15 +207,15 @@ async def send(client: httpx.AsyncClient, server: Server, request: Request, begi
         return _outcome(server, request, answer, sent, begin)
     except TimeoutError:
         return failed(sent - begin, "timeout", f"not done after {server.timeout:g} s")
-    except httpx.HTTPError as error:
+    except aiohttp.ClientError as error:
         return failed(sent - begin, type(error).__name__, str(error))
     except _Refused as error:
         return failed(sent - begin, *error.args)
 
 
-async def events(response: httpx.Response) -> AsyncIterator[str]:
+async def events(response: aiohttp.ClientResponse) -> AsyncIterator[str]:
     parser = EventParser()
-    async for chunk in response.aiter_bytes():
+    async for chunk in response.content.iter_any():
         for data in parser.feed(chunk):
             yield data
 

@@ -210,7 +210,7 @@ def test_bench_serve_refuses():
     ids = ("bench", "serve", "http://127.0.0.1:1", "--vocab-size", 99, "--num-prompts", 1)
     failed(afs(*ids, "--api", "chat"), "--tokenizer FOLDER is needed")
     failed(afs(*ids), r"http://127.0.0.1:1/v1/models: ")
-    failed(afs(*ids, "--model", "m"), "does not answer a request: ConnectError")
+    failed(afs(*ids, "--model", "m"), "does not answer a request: ClientConnectorError")
     failed(afs(*ids, "--goodput", "itl:5"), "goodput 'itl:5'")
     failed(afs(*ids, "--extra-body", "[1]"), "extra-body = ")
     failed(afs(*ids, "--clients", "0"), "clients = '0'; it must be positive integers")

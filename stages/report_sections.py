@@ -112,12 +112,14 @@ STEP_LABELS = {
 
 @dataclass(frozen=True)
 class Glance:
-    """A run's latest week in a line: prefill of the longest prompt, decode at batch 1 and the shortest context."""
+    """A run's latest week in a line: prefill of the longest prompt, decode at batch 1 and the shortest context; and of
+    the latest week that measured it, the output of many requests at once."""
 
     week: str
     ttft: Row | None
     tpot: Row | None
     output: Row | None
+    many: Row | None
 
     @property
     def rows(self) -> list[Row]:
@@ -135,7 +137,9 @@ def find_glance(inputs: Inputs, run: str) -> Glance | None:
     first = max((row for row in prefill if row.week == week), key=lambda row: row.prompt_tokens, default=None)
     steps = sorted((row for row in decode if row.week == week), key=lambda row: -row.prompt_tokens)
     shortest = {row.metric: row for row in steps}
-    return Glance(week, first, shortest.get("tpot_ms"), shortest.get("output_throughput"))
+    mixes = (row for row in inputs.of(run, "bench") if (row.suite, row.metric) == ("throughput", "output_throughput"))
+    many = max((row for row in mixes if row.status == "ok"), key=lambda row: row.week, default=None)
+    return Glance(week, first, shortest.get("tpot_ms"), shortest.get("output_throughput"), many)
 
 
 def against_baseline(inputs: Inputs, row: Row | None) -> float | None:
@@ -162,15 +166,28 @@ def glance_table(inputs: Inputs, runs: Sequence[str]) -> Table | None:
         prompts = " / ".join(str(row.prompt_tokens) if row else "–" for row in (found.ttft, found.tpot))
         speeds = [value_cell(row) if row else Cell("not in this week", tone="mute") for row in (found.ttft, found.tpot)]
         speeds.append(value_cell(found.output) if found.output else Cell("not in this week", tone="mute"))
+        speeds.append(value_cell(found.many) if found.many else Cell("not measured", tone="mute"))
         ratio = times(against_baseline(inputs, found.tpot)) or "no comparable row"
         where = Cell(gpu, "this host" if run == LOCAL else "recorded")
-        commits = ", ".join(sorted({commit_of(row) for row in found.rows}))
+        commits = ", ".join(sorted({commit_of(row) for row in (*found.rows, found.many) if row}))
         words = [where, Cell(inputs.model(run, first.model)), Cell(found.week, engine_of(first)), Cell(prompts)]
         lines.append([*words, *speeds, Cell(ratio, numeric=True), Cell(commits)])
-    columns = ["GPU", "model", "week", "prompt", "TTFT", "TPOT", "output", "decode against HF", "commit"]
+    columns = [
+        "GPU",
+        "model",
+        "week",
+        "prompt",
+        "TTFT",
+        "TPOT",
+        "output",
+        "many at once",
+        "decode against HF",
+        "commit",
+    ]
     note = (
-        "Batch 1. Prompt: tokens, of TTFT / of TPOT and output. Under a figure: its share of the limit measured on "
-        "that machine. HF: transformers on the same machine (w01)."
+        "Batch 1. Prompt: tokens, of TTFT / of TPOT and output. Many at once: output of the suite throughput in the "
+        "latest week that has it. Under a figure: its share of the limit measured on that machine. HF: transformers on "
+        "the same machine (w01)."
     )
     return Table(columns, lines, note=note) if lines else None
 
@@ -196,6 +213,11 @@ def headline(inputs: Inputs) -> dict[str, Any]:
         if interval := median_interval(row):
             name += f" ({span(interval.low, interval.high, row.unit)})"
         cards.append({"value": text, "name": name, "under": under, "share": share, "source": row.source})
+    if many := found.many:
+        share = share_of_limit(many)
+        under = [many.case, "limit not measured" if share is None else f"{percent(share)} of the limit", many.week]
+        text, name = show(many.value, many.unit), f"with {many.batch} requests at once"
+        cards.append({"value": text, "name": name, "under": under, "share": share, "source": many.source})
     model = inputs.model(lead.run, lead.model)
     sentence = f"{model} on {place} ({engine_of(lead)}), as of {since}"
     return {"sentence": sentence, "cards": cards, "facts": list_facts(inputs, found)}

@@ -18,7 +18,7 @@ OLMO ?= olmo2_1b
 ARGS ?= --prompt "The capital of France is"
 
 .PHONY: help env setup setup-vast download-assets fetch-olmo run-olmo
-.PHONY: repro test test-gpu lint format types contracts params report record lock clean
+.PHONY: repro test test-slow test-gpu lint format types contracts params report record lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 17
 
@@ -64,8 +64,11 @@ run-olmo: env ## generate with what fetch-olmo staged, ARGS as of `afs generate`
 repro: env ## run the pipeline: whatever changed since it ran last
 	$(RUN) dvc repro
 
-test: env ## run the tests that need no GPU
-	$(RUN) python -m pytest -n 2 --dist loadgroup -m "not gpu"
+test: env ## run the tests that need no GPU, but for slow ones
+	$(RUN) python -m pytest -n 2 --dist loadgroup -m "not gpu and not slow"
+
+test-slow: env ## run those that take tens of seconds each: large simulations, soaks, DVC end to end
+	$(RUN) python -m pytest -n 2 --dist loadgroup -m "slow and not gpu"
 
 test-gpu: ## run the tests that need a GPU, with PYTHON
 	$(PYTHON) -m pytest -m gpu

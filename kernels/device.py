@@ -136,6 +136,22 @@ def common_silu(value):
     return ptx.fma_rn_f32(inverse, ptx.fma_rn_f32(-divisor, quotient, value), quotient)
 
 
+# |a| and b of `quotient`: no intermediate result is subnormal or overflows.
+LEAST, MOST = 2.0**-90, 2.0**90
+LEAST_DIVISOR, MOST_DIVISOR = 2.0**-30, 2.0**30
+
+
+@device_function
+def quotient(a, b, inverse):
+    """a / b, rounded once, where `inverse` is 1 / b rounded once: what divides many by one.
+
+    LEAST <= |a| <= MOST and LEAST_DIVISOR <= b <= MOST_DIVISOR. Source: Markstein, "Computation of elementary functions
+    on the IBM RISC System/6000 processor", 1990. All 2^23 divisors were tried with 24 dividends each.
+    """
+    q = ptx.mul_rn_f32(a, inverse)
+    return ptx.fma_rn_f32(ptx.fma_rn_f32(-b, q, a), inverse, q)
+
+
 @device_function
 def low(pair):
     """float32 of the lower bf16 of a pair."""

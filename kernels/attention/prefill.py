@@ -24,6 +24,7 @@ import torch
 
 from kernels import check, ptx
 from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint8, uint32, uint64
+from kernels.device import LEAST, LEAST_DIVISOR, MOST, MOST_DIVISOR, quotient
 from kernels.launch import (
     LIMITS,
     Kernel,
@@ -207,18 +208,41 @@ def _totals(words: int, stride: int):
 
 def _writer(head_dim: int):
     @device_function
+    def divides(o, total, h):
+        """Whether `quotient` serves all of a row's elements."""
+        most, least = float32(0.0), float32(-math.inf)  # of |O|; least is negative
+        for i in range(head_dim // 8):
+            for e in range(2):
+                size = abs(o[4 * i + 2 * h + e])
+                most, least = ptx.max_f32(most, size), ptx.max_f32(least, -size)
+        common = most <= float32(MOST) and -least >= float32(LEAST)
+        return common and float32(LEAST_DIVISOR) <= total[h] <= float32(MOST_DIVISOR)
+
+    @device_function
     def write(out, o, total, place, stride, row, count, column):
         """O / l of rows row, row + 8 (of `count`) to out, where the head of row 0 begins at `place`."""
         for h in range(2):
             if row + 8 * h < count:
                 at = place + (row + 8 * h) * stride + column
-                for i in range(head_dim // 8):
-                    ptx.st_global_b32(
-                        out, at + 8 * i,
-                        ptx.cvt_rn_bf16x2_f32(
-                            ptx.div_rn_f32(o[4 * i + 2 * h + 1], total[h]), ptx.div_rn_f32(o[4 * i + 2 * h], total[h])
-                        ),
-                    )  # fmt: skip
+                if divides(o, total, h):
+                    inverse = ptx.div_rn_f32(float32(1.0), total[h])
+                    for i in range(head_dim // 8):
+                        ptx.st_global_b32(
+                            out, at + 8 * i,
+                            ptx.cvt_rn_bf16x2_f32(
+                                quotient(o[4 * i + 2 * h + 1], total[h], inverse),
+                                quotient(o[4 * i + 2 * h], total[h], inverse),
+                            ),
+                        )  # fmt: skip
+                else:
+                    for i in range(head_dim // 8):
+                        ptx.st_global_b32(
+                            out, at + 8 * i,
+                            ptx.cvt_rn_bf16x2_f32(
+                                ptx.div_rn_f32(o[4 * i + 2 * h + 1], total[h]),
+                                ptx.div_rn_f32(o[4 * i + 2 * h], total[h]),
+                            ),
+                        )  # fmt: skip
 
     return write
 
@@ -609,6 +633,16 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
             o[i] = ptx.mul_rn_f32(o[i], alpha[i // 2 & 1])
 
     @device_function
+    def computed(total, never):
+        """The weights that make up `total` are computed before what stands behind this: the assembler would put the
+        wait for the product with values ahead of them, and nothing would be under way meanwhile.
+
+        never: 0, which the compiler does not know.
+        """
+        bits = ptx.bits_from_f32(total[0]) | ptx.bits_from_f32(total[1])
+        ptx.bar_warp_sync_of(uint32(ptx.FULL_MASK) ^ (bits & never))
+
+    @device_function
     def pass_on(o, largest, total, all_largest, all_total, kept, factor, totals):
         """A segment is complete: the total goes on, and O begins anew."""
         if kept:
@@ -718,7 +752,7 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
             v_matrices = uint32(ptx.wgmma_descriptor(base + uint32(v_at), uint32(box_bytes), uint32(1024)))
             totals = base + uint32(totals_at) + uint32(thread * 16)
             # Of tiles that this warpgroup is done with, of earlier queries and these; then of queries.
-            done, turn = uint32(0), uint32(0)
+            done, turn, never = uint32(0), uint32(0), uint32(page_bits) >> uint32(8)
             if group == 1:
                 give_turn(group)
             wait(base + uint32(q_full), turn)
@@ -779,6 +813,7 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
                             done_largest[h], done_total[h] = largest[h], total[h]
                             largest[h], total[h] = float32(-math.inf), float32(0.0)
                     _weigh(score, largest, total, alpha, factor)
+                    computed(total, never)
                     none_unfinished()
                     keep_o(o)
                     keep_p(p)

@@ -96,6 +96,7 @@ def test_runs_at_any_position(tiling, heads, kv_heads, width, window, runs):
     assert_as_flash(out, runs, q, *cache, width**-0.5, window)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tiling", "window"),
     [
@@ -126,6 +127,7 @@ def test_what_lies_beyond_is_never_used(tiling, window):
     assert torch.equal(run(tiling, runs, q, *cache, window=window), expected)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("page", [8, on_gpu(64), 128])
 def test_pages_strides_and_chunks_change_no_bit(tiling, page):

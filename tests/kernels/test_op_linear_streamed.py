@@ -62,6 +62,7 @@ def test_against_float64(tokens, count, gated, copy):
     assert_as_good_as_torch(out, ours, exact)
 
 
+@pytest.mark.slow
 def test_tilings_change_no_bit():
     x, weight = randn(9, 256, dtype=BF16), randn(64, 256, dtype=BF16)
     rows = [run(replace(TILINGS[8], copy="async"), x[i : i + 1], weight) for i in range(9)]

@@ -30,7 +30,10 @@ def _uncollected() -> Iterator[None]:
 
 
 def capture(run: Callable[[], Result], pool: Any) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """`run` as a graph, and its result, which a replay fills anew. It must have run once: kernels load then."""
+    """`run` as a graph, and its result, which a replay fills anew. It must have run once: kernels load then.
+
+    pool: of `new_pool`; None is one of the graph's own.
+    """
     graph = torch.cuda.CUDAGraph()
     with _uncollected(), torch.cuda.graph(graph, pool=pool):
         result = run()

@@ -193,8 +193,7 @@ def list_parts(model: Model, cache: ContiguousCache, batch: int, context: int) -
 
 def time_part(part: Part, repeats: int, device: torch.device) -> list[float]:
     """Milliseconds that the part's calls take, one after another; on a GPU enough of them in one CUDA graph."""
-    import torch
-
+    from engine.cuda_graph import capture
     from stages.timing import measure
 
     rounds = -(-CAPTURED // len(part.calls))
@@ -207,10 +206,7 @@ def time_part(part: Part, repeats: int, device: torch.device) -> list[float]:
     for call in part.calls:
         call()
     if device.type == "cuda":
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        run = graph.replay
+        run = capture(run, None)[0].replay
     return [sample / rounds for sample in measure(run, 2, repeats, device)]
 
 

@@ -20,6 +20,7 @@ from stages.report_parts import (
     Table,
     Text,
     engine_of,
+    measured_section,
     number,
     percent,
     provenance,
@@ -150,7 +151,7 @@ def roofline_section(inputs: Inputs) -> Section:
         "and attention; a kernel of other operations stands at the left edge, where its distance from the slope is its "
         "share of the copy bandwidth."
     )
-    blocks: list[Block] = [Text(said)]
+    blocks: list[Block] = []
     for run in inputs.runs:
         ceilings, shape = find_ceilings(inputs, run), find_shape(inputs, run)
         rows = [row for row in inputs.of(run, "bench") if row.backend == "cuda" and row.status == "ok"]
@@ -175,11 +176,15 @@ def roofline_section(inputs: Inputs) -> Section:
         blocks.append(Figures([figure], run_title(run), note, wide=True))
         lines = [place_line(place, bandwidth, matrix) for place in places]
         columns = ["kernel", "case", "of the roof", "reached", "the roof there", "FLOP a byte", "week"]
-        note, folded = provenance(used)[0], len(blocks) > 2
+        note, folded = provenance(used)[0], len(blocks) > 1
         blocks.append(Table(columns, lines, f"{run_title(run)}: the points", note, folded))
-    if len(blocks) == 1:
-        blocks = [Text("Not measured: no run has a GPU's ceilings and its kernels one by one.")]
-    return Section("roofline", "Every kernel under the roofline", blocks)
+    return measured_section(
+        "roofline",
+        "Every kernel under the roofline",
+        said,
+        blocks,
+        "no run has a GPU's ceilings and its kernels one by one.",
+    )
 
 
 def latest(rows: Sequence[Row], suite: str) -> list[Row]:
@@ -213,7 +218,7 @@ def layer_section(inputs: Inputs) -> Section:
         "have the same shapes. Outside the layers: embedding, last norm, head, argmax, advance. The step is measured "
         "whole; what it takes beyond the sum is gaps between kernels and the host."
     )
-    blocks: list[Block] = [Text(said)]
+    blocks: list[Block] = []
     for run in inputs.runs:
         rows = [row for row in inputs.of(run, "bench") if row.suite == "kernels" and row.status == "ok"]
         steps = {
@@ -253,9 +258,13 @@ def layer_section(inputs: Inputs) -> Section:
         blocks.append(Figures([figure], run_title(run), wide=True))
         columns = ["case", "week", "layer", "outside", "all kernels", "step, measured", *IN_A_LAYER]
         blocks.append(Table(columns, lines, note=f"Kernels in µs. {layers}{provenance(used)[0]}"))
-    if len(blocks) == 1:
-        blocks = [Text("Not measured: no run has timed the kernels of a step one by one, which needs a GPU.")]
-    return Section("layers", "A layer's time", blocks)
+    return measured_section(
+        "layers",
+        "A layer's time",
+        said,
+        blocks,
+        "no run has timed the kernels of a step one by one, which needs a GPU.",
+    )
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------

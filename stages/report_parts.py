@@ -104,6 +104,11 @@ class Section:
     blocks: Sequence[Block]
 
 
+def measured_section(anchor: str, title: str, said: str, blocks: Sequence[Block], missing: str) -> Section:
+    """What `said` explains; where no run has any of it, why."""
+    return Section(anchor, title, [Text(said), *blocks] if blocks else [Text(f"Not measured: {missing}")])
+
+
 @dataclass(frozen=True)
 class Planned:
     """A week of the plan, whether it is built yet or not; `target` is a day, "2026-11-27"."""

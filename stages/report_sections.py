@@ -38,6 +38,7 @@ from stages.report_parts import (
     knobs_of,
     limit_cell,
     list_rows,
+    measured_section,
     median_interval,
     number,
     percent,
@@ -281,19 +282,19 @@ def results_section(inputs: Inputs) -> Section:
         "Under a figure, and as a bar: its share of the limit, which is what the ceilings measured on that machine "
         "allow for the bytes and FLOPs of the case."
     )
-    blocks: list[Block] = [Text(said)]
+    blocks: list[Block] = []
     for run in inputs.runs:
         rows = [row for row in inputs.speed(run) if row.suite in STANDARD]
         if rows:
-            blocks.append(standard_table(run, rows, folded=len(blocks) > 1))
+            blocks.append(standard_table(run, rows, folded=bool(blocks)))
     for run in inputs.runs:
         others = (*STANDARD, *PREFILL_SUITES, *DECODE_SUITES, *LOAD_SUITES)
         rows = [row for row in inputs.speed(run) if row.suite not in others]
         if rows:
             blocks.append(list_rows(f"{run_title(run)}: each week's own measurements", rows, DETAIL, folded=True))
-    if len(blocks) == 1:
-        blocks = [Text("Not measured: no run has the baseline or bench stage.")]
-    return Section("results", "Results against limits", blocks)
+    return measured_section(
+        "results", "Results against limits", said, blocks, "no run has the baseline or bench stage."
+    )
 
 
 def step_table(title: str, rows: Sequence[Row], folded: bool) -> Table:
@@ -327,19 +328,19 @@ def decode_section(inputs: Inputs) -> Section:
         "share of the step is of their sum. Host time, single steps (graph): to enqueue a step and to take over its "
         "tokens once they are there, a token; many steps: to enqueue a run of them, a token."
     )
-    return Section("decode", "The decode step", step_blocks(inputs, said, DECODE_SUITES))
+    return measured_section("decode", "The decode step", said, step_blocks(inputs, DECODE_SUITES), "no run has it.")
 
 
-def step_blocks(inputs: Inputs, said: str, suites: Mapping[str, str]) -> list[Block]:
-    """What is said of these suites (by name their title), then a table of each that a run has."""
-    blocks: list[Block] = [Text(said)]
+def step_blocks(inputs: Inputs, suites: Mapping[str, str]) -> list[Block]:
+    """A table of each of these suites (by name their title) that a run has."""
+    blocks: list[Block] = []
     for run in inputs.runs:
         for suite, title in suites.items():
             rows = [row for row in inputs.of(run, "bench") if row.suite == suite]
             if rows:
                 table = step_table(f"{run_title(run)}: {title}", rows, folded=run != inputs.runs[0])
                 blocks.append(table if table.rows else Text(f"{table.title}. {table.note}"))
-    return blocks if len(blocks) > 1 else [Text("Not measured: no run has it.")]
+    return blocks
 
 
 def prefill_section(inputs: Inputs) -> Section:
@@ -351,7 +352,7 @@ def prefill_section(inputs: Inputs) -> Section:
         "kernel computes SwiGLU too. Causal attention counts the half of the scores that is used. Activations: the "
         "memory in use at most, without weights and cache."
     )
-    return Section("prefill", "Prompts", step_blocks(inputs, said, PREFILL_SUITES))
+    return measured_section("prefill", "Prompts", said, step_blocks(inputs, PREFILL_SUITES), "no run has it.")
 
 
 # --- many requests --------------------------------------------------------------------------------------------------
@@ -367,7 +368,7 @@ def load_section(inputs: Inputs) -> Section:
         "before: output tokens a second over those of the same case on the same host. Clients of the server send the "
         "next request when one is done; at a rate, requests come whether or not others are done (Poisson)."
     )
-    blocks: list[Block] = [Text(said)]
+    blocks: list[Block] = []
     for run in inputs.runs:
         bench = [row for row in inputs.of(run, "bench") if row.suite in LOAD_SUITES]
         if figure := load_figure(run, bench):
@@ -379,9 +380,7 @@ def load_section(inputs: Inputs) -> Section:
                 blocks.append(table if table.rows else Text(f"{table.title}. {table.note}"))
         if phases := [row for row in bench if row.metric == "phase_s" and row.status == "ok"]:
             blocks.append(list_rows(f"{run_title(run)}: phases", phases, PHASES, folded=run != inputs.runs[0]))
-    if len(blocks) == 1:
-        blocks = [Text("Not measured: no run has these suites.")]
-    return Section("load", "Many requests at a time", blocks)
+    return measured_section("load", "Many requests at a time", said, blocks, "no run has these suites.")
 
 
 def floor_cell(row: Row) -> Cell:
@@ -460,7 +459,7 @@ def memory_section(inputs: Inputs) -> Section:
         "The most GPU memory in use at a time while a case runs. Under a figure, and as a bar: what is beyond the "
         "checkpoint's weights (cache, activations, and what the engine reserves), and the share of the GPU's memory."
     )
-    blocks: list[Block] = [Text(said)]
+    blocks: list[Block] = []
     for run in inputs.runs:
         rows = [row for row in inputs.speed(run) if row.metric == "peak_memory_bytes" and row.status == "ok"]
         if not rows:
@@ -483,11 +482,9 @@ def memory_section(inputs: Inputs) -> Section:
         if weights is not None and weights.value:
             total = "" if size is None else f" of the GPU's {show(size, 'B')}"
             note = f"Weights: {show(weights.value, 'B')}{total}. {note}"
-        folded = len(blocks) > 1
+        folded = bool(blocks)
         blocks.append(Table(["case", *weeks], lines, f"{run_title(run)}: peak memory", note, folded))
-    if len(blocks) == 1:
-        blocks = [Text("Not measured: no run has a GPU.")]
-    return Section("memory", "Memory", blocks)
+    return measured_section("memory", "Memory", said, blocks, "no run has a GPU.")
 
 
 def memory_cell(row: Row | None, weights: Row | None, size: float | None) -> Cell:
@@ -589,7 +586,7 @@ def parity_section(inputs: Inputs) -> Section:
         "by transformers' own bf16 error, so that 1 is as good as transformers. The stronger a field's colour, the "
         "more of the allowed error is used; one beyond it is red."
     )
-    blocks: list[Block] = [Text(said)]
+    blocks: list[Block] = []
     for run in inputs.runs:
         parity = inputs.of(run, "parity")
         layers = [row for row in map(name_exact, parity) if is_layer_row(row)]
@@ -616,9 +613,7 @@ def parity_section(inputs: Inputs) -> Section:
             )
         if rest:
             blocks.append(list_rows(f"{run_title(run)}: tokens, cache and text", rest, GATED, folded=True))
-    if len(blocks) == 1:
-        blocks = [Text("Not measured: no run has the parity stage.")]
-    return Section("parity", "Parity with Hugging Face", blocks)
+    return measured_section("parity", "Parity with Hugging Face", said, blocks, "no run has the parity stage.")
 
 
 def invariance_section(inputs: Inputs) -> Section:

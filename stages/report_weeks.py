@@ -22,6 +22,7 @@ from stages.report_parts import (
     Text,
     commit_of,
     engine_of,
+    measured_section,
     median_interval,
     provenance,
     run_title,
@@ -218,12 +219,10 @@ def compare_section(inputs: Inputs) -> Section:
         "how many times as fast as the week before that measured the case on the same host, where the two intervals do "
         "not overlap."
     )
-    blocks: list[Block] = [Text(said)]
+    blocks: list[Block] = []
     for run in inputs.runs:
         if figures := week_figures(inputs, run):
             blocks.append(figures)
         if table := compare_table(inputs, run, folded=run != inputs.runs[0]):
             blocks.append(table)
-    if len(blocks) == 1:
-        blocks = [Text("Not measured: no run has the standard suite.")]
-    return Section("weeks", "Week over week", blocks)
+    return measured_section("weeks", "Week over week", said, blocks, "no run has the standard suite.")

@@ -52,7 +52,7 @@ FEW_STAGE = 32 << 10
 
 # Rows below which the chain of a block's dependent products takes longer than its weights take to arrive, and columns
 # from which that matters.
-FEW_ROWS, DEEP = 2304, 2048
+FEW_ROWS, DEEP = 2304, 4096
 
 
 def segments_of(rows: int, depth: int, gated: bool) -> int:

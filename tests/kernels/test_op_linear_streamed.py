@@ -134,10 +134,10 @@ def test_halves_in_every_tiling(name):
 
 
 def test_weights_of_few_rows_are_halved():
-    assert [streamed.segments_of(*shape) for shape in ((2048, 8192, False), (2048, 2048, False))] == [2, 2]
-    others = ((4096, 4096, False), (2048, 1024, False), (2048, 2112, False), (2048, 8192, True))
+    assert streamed.segments_of(2048, 8192, False) == 2
+    others = ((4096, 8192, False), (2048, 2048, False), (2048, 8256, False), (2048, 8192, True))
     assert {streamed.segments_of(*shape) for shape in others} == {1}
-    x, weight = randn(3, 2048, dtype=BF16), randn(16, 2048, dtype=BF16, scale=0.1)
+    x, weight = randn(3, 4096, dtype=BF16), randn(16, 4096, dtype=BF16, scale=0.1)
     expected = run(replace(HALVED["16"], copy="async"), x, weight)
     assert torch.equal(streamed.linear(x, weight, poisoned(3, 16, dtype=BF16)), expected)
 
@@ -194,7 +194,7 @@ def test_refusals():
     ("rows", "depth", "gated"),
     [
         *[(16384, 2048, True), (22016, 4096, True), (27648, 5120, True), (55296, 5120, True), (5120, 13824, False)],
-        *[(2048, 8192, False), (2048, 2048, False)],
+        (2048, 8192, False),
     ],
 )
 @pytest.mark.parametrize("count", [1, 8, 16])

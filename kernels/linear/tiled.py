@@ -14,10 +14,12 @@ fp32 until silu(gate) * up is rounded.
 
 from __future__ import annotations
 
+import csv
 import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -137,13 +139,34 @@ class Tiling:
 
     @staticmethod
     def choose(count: int, rows: int, depth: int, gated: bool, arch: str, multiprocessors: int) -> Tiling:
-        """For `count` tokens and a weight [rows, depth] on a GPU of so many multiprocessors."""
+        """For `count` tokens and a weight [rows, depth] on a GPU of so many multiprocessors: the fastest one measured
+        for as many tiles of tokens, else by a model of its clock cycles."""
         segments = segments_of(rows, depth, gated)
+        kept = measured().get((arch, multiprocessors, rows, depth, gated, -(-count // TOKENS) * TOKENS))
+        if kept:
+            return replace(kept, segments=segments)
         every = (replace(tiling, segments=segments) for tiling in tilings(arch, gated))
         return min(
             (tiling for tiling in every if tiling.fits(gated, depth)),
             key=lambda tiling: tiling.clocks(count, rows, depth, multiprocessors),
         )
+
+
+# What stages.tune measured: a line for each weight and number of tokens on a kind of GPU.
+MEASURED = Path(__file__).with_name("tilings.csv")
+TOKENS = 128  # of a tile of warpgroups
+
+
+@functools.cache
+def measured() -> dict[tuple[str, int, int, int, bool, int], Tiling]:
+    """Tilings of MEASURED by architecture, multiprocessors, rows and depth of the weight, whether gated, and tokens."""
+    found = {}
+    with open(MEASURED, newline="") as file:
+        for line in csv.DictReader(file):
+            key = (*(int(line[name]) for name in ("multiprocessors", "rows", "depth")), line["gated"] == "1")
+            tiling = Tiling.of_warpgroups(*(int(line[name]) for name in ("tile_rows", "turns", "cluster")))
+            found[line["arch"], *key, int(line["tokens"])] = tiling
+    return found
 
 
 @functools.cache

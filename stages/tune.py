@@ -5,7 +5,7 @@
 For each projection of the models (files of conf/model/) and number of tokens, all tilings and torch's product (cuBLAS)
 run in turn, as CUDA graphs on random numbers, so that a card that warms up does so for all. What is found replaces the
 lines of the same weight, tokens and kind of GPU in kernels/linear/tilings.csv, which `kernels.linear.tiled` chooses
-from. (Up to 128 tokens are the streamed version's.)
+from. 128 tokens the streamed version multiplies as well: a line says that a tiling was faster.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ if TYPE_CHECKING:
     from kernels.linear.tiled import Tiling
 
 MODELS = Path("conf/model")
-TOKENS = (256, 512, 1024, 2048, 4096, 8192)
+TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 ROWS = range(32, 257, 8)  # weight rows of a tile
 # Tilings of a shape that are built and timed: those that the model of clock cycles thinks best.
 CANDIDATES = 20
 REPEATS = 5
+GAIN = 1.01  # over the streamed version, from which on the tiled one is taken
 BEYOND_L2 = 120 << 20  # bytes of weights that a product goes through in turn
 FLOPS = 5e11  # of a graph, about
 FIELDS: tuple[str, ...] = (
@@ -78,7 +79,7 @@ def list_candidates(tokens: int, shape: Shape, multiprocessors: int) -> list[Til
         for turns in (1, 2)
         for cluster in (1, 2)
         # Two tiles in turn have half the registers each.
-        if size * turns <= 384
+        if size * turns <= 384 and cluster * 128 <= max(tokens, 128)
     ]
     fitting = [tiling for tiling in every if tiling.fits(gated, depth) and tiling.stages >= 2]
     return sorted(fitting, key=lambda tiling: tiling.clocks(tokens, rows, depth, multiprocessors))[:CANDIDATES]
@@ -102,11 +103,12 @@ def time_in_turn(runs: Mapping[Any, Callable[[], None]], repeats: int) -> dict[A
 
 
 def measure(tokens: int, shape: Shape, candidates: Sequence[Tiling], machine: tuple[str, int]) -> dict[Any, float]:
-    """FLOP/s of each tiling and, under "cublas", of torch's product."""
+    """FLOP/s of each tiling and, under "cublas" and "streamed", of torch's product and, where it has one pass, the
+    streamed version's."""
     import torch
 
     from engine.cuda_graph import capture
-    from kernels.linear import tiled
+    from kernels.linear import streamed, tiled
 
     rows, depth, gated = shape
     flops = 2.0 * tokens * rows * depth
@@ -127,6 +129,9 @@ def measure(tokens: int, shape: Shape, candidates: Sequence[Tiling], machine: tu
         return capture(run, None)[0].replay
 
     runs: dict[Any, Callable[[], None]] = {"cublas": graph(lambda matrix: torch.mm(x, matrix.t(), out=whole))}
+    if tokens <= streamed.TOKENS[-1]:
+        product = streamed.linear_swiglu if gated else streamed.linear
+        runs["streamed"] = graph(lambda matrix: product(x, matrix, out))
     for tiling in candidates:
         runs[tiling] = graph(lambda matrix, tiling=tiling: tiled.launch(tiling, x, matrix, out, gated, machine))
     return {name: calls * flops / (spent / 1e3) for name, spent in time_in_turn(runs, REPEATS).items()}
@@ -134,20 +139,26 @@ def measure(tokens: int, shape: Shape, candidates: Sequence[Tiling], machine: tu
 
 def line_of(
     tokens: int, shape: Shape, rates: Mapping[Any, float], machine: tuple[str, int], gpu: str
-) -> dict[str, str]:  # fmt: skip
-    """The line of the fastest tiling."""
-    best = max((tiling for tiling in rates if tiling != "cublas"), key=lambda tiling: rates[tiling])
-    rows, depth, gated = shape
-    values = (
-        *machine, rows, depth, int(gated), tokens, best.rows, best.turns, best.cluster, f"{rates[best] / 1e12:.0f}",
-        f"{rates['cublas'] / 1e12:.0f}", gpu,
-    )  # fmt: skip
+) -> dict[str, str] | None:  # fmt: skip
+    """The line of the fastest tiling; None where the streamed version is about as fast."""
+    best = max((tiling for tiling in rates if not isinstance(tiling, str)), key=lambda tiling: rates[tiling])
+    if rates[best] < GAIN * rates.get("streamed", 0.0):
+        return None
+    speeds = (f"{rates[name] / 1e12:.0f}" for name in (best, "cublas"))
+    values = (*identity(tokens, shape, machine), best.rows, best.turns, best.cluster, *speeds, gpu)
     return dict(zip(FIELDS, map(str, values), strict=True))
 
 
-def merge(kept: Iterable[Line], new: Iterable[Line]) -> str:
-    """The file's text: new lines in place of those they are about, in order."""
-    lines = {tuple(line[name] for name in IDENTITY): line for line in (*kept, *new)}
+def identity(tokens: int, shape: Shape, machine: tuple[str, int]) -> tuple[str, ...]:
+    """The fields of IDENTITY."""
+    rows, depth, gated = shape
+    return tuple(map(str, (*machine, rows, depth, int(gated), tokens)))
+
+
+def merge(kept: Iterable[Line], new: Mapping[tuple[str, ...], Line | None]) -> str:
+    """The file's text: what was found, by identity, in place of the lines that were there, in order."""
+    lines = {tuple(line[name] for name in IDENTITY): line for line in kept} | dict(new)
+    lines = {name: line for name, line in lines.items() if line}
     ordered = sorted(lines.items(), key=lambda item: [int(part) if part.isdigit() else part for part in item[0]])
     text = io.StringIO()
     writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
@@ -189,7 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    spilling, gpu, new = build(shapes, given.tokens, machine), torch.cuda.get_device_name(), []
+    spilling, gpu = build(shapes, given.tokens, machine), torch.cuda.get_device_name()
+    new: dict[tuple[str, ...], Line | None] = {}
     with measurement_lock(), torch.inference_mode():
         for count in given.tokens:
             for shape in shapes:
@@ -199,8 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     if tiled.warpgroups(tiling, shape[2], machine[0]).name not in spilling
                 ]
                 rates = measure(count, shape, candidates, machine)
-                new.append(line_of(count, shape, rates, machine, gpu))
-                print(", ".join(f"{name} {value}" for name, value in new[-1].items() if name not in ("arch", "gpu")))
+                line = new[identity(count, shape, machine)] = line_of(count, shape, rates, machine, gpu)
+                print(f"{count} tokens, weight {shape}: {line or 'the streamed version'}", flush=True)
     with open(tiled.MEASURED, newline="") as file:
         kept = list(csv.DictReader(file))
     write_whole(tiled.MEASURED, merge(kept, new))

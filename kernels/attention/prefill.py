@@ -891,8 +891,8 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
                     # Anew each time: else the compiler keeps the descriptors of all steps in registers.
                     q_matrix = ptx.shfl_sync_idx_u32(ptx.FULL_MASK, q_matrix, uint32(0))
                     multiply_keys(score, q_matrix, offset(k_matrices, following))
-                    multiply_values(o, p, offset(v_matrices, done), fresh)
                     give_turn(group)
+                    multiply_values(o, p, offset(v_matrices, done), fresh)
                     keys_there = peek(base + uint32(k_full), following + uint32(1))
                     values_there = peek(base + uint32(v_full), following)
                     masked = int32(first + TILE) > int32(own + 1) or (window > 0 and first < int32(own + 64 - window))

@@ -27,6 +27,7 @@ from kernels import check, device, ptx
 from kernels.cuda import cuda, device_function, float32, int32, int64, uint8, uint16, uint32, uint64
 from kernels.launch import LIMITS, Kernel, LaunchOptions, kept_tensor_map, kernel_factory, machine_of
 from kernels.linear.streamed import BOX, MULTIPROCESSORS, segments_of
+from kernels.linear.streamed import TOKENS as STREAMED
 
 # A warp passes its results on in pieces of 16 tokens and 64 columns; the rows lie apart so that no two of its accesses
 # meet in a bank.
@@ -152,7 +153,8 @@ class Tiling:
         )
 
 
-# What stages.tune measured: a line for each weight and number of tokens on a kind of GPU.
+# What stages.tune measured: a line for each weight and number of tokens on a kind of GPU; of TOKENS tokens those alone
+# where the streamed version is slower.
 MEASURED = Path(__file__).with_name("tilings.csv")
 TOKENS = 128  # of a tile of warpgroups
 
@@ -186,6 +188,14 @@ def tilings(arch: str, gated: bool) -> tuple[Tiling, ...]:
             return (*alone, *shared, *in_turn)
         return (Tiling.of_warpgroups(64, 2), *alone, *shared)
     return tuple(Tiling.of_warps(*tile, arch) for tile in ((128, 256, 2, 4), (64, 128, 2, 4)))
+
+
+def is_faster(count: int, rows: int, depth: int, gated: bool, machine: tuple[str, int]) -> bool:
+    """Whether this version takes less time than `kernels.linear.streamed`, whose bits it has: beyond that one's passes,
+    and where it was measured. machine: architecture and multiprocessors."""
+    if count > STREAMED[-1]:
+        return True
+    return count > STREAMED[-2] and (*machine, rows, depth, gated, TOKENS) in measured()
 
 
 def _writer(blocks: int, fragments: int, gated: bool) -> Callable[..., None]:

@@ -35,18 +35,27 @@ def test_lines_of_the_fastest_take_the_place_of_older_ones():
     slow, fast = Tiling.of_warpgroups(128), Tiling.of_warpgroups(256, 1, 2)
     rates = {"cublas": 7.1e14, slow: 6e14, fast: 7e14}
     line = tune.line_of(2048, SHAPE, rates, MACHINE, "NVIDIA H100")
+    assert line
     assert line["tile_rows"] == "256" and line["cluster"] == "2" and line["tflops"] == "700"
     assert line["cublas_tflops"] == "710" and line["gated"] == "0"
     older, other = line | {"tile_rows": "64"}, line | {"tokens": "512"}
-    text = tune.merge([older, other], [line])
+    own = tune.identity(2048, SHAPE, MACHINE)
+    text = tune.merge([older, other], {own: line})
     read = list(csv.DictReader(io.StringIO(text)))
     assert read == [other, line]
-    assert tune.merge(read, []) == text
+    assert tune.merge(read, {}) == text
+    assert list(csv.DictReader(io.StringIO(tune.merge(read, {own: None})))) == [other]
+
+
+def test_the_streamed_version_stays_where_it_is_about_as_fast():
+    rates = {"cublas": 2e14, "streamed": 3e14, Tiling.of_warpgroups(96): 3.02e14}
+    assert tune.line_of(128, SHAPE, rates, MACHINE, "NVIDIA H100") is None
+    assert tune.line_of(128, SHAPE, rates | {Tiling.of_warpgroups(64): 3.1e14}, MACHINE, "NVIDIA H100")
 
 
 def test_the_file_is_as_it_would_be_written():
     text = MEASURED.read_text()
-    assert tune.merge(csv.DictReader(io.StringIO(text)), []) == text
+    assert tune.merge(csv.DictReader(io.StringIO(text)), {}) == text
 
 
 def test_main_says_what_is_wrong(capsys):

@@ -35,9 +35,7 @@ def to_host(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def to_device(
-    values: Sequence[int] | Sequence[float] | Sequence[Sequence[int]], like: Tensor, dtype: torch.dtype
-) -> Tensor:
+def to_device(values: Sequence[int] | Sequence[float], like: Tensor, dtype: torch.dtype) -> Tensor:
     """The values beside `like`, without a wait for what runs there."""
     return torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda).to(like.device, non_blocking=True)
 

@@ -180,8 +180,12 @@ class CudaOps(Composed):
             naive_attention.attention(q, k_cache, v_cache, slots, positions, scale, window, out)
         return out
 
-    def plan(self, runs: Sequence[Run], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> Any:
-        return prefill.plan(runs, head_dim, self.device) if self.head_major(dtype, heads, kv_heads, head_dim) else None
+    def plan(
+        self, runs: Sequence[Run], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, into: Any = None
+    ) -> Any:
+        if not self.head_major(dtype, heads, kv_heads, head_dim):
+            return None
+        return prefill.plan(runs, head_dim, self.device, into=into)
 
     def attend(
         self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding, cos: Tensor,

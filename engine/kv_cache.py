@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,6 +116,7 @@ class PagedCache(KVCache):
         self.pages, self.page_size = pages, page_size
         shape = (slots + 1, -(-capacity // page_size))
         self.table = torch.full(shape, pages, dtype=torch.int32, device=device)
+        self._held: list[list[int]] = [[] for _ in range(slots)]  # pages of each slot, as the table has them
 
     def idle_slots(self, count: int, taken: Collection[int]) -> list[int]:
         return [self.slots] * count
@@ -127,19 +129,31 @@ class PagedCache(KVCache):
             ValueError: A slot or page that does not exist, or more pages than `capacity` takes; nothing has changed.
         """
         width = self.table.shape[1]
-        # One copy of rows that each begin with their slot. From pinned memory it does not wait for the GPU.
-        shape = (len(pages_of), 1 + width)
-        rows = torch.full(shape, self.pages, dtype=torch.int32, pin_memory=self.table.is_cuda)
-        for row, (slot, pages) in zip(rows.numpy(), pages_of.items(), strict=True):
+        for slot, pages in pages_of.items():
             if not 0 <= slot < self.slots:
                 raise ValueError(f"slot {slot}; the cache has {self.slots}")
             if len(pages) > width:
                 raise ValueError(f"slot {slot} is given {len(pages)} pages; {self.capacity} positions take {width}")
             self._check_pages(pages)
-            row[0] = slot
-            row[1 : 1 + len(pages)] = pages
-        sent = rows.to(self.table.device, non_blocking=True)
-        self.table[sent[:, 0]] = sent[:, 1:]
+        places: list[int] = []  # in the table, row after row, and what is to be there
+        entries: list[int] = []
+        for slot, pages in pages_of.items():
+            held, pages = self._held[slot], list(pages)
+            known = len(held) if pages[: len(held)] == held else 0  # a sequence that has grown: its new pages alone
+            end = max(len(held), len(pages))
+            places += range(slot * width + known, slot * width + end)
+            entries += pages[known:] + [self.pages] * (end - len(pages))
+            self._held[slot] = pages
+        if not places:
+            return
+        # One copy of both, places as int64: from pinned memory it does not wait for the GPU.
+        split = 2 * len(places)
+        packed = torch.empty(split + len(places), dtype=torch.int32, pin_memory=self.table.is_cuda)
+        words = packed.numpy()
+        words[:split].view(np.int64)[:] = places
+        words[split:] = entries
+        sent = packed.to(self.table.device, non_blocking=True)
+        self.table.view(-1).index_copy_(0, sent[:split].view(torch.int64), sent[split:])
 
     @torch.inference_mode()
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:

@@ -198,7 +198,9 @@ class LLM:
             if self.tokenizer is None:
                 raise ValueError(f"{name} is text, but this model has no tokenizer.json; give token ids")
             return self.tokenizer.encode(prompt, add_special_tokens)
-        if not isinstance(prompt, Sequence) or not all(isinstance(i, int) and not isinstance(i, bool) for i in prompt):
+        if not isinstance(prompt, Sequence) or not all(
+            issubclass(kind, int) and kind is not bool for kind in set(map(type, prompt))
+        ):
             raise ValueError(f"{name} = {prompt!r:.60}; it must be text or a list of token ids")
         return list(prompt)
 
@@ -207,9 +209,9 @@ class LLM:
         vocabulary = self.config.vocab_size
         if not ids:
             raise ValueError(f"{name} is empty; it must have at least one token")
-        for token in ids:
-            if not 0 <= token < vocabulary:
-                raise ValueError(f"{name} holds token id {token}; ids are 0 to {vocabulary - 1}")
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            token = next(token for token in ids if not 0 <= token < vocabulary)
+            raise ValueError(f"{name} holds token id {token}; ids are 0 to {vocabulary - 1}")
         if len(ids) + params.max_new_tokens > self.max_model_len:
             raise ValueError(
                 f"{name} has {len(ids)} tokens and max_new_tokens = {params.max_new_tokens}: "

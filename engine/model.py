@@ -132,9 +132,12 @@ class Model:
         see("logits", logits)
         return logits
 
-    def plan(self, runs: Sequence[Run]) -> Any:
-        """What the operations want to know of a packed list of these runs before its pass; None where nothing."""
-        return self.ops.plan(runs, self.weights.dtype, *self._heads)
+    def plan(self, runs: Sequence[Run], into: Any = None) -> Any:
+        """What the operations want to know of a packed list of these runs before its pass; None where nothing.
+
+        into: an earlier plan, of runs of the same counts, to be filled anew.
+        """
+        return self.ops.plan(runs, self.weights.dtype, *self._heads, into)
 
     def new_cache(self, slots: int, capacity: int) -> ContiguousCache:
         """An empty cache, laid out as the operations want it."""

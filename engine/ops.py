@@ -114,8 +114,13 @@ class Ops(Protocol):
         """
         ...
 
-    def plan(self, runs: Sequence[Run], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> Any:
-        """What `attend` wants to know of a packed list of these runs, once for all layers; None where nothing."""
+    def plan(
+        self, runs: Sequence[Run], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, into: Any = None
+    ) -> Any:
+        """What `attend` wants to know of a packed list of these runs, once for all layers; None where nothing.
+
+        into: what it gave for runs of the same counts: memory that stays where it is is filled anew.
+        """
         ...
 
     def attend(
@@ -148,7 +153,9 @@ class Composed:
         stream = self.add(x, y)
         return stream, self.rms_norm(stream, weight, eps, rounding)
 
-    def plan(self, runs: Sequence[Run], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> Any:
+    def plan(
+        self, runs: Sequence[Run], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, into: Any = None
+    ) -> Any:
         return None
 
     def attend(

@@ -43,14 +43,19 @@ def extend_keys(keys: list[bytes], tokens: Sequence[int], page_size: int, salt: 
 
     Args:
         keys: What an earlier call for the same sequence left, or an empty list.
-        tokens: A sequence's token ids from its first one on, each below 2^31.
+        tokens: A sequence's token ids from its first one on, each below 2^32.
         page_size: Tokens a page.
         salt: Sequences of different salts share nothing.
     """
-    for begin in range(len(keys) * page_size, len(tokens) - page_size + 1, page_size):
-        before = keys[-1] if keys else blake2b(salt, digest_size=32).digest()
-        content = array("i", tokens[begin : begin + page_size]).tobytes()
-        keys.append(blake2b(before + content, digest_size=32).digest())
+    first, full = len(keys), len(tokens) // page_size
+    if first >= full:
+        return
+    content = array("I", tokens[first * page_size : full * page_size]).tobytes()  # "i" takes three times as long
+    key = keys[-1] if keys else blake2b(salt).digest()
+    size = len(content) // (full - first)
+    for begin in range(0, len(content), size):
+        key = blake2b(key + content[begin : begin + size]).digest()
+        keys.append(key)
 
 
 class PagePool:
@@ -119,12 +124,13 @@ class PagePool:
         Raises:
             ValueError: A page is free; those before it in `pages` have been shared.
         """
+        owners, cached = self._owners, self._cached
         for page in pages:
-            if not self._owners[page]:
-                if page not in self._cached:
+            if not owners[page]:
+                if page not in cached:
                     raise ValueError(f"page {page} is free: it holds nothing to share")
                 self._leave(page)
-            self._owners[page] += 1
+            owners[page] += 1
 
     def take(self, count: int) -> list[int]:
         """`count` pages for one owner: free ones, then cached ones, which are forgotten: those of the session that was
@@ -156,8 +162,9 @@ class PagePool:
     def _leave(self, page: int) -> None:
         """Take a page out of the cached ones."""
         session = self._cached.pop(page)
-        del self._left[session][page]
-        if not self._left[session]:
+        left = self._left[session]
+        del left[page]
+        if not left:
             del self._left[session]
 
     def release(self, pages: Sequence[int], session: Hashable | None = None) -> None:

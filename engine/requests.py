@@ -74,6 +74,12 @@ class Request(Sequence):
     cached_tokens: int = field(default=0, init=False)
     # int32 [2, V], only where logits are adjusted: which tokens the prompt has, and how often each was generated
     counts: Tensor | None = field(default=None, init=False, repr=False)
+    # Whether its tokens are chosen by temperature and filters alone, and nothing else is asked for about them.
+    plain: bool = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.plain = not self.params.adjusts_logits and self.params.logprobs is None
 
     @property
     def generated(self) -> list[int]:

@@ -9,10 +9,11 @@ the next step takes it from.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from engine.model import Model
 from engine.ops import Run
 from engine.prompt_loop import PromptLoop
 from engine.requests import Request, TokenLogprobs
-from engine.scheduler import Step, Work
+from engine.scheduler import Sequence, Step, Work
 
 
 class Result(NamedTuple):
@@ -39,8 +40,7 @@ class _Pending:
     """A step on its way, and where its results will be."""
 
     requests: list[Request]  # that choose a token
-    tokens: Tensor | None = None  # int32 [n] in the host's memory; None: the decode loop's
-    event: torch.cuda.Event | None = None
+    wait: Callable[[], list[int]] = list  # what they have chosen, once the step has ended
     logprobs: Sent | None = None
     reported: list[int] = field(default_factory=list)  # which of the requests asked for them
     prompt: Sent | None = None  # log probabilities of prompts' tokens
@@ -60,12 +60,14 @@ class Runner:
     def __init__(self, model: Model, cache: KVCache, loops: bool, graph: bool) -> None:
         device = model.weights.device
         self.model, self.cache = model, cache
-        self._loop = DecodeLoop(model, cache, graph) if loops else None
-        self._prompts = PromptLoop(model, cache, graph) if loops else None
-        self._decoding: list[Request] = []  # whose steps the decode loop is in the middle of
         self._tokens = torch.zeros(cache.slots + 1, dtype=torch.int32, device=device)  # that slots chose last
+        self._loop = DecodeLoop(model, cache, graph) if loops else None
+        self._prompts = PromptLoop(model, cache, graph, self._tokens) if loops else None
+        # Whose steps the decode loop is in the middle of: as its rows are, and as steps name them.
+        self._decoding: list[Request] = []
+        self._stepped: list[Sequence] = []
         # Of each slot, whose pages the table holds, since which preemption, and how many.
-        self._assigned: dict[int, tuple[Request, int, int]] = {}
+        self._assigned: dict[int, tuple[Sequence, int, int]] = {}
         self._pending: deque[_Pending] = deque()
 
     @property
@@ -77,7 +79,8 @@ class Runner:
     def enqueue(self, step: Step) -> None:
         """Let the device compute `step`, after all earlier ones."""
         if isinstance(self.cache, PagedCache):
-            self.cache.copy_pages(step.copies)
+            if step.copies:
+                self.cache.copy_pages(step.copies)
             self._assign(self.cache, step.work)
         if self._loop and step.decodes == len(step.work):
             self._pending.append(self._decode(self._loop, step.work))
@@ -88,13 +91,7 @@ class Runner:
     def wait(self) -> list[Result]:
         """What the first step that is not waited for has led to, when it has ended."""
         pending = self._pending.popleft()
-        if pending.tokens is None:
-            assert self._loop
-            tokens = self._loop.wait()
-        else:
-            if pending.event:
-                pending.event.synchronize()
-            tokens = pending.tokens.tolist()
+        tokens = pending.wait()
         for row, (request, place) in enumerate(pending.prompt_places):
             assert pending.prompt is not None
             most = request.params.prompt_logprobs
@@ -108,36 +105,37 @@ class Runner:
                 results[index] = Result(request, token, logprobs)
         return results
 
-    def _assign(self, cache: PagedCache, work: Sequence[Work]) -> None:
+    def _assign(self, cache: PagedCache, work: list[Work]) -> None:
         changed = {}
-        for part in work:
-            request = cast(Request, part.sequence)
-            held = request, request.preemptions, len(request.pages)
-            if self._assigned.get(request.slot) != held:
-                self._assigned[request.slot] = held
-                changed[request.slot] = request.pages
+        for sequence, *_ in work:
+            held = sequence, sequence.preemptions, len(sequence.pages)
+            if self._assigned.get(sequence.slot) != held:
+                self._assigned[sequence.slot] = held
+                changed[sequence.slot] = sequence.pages
         if changed:
             cache.assign(changed)
 
     def _leave_loop(self) -> None:
-        if self._loop and self._decoding:
+        """Keep the decode loop's tokens for the sequences that go on."""
+        if self._loop and any(request.finish_reason is None for request in self._decoding):
             self._loop.keep_tokens(self._tokens)
-            self._decoding = []
+        self._decoding, self._stepped = [], []
 
-    def _decode(self, loop: DecodeLoop, work: Sequence[Work]) -> _Pending:
-        # The longest first: their attention takes longest, and no block should be the last one at work.
-        work = sorted(work, key=lambda part: -part.begin)
-        requests = [cast(Request, part.sequence) for part in work]
-        if requests != self._decoding:
+    def _decode(self, loop: DecodeLoop, work: list[Work]) -> _Pending:
+        stepped = [part.sequence for part in work]
+        if stepped != self._stepped:
             self._leave_loop()
+            # The longest first: their attention takes longest, and no block should be the last one at work.
+            work = sorted(work, key=lambda part: -part.begin)
+            requests = [cast(Request, part.sequence) for part in work]
             rows = [Row(r.slot, None, part.begin, r.params, r.seed) for r, part in zip(requests, work, strict=True)]
             loop.start(rows, self._tokens)
-            self._decoding = requests
-        pending = _Pending(requests)
-        if any(r.params.adjusts_logits or r.params.logprobs is not None for r in requests):
-            loop.enqueue(lambda logits, out: self._choose(pending, logits, out))
-        else:
+            self._decoding, self._stepped = requests, stepped
+        pending = _Pending(self._decoding, loop.wait)
+        if all(request.plain for request in pending.requests):
             loop.enqueue()
+        else:
+            loop.enqueue(lambda logits, out: self._choose(pending, logits, out))
         return pending
 
     def _choose(self, pending: _Pending, logits: Tensor, out: Tensor) -> None:
@@ -152,49 +150,71 @@ class Runner:
 
     def _pass(self, step: Step) -> _Pending:
         """One forward pass over all of the step's tokens."""
-        tokens: list[int] = []
-        slots: list[int] = []
-        positions: list[int] = []
-        runs: list[Run] = []
-        ready: list[int] = []  # the row of the last token of each request that chooses one
+        runs = [Run(count, sequence.slot, begin) for sequence, begin, count, _ in step.work]
+        if self._prompts and len(runs) == 1 and step.work[0].samples and self._prompts.takes(runs[0]):
+            request = cast(Request, step.work[0].sequence)
+            if request.params.prompt_logprobs is None:
+                return self._prompt(self._prompts, request, runs[0])
         pending = _Pending([])
+        ready: list[int] = []  # the row of the last token of each request that chooses one
         scored: list[int] = []  # rows whose logits say how likely a prompt's next token was
+        packed = torch.zeros((3, step.tokens), dtype=torch.int32, pin_memory=self._tokens.is_cuda)
+        tokens, slots, positions = packed.numpy()
+        # Tokens that decode are taken from the device: the host may not know them yet.
+        slots[: step.decodes] = [run.slot for run in runs[: step.decodes]]
+        positions[: step.decodes] = [run.position for run in runs[: step.decodes]]
+        end = 0
         for number, (sequence, begin, count, samples) in enumerate(step.work):
-            request = cast(Request, sequence)
-            # Tokens that decode are taken from the device: the host may not know them yet.
-            tokens += [0] if number < step.decodes else request.tokens[begin : begin + count]
-            if request.params.prompt_logprobs is not None and number >= step.decodes:
-                for place in range(begin + 1, min(begin + count + 1, request.prompt_length)):
-                    scored.append(len(slots) + place - 1 - begin)
-                    pending.prompt_places.append((request, place))
-            slots += [request.slot] * count
-            positions += range(begin, begin + count)
-            runs.append(Run(count, request.slot, begin))
+            request, first, end = cast(Request, sequence), end, end + count
+            if number >= step.decodes:
+                tokens[first:end] = request.tokens[begin : begin + count]
+                slots[first:end] = request.slot
+                positions[first:end] = np.arange(begin, begin + count)
+                if request.params.prompt_logprobs is not None:
+                    for place in range(begin + 1, min(begin + count + 1, request.prompt_length)):
+                        scored.append(first + place - 1 - begin)
+                        pending.prompt_places.append((request, place))
             if samples:
                 pending.requests.append(request)
-                ready.append(len(slots) - 1)
-        if self._prompts and ready and not scored and len(runs) == 1 and self._prompts.takes(runs[0]):
-            logits = self._prompts.forward(tokens, runs[0])
-        else:
-            packed = to_device([tokens, slots, positions], self._tokens, torch.int32)
-            if step.decodes:
-                own = packed[1, : step.decodes]
-                packed[0, : step.decodes] = self._tokens.index_select(0, own)
-            rows = to_device([*ready, *scored], self._tokens, torch.int32)
-            logits = self.model.forward(
-                packed[0], packed[1], packed[2], self.cache, logits_at=rows, runs=runs, decodes=step.decodes
-            )
-        chosen = torch.zeros(len(ready), dtype=torch.int32, device=logits.device)
-        if ready:
-            self._choose(pending, logits[: len(ready)], chosen)
-            places = to_device([request.slot for request in pending.requests], self._tokens, torch.int64)
-            self._tokens[places] = chosen.clamp(min=0)
+                ready.append(end - 1)
+        sent = packed.to(self._tokens.device, non_blocking=True)
+        if step.decodes:
+            sent[0, : step.decodes] = self._tokens.index_select(0, sent[1, : step.decodes])
+        rows = to_device([*ready, *scored], self._tokens, torch.int32)
+        logits = self.model.forward(
+            sent[0], sent[1], sent[2], self.cache, logits_at=rows, runs=runs, decodes=step.decodes
+        )
         if scored:
             known = to_device([r.tokens[place] for r, place in pending.prompt_places], logits, torch.int32)
             most = max(r.params.prompt_logprobs or 0 for r, _ in pending.prompt_places)
             pending.prompt = send_logprobs(logits[len(ready) :], known, most)
-        pending.tokens = to_host(chosen)
-        if chosen.is_cuda:
-            event = pending.event = torch.cuda.Event()
-            event.record()
+        self._take(pending, logits[: len(ready)])
         return pending
+
+    def _prompt(self, loop: PromptLoop, request: Request, run: Run) -> _Pending:
+        """One short prompt, or the end of one, alone."""
+        tokens = request.tokens[run.position : run.position + run.count]
+        if request.plain:
+            loop.enqueue(tokens, run, request.params, request.seed)
+            return _Pending([request], loop.wait)
+        pending = _Pending([request])
+        self._take(pending, loop.forward(tokens, run))
+        return pending
+
+    def _take(self, pending: _Pending, logits: Tensor) -> None:
+        """Choose the requests' tokens by their logits [n, V], keep them for the next step, and send them to the host
+        as the last thing of the step."""
+        chosen = torch.zeros(len(pending.requests), dtype=torch.int32, device=logits.device)
+        if pending.requests:
+            self._choose(pending, logits, chosen)
+            places = to_device([request.slot for request in pending.requests], self._tokens, torch.int64)
+            self._tokens[places] = chosen.clamp(min=0)
+        tokens = to_host(chosen)
+        event = torch.cuda.current_stream().record_event() if chosen.is_cuda else None
+
+        def wait() -> list[int]:
+            if event is not None:
+                event.synchronize()
+            return tokens.tolist()
+
+        pending.wait = wait

@@ -983,12 +983,18 @@ def _choice(head_dim: int, index: int) -> tuple[Tiling, str, int]:
 
 
 def plan(
-    runs: Iterable[tuple[int, int, int]], head_dim: int, device: torch.device, tiling: Tiling | None = None
+    runs: Iterable[tuple[int, int, int]],
+    head_dim: int,
+    device: torch.device,
+    tiling: Tiling | None = None,
+    into: Plan | None = None,
 ) -> Plan:
     """How `attention` divides a packed list of tokens: made once for all layers of a pass.
 
     runs: of each sequence in the list how many tokens it has, its slot, and its first token's position; the tokens of a
-    run are at consecutive positions. tiling: of `attention` (default: the device's).
+    run are at consecutive positions. tiling: of `attention` (default: the device's). into: an earlier plan of as many
+    tiles, whose `tiles` are filled in place of new ones, for launches enqueued later, and which is returned.
+    Raises RuntimeError where `into` has another number of tiles.
     """
     if tiling is None:
         tiling, *_ = _choice(head_dim, device.index or 0)
@@ -1001,6 +1007,9 @@ def plan(
     # The longest first: the last ones to be done are short.
     tiles.sort(key=lambda tile: -tile[1] - tile[2])
     packed = torch.tensor([(0, 0, 0, 0), *tiles], dtype=torch.int32, pin_memory=device.type == "cuda")
+    if into is not None:
+        into.tiles.copy_(packed, non_blocking=True)
+        return into
     return Plan(packed.to(device, non_blocking=True), tiling.rows, positions)
 
 

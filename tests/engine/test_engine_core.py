@@ -6,7 +6,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -17,6 +17,7 @@ from engine.config import ModelConfig
 from engine.core import Engine
 from engine.engine_config import EngineConfig
 from engine.llm import LLM
+from engine.ops import Run
 from engine.requests import Request
 from engine.sampling import SamplingParams
 from engine.weights import random_weights
@@ -53,10 +54,16 @@ def watch(core: Engine, seen: dict[Request, Logits]) -> None:
         chosen(pending, logits, out)
 
     core.runner._choose = choose  # type: ignore[method-assign]
-    loop = core.runner._loop
-    if loop is None:
+    loop, prompts = core.runner._loop, core.runner._prompts
+    if loop is None or prompts is None:
         return
-    enqueue = loop.enqueue
+    enqueue, enqueue_prompt = loop.enqueue, prompts.enqueue
+
+    def enqueue_prompt_and_look(tokens: list[int], run: Run, params: SamplingParams, seed: int) -> None:
+        enqueue_prompt(tokens, run, params, seed)
+        assert prompts is not None and prompts.logits is not None
+        (request,) = (r for r in core.scheduler.running if r.slot == run.slot)
+        seen.setdefault(cast(Request, request), {}).setdefault(request.length - 1, prompts.logits[0].clone())
 
     def enqueue_and_look(choice: Any = None) -> None:
         enqueue(choice)
@@ -65,7 +72,7 @@ def watch(core: Engine, seen: dict[Request, Logits]) -> None:
             for row, request in enumerate(core.runner._decoding):
                 seen.setdefault(request, {}).setdefault(request.length - 1, loop.logits[row].clone())
 
-    loop.enqueue = enqueue_and_look  # type: ignore[method-assign]
+    loop.enqueue, prompts.enqueue = enqueue_and_look, enqueue_prompt_and_look  # type: ignore[method-assign]
 
 
 class Alone:

@@ -224,6 +224,22 @@ def test_table(model: Model):
     assert torch.equal(cache.table, before)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.dictionaries(st.integers(0, 2), st.lists(st.integers(0, 8), max_size=5), max_size=3), max_size=8))
+def test_table_after_any_assignments(model: Model, assignments: list[dict[int, list[int]]]):
+    """Slots whose pages grow, shrink, change and stay, some at a time; lists that are changed afterwards."""
+    cache, held = model.new_paged_cache(pages=9, slots=3, capacity=70), {slot: [] for slot in range(3)}
+    for pages_of in assignments:
+        cache.assign(pages_of)
+        held |= {slot: list(pages) for slot, pages in pages_of.items()}
+        assert cache.table.tolist() == [[*held.get(slot, []), *[9] * 5][:5] for slot in range(4)]
+        for pages in pages_of.values():
+            pages += [4] * (5 - len(pages))
+        cache.assign(pages_of)
+        held |= pages_of
+        assert cache.table.tolist() == [[*held.get(slot, []), *[9] * 5][:5] for slot in range(4)]
+
+
 def test_copies(model: Model):
     cache = model.new_paged_cache(pages=5, slots=1, capacity=80)
     for index, stored in enumerate((*cache.k, *cache.v)):

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -43,8 +43,23 @@ def test_keys_are_of_all_tokens_up_to_the_page():
     grown = whole[:1]
     extend_keys(grown, [1, 2, 3, 4, 5], SIZE)
     assert grown == whole
-    with pytest.raises(OverflowError):
-        keys_of([1, 2**31])
+    for wrong in (2**32, -1):
+        with pytest.raises(OverflowError):
+            keys_of([1, wrong])
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), max_size=20), st.integers(1, 4), st.data())
+def test_keys_as_tokens_become_known(tokens: list[int], size: int, data: st.DataObject):
+    """In any pieces the keys of all at once, which differ where a token up to the page's end does."""
+    whole, grown = keys_of(tokens, size=size), []
+    for end in [*sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=4))), len(tokens)]:
+        extend_keys(grown, tokens[:end], size)
+    assert grown == whole and len(set(whole)) == len(whole) == len(tokens) // size
+    if tokens:
+        place = data.draw(st.integers(0, len(tokens) - 1))
+        other = keys_of([*tokens[:place], tokens[place] ^ 1, *tokens[place + 1 :]], size=size)
+        same = [a == b for a, b in zip(whole, other, strict=True)]
+        assert same == [index < place // size for index in range(len(whole))]
 
 
 def test_pages_go_from_free_to_used_to_cached_and_back():

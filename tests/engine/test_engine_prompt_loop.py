@@ -10,6 +10,7 @@ from engine.kv_cache import KVCache, PagedCache
 from engine.model import Model
 from engine.ops import ReferenceOps, Run
 from engine.prompt_loop import PromptLoop
+from engine.sampling import SamplingParams
 from engine.weights import random_weights
 
 FIELDS = {
@@ -19,6 +20,7 @@ FIELDS = {
     "vocab_size": 256, "eos_token_id": None,
 }  # fmt: skip
 CONFIG = ModelConfig.from_dict(FIELDS)
+GREEDY = SamplingParams(temperature=0.0)
 
 
 def paged(model: Model) -> PagedCache:
@@ -51,7 +53,8 @@ def check_prompts(model: Model, cache: KVCache, graph: bool) -> None:
         return model.forward(integers(ids), torch.full_like(places, run.slot), places, cache, logits_at=last)
 
     with torch.inference_mode():
-        for run in (Run(5, 0, 0), Run(16, 1, 0), Run(9, 0, 5), Run(40, 1, 16), Run(5, 0, 14), Run(17, 1, 0)):
+        runs = (Run(5, 0, 0), Run(16, 1, 0), Run(9, 0, 5), Run(40, 1, 16), Run(5, 0, 14), Run(1, 0, 19), Run(17, 1, 0))
+        for run in runs:
             ids = torch.randint(0, CONFIG.vocab_size, (run.count,)).tolist()
             others = reach(run)
             before = kept(others)
@@ -71,26 +74,80 @@ def test_prompts_alone_and_filled_up_are_equal(kind: str):
     check_prompts(model, paged(model) if kind == "paged" else model.new_cache(2, 96), graph=False)
 
 
+def check_choices(model: Model, cache: KVCache, graph: bool) -> None:
+    """Tokens chosen greedily and drawn, two passes at a time, against a choice from the logits of plain passes."""
+    device = model.weights.device
+    kept = torch.full((cache.slots + 1,), -7, dtype=torch.int32, device=device)
+    loop, plain = PromptLoop(model, cache, graph, kept), model.new_cache(2, 96)
+    if isinstance(cache, PagedCache):
+        cache.assign({0: list(range(12)), 1: list(range(12, 24))})
+
+    def expected(ids: list[int], run: Run, params: SamplingParams, seed: int) -> int:
+        tokens = torch.tensor(ids, dtype=torch.int32, device=device)
+        places = torch.arange(run.position, run.position + run.count, dtype=torch.int32, device=device)
+        logits = model.forward(tokens, torch.full_like(tokens, run.slot), places, plain)[-1:].contiguous()
+        if params.temperature == 0:
+            return int(model.ops.argmax(logits))
+        floats = torch.tensor([params.temperature, params.top_p, params.min_p], device=device)[:, None]
+        integers = torch.tensor([params.top_k, run.position + run.count], dtype=torch.int32, device=device)[:, None]
+        seeds = torch.tensor([seed], device=device)
+        return int(model.ops.sample(logits, floats[0], integers[0], floats[1], floats[2], seeds, integers[1]))
+
+    drawn = [SamplingParams(temperature=t, top_k=k, top_p=p, min_p=m)
+             for t, k, p, m in ((0.8, 0, 1.0, 0.0), (1.5, 40, 0.9, 0.01))]  # fmt: skip
+    ends, before = [0, 0], None
+    with torch.inference_mode():
+        for number, count in enumerate((5, 16, 1, 20, 3, 17, 2, 9)):
+            slot, seed = number % 2, 2**62 + number
+            run, ids = Run(count, slot, ends[slot]), torch.randint(0, CONFIG.vocab_size, (count,)).tolist()
+            ends[slot] += count
+            params = GREEDY if number % 3 == 0 else drawn[number % 2]
+            loop.enqueue(ids, run, params, seed)
+            right = expected(ids, run, params, seed)
+            assert int(kept[slot]) == right
+            if before is not None:
+                assert loop.wait() == [before]
+            before = right
+        assert loop.wait() == [before] and int(kept[2]) == -7
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged"])
+def test_choices(kind: str):
+    model = Model(CONFIG, random_weights(CONFIG, "cpu", torch.bfloat16, 0), ReferenceOps(), max_positions=96)
+    check_choices(model, paged(model) if kind == "paged" else model.new_cache(2, 96), graph=False)
+
+
+def test_logits_that_are_nan():
+    weights = random_weights(CONFIG, "cpu", torch.bfloat16, 0)
+    weights.norm.fill_(torch.nan)
+    model, kept = Model(CONFIG, weights, ReferenceOps(), max_positions=96), torch.full((2,), 9, dtype=torch.int32)
+    loop = PromptLoop(model, model.new_cache(2, 96), graph=False, tokens_of_slots=kept)
+    loop.enqueue([1, 2], Run(2, 1, 0), GREEDY, 0)
+    assert loop.wait() == [-1] and kept.tolist() == [9, 0]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("versions", [("naive", "naive"), ("flash", "tiled")], ids=str)
-def test_prompts_from_graphs(versions):
+@pytest.mark.parametrize("versions", [("naive", "naive", "naive"), ("flash", "tiled", "split")], ids=str)
+def test_prompts_from_graphs(versions: tuple[str, str, str]):
     from engine.cuda_ops import CudaOps
 
     weights = random_weights(CONFIG, "cuda", torch.bfloat16, 0)
-    ops = CudaOps("cuda", attention=versions[0], linear=versions[1])
+    ops = CudaOps("cuda", attention=versions[0], linear=versions[1], sampling=versions[2])
     model = Model(CONFIG, weights, ops, max_positions=96)
-    check_prompts(model, model.new_cache(2, 96), graph=True)
-    if versions[0] == "flash":
-        check_prompts(model, paged(model), graph=True)
+    for check in (check_prompts, check_choices):
+        for graph in (True, False):
+            check(model, model.new_cache(2, 96), graph)
+            if versions[0] == "flash":
+                check(model, paged(model), graph)
 
 
 def test_what_does_not_fit():
     model = Model(CONFIG, random_weights(CONFIG, "cpu", torch.bfloat16, 0), ReferenceOps(), max_positions=96)
     loop = PromptLoop(model, model.new_cache(1, 96), graph=False)
-    for run in (Run(1, 0, 0), Run(257, 0, 0), Run(65, 0, 0), Run(5, 0, 81)):
+    for run in (Run(0, 0, 0), Run(257, 0, 0), Run(65, 0, 0), Run(5, 0, 81)):
         assert not loop.takes(run)
-        with pytest.raises(ValueError, match="2 to 256 within 96 positions"):
+        with pytest.raises(ValueError, match="1 to 256 within 96 positions"):
             loop.forward([1] * run.count, run)
     with pytest.raises(ValueError, match="a CUDA graph of a model on 'cpu'"):
         PromptLoop(model, loop.cache, graph=True)

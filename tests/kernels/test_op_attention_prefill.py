@@ -169,6 +169,13 @@ def test_a_plan_has_the_longest_tiles_first():
     plan = prefill.plan([(70, 3, 0), (0, 1, 5), (2, 2, 1000)], 64, DEVICE, Tiling("mma", 32, 2))
     assert plan.tiles.tolist() == [[0] * 4, [70, 2, 1000, 2], [64, 6, 64, 3], [32, 32, 32, 3], [0, 32, 0, 3]]
     assert (plan.rows, plan.positions) == (32, 1077)
+    tiles = plan.tiles
+    tiles[0] = 1
+    again = prefill.plan([(70, 1, 8), (0, 1, 5), (2, 2, 0)], 64, DEVICE, Tiling("mma", 32, 2), into=plan)
+    assert again is plan and plan.tiles is tiles
+    assert tiles.tolist() == [[0] * 4, [64, 6, 72, 1], [32, 32, 40, 1], [0, 32, 8, 1], [70, 2, 0, 2]]
+    with pytest.raises(RuntimeError):
+        prefill.plan([(70, 1, 8)], 64, DEVICE, Tiling("mma", 32, 2), into=plan)
 
 
 def test_nothing_to_do():

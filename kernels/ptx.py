@@ -501,20 +501,24 @@ def cp_async_mbarrier_arrive(address: Any) -> None:
     worker.block.phases.arrive(int(address))
 
 
-def _mbarrier_wait(mode: str) -> Any:
+def _mbarrier_wait(mode: str, twin: Callable[[Any, Any], Any]) -> Any:
     asm = f"{{ .reg .pred p; mbarrier.{mode}.parity.shared.b64 p, [$1], $2; selp.u32 $0, 1, 0, p; }}"
+    return instruction(asm, "u32", "u32", "u32", memory=True)(twin)
 
-    def mbarrier_wait(address: Any, parity: Any) -> Any:
-        return current().wait_for_phase(int(address), int(parity))
 
-    mbarrier_wait.__name__ = f"mbarrier_{mode}"
-    return instruction(asm, "u32", "u32", "u32", memory=True)(mbarrier_wait)
+def _await_phase(address: Any, parity: Any) -> Any:
+    return current().wait_for_phase(int(address), int(parity))
+
+
+def _phase_has_ended(address: Any, parity: Any) -> Any:
+    return int(current().block.phases.ended(int(address), int(parity)))
 
 
 # mbarrier_<test|try>_wait(address, parity): 1 once the phase of this parity has ended, else 0, to be asked again; try
-# (sm_90 and later) may first wait a while. The twins wait until it is 1.
-mbarrier_test_wait = _mbarrier_wait("test_wait")
-mbarrier_try_wait = _mbarrier_wait("try_wait")
+# (sm_90 and later) may first wait a while. The twins wait until it is 1; that of mbarrier_test does not.
+mbarrier_test_wait = _mbarrier_wait("test_wait", _await_phase)
+mbarrier_try_wait = _mbarrier_wait("try_wait", _await_phase)
+mbarrier_test = _mbarrier_wait("test_wait", _phase_has_ended)
 
 
 @instruction(

@@ -126,32 +126,37 @@ def _mask(score, position, first, window, count, column):
 
 
 @device_function
-def _weigh(score, largest, total, alpha, factor):
-    """Scores of a tile become weights; largest and total go on, alpha is what O is to be multiplied with."""
-    for h in range(2):
-        value = largest[h]
-        for g in range(4):
-            most = ptx.max_f32(score[16 * g + 2 * h], score[16 * g + 2 * h + 1])
-            for i in range(4 * g + 1, 4 * g + 4):
-                most = ptx.max_f32(most, ptx.max_f32(score[4 * i + 2 * h], score[4 * i + 2 * h + 1]))
-            value = ptx.max_f32(value, most)
-        value = ptx.max_f32(value, ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, value, uint32(1)))
-        value = ptx.max_f32(value, ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, value, uint32(2)))
-        # Where a row has seen nothing yet, any number but -inf makes its weights 0.
-        pivot = value if value > float32(-math.inf) else float32(0.0)
-        alpha[h] = _power(largest[h], pivot, factor)
-        largest[h] = value
-        shift = -ptx.mul_rn_f32(pivot, factor)
-        added = float32(0.0)
-        for g in range(4):
-            part = float32(0.0)
-            for i in range(4 * g, 4 * g + 4):
-                first = ptx.ex2_approx_f32(ptx.fma_rn_f32(score[4 * i + 2 * h], factor, shift))
-                second = ptx.ex2_approx_f32(ptx.fma_rn_f32(score[4 * i + 2 * h + 1], factor, shift))
-                score[4 * i + 2 * h], score[4 * i + 2 * h + 1] = first, second
-                part = ptx.add_rn_f32(first if i == 4 * g else ptx.add_rn_f32(part, first), second)
-            added = part if g == 0 else ptx.add_rn_f32(added, part)
-        total[h] = ptx.fma_rn_f32(total[h], alpha[h], added)
+def _peak(score, largest, alpha, shift, factor, h):
+    """A row's largest goes on by a tile's scores; alpha is what O and total are to be multiplied with, and score times
+    factor plus shift are the exponents of the tile's weights."""
+    value = largest[h]
+    for g in range(4):
+        most = ptx.max_f32(score[16 * g + 2 * h], score[16 * g + 2 * h + 1])
+        for i in range(4 * g + 1, 4 * g + 4):
+            most = ptx.max_f32(most, ptx.max_f32(score[4 * i + 2 * h], score[4 * i + 2 * h + 1]))
+        value = ptx.max_f32(value, most)
+    value = ptx.max_f32(value, ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, value, uint32(1)))
+    value = ptx.max_f32(value, ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, value, uint32(2)))
+    # Where a row has seen nothing yet, any number but -inf makes its weights 0.
+    pivot = value if value > float32(-math.inf) else float32(0.0)
+    alpha[h] = _power(largest[h], pivot, factor)
+    largest[h] = value
+    shift[h] = -ptx.mul_rn_f32(pivot, factor)
+
+
+@device_function
+def _weigh(score, total, alpha, shift, factor, h):
+    """A row's scores of a tile become weights, and its total goes on."""
+    added = float32(0.0)
+    for g in range(4):
+        part = float32(0.0)
+        for i in range(4 * g, 4 * g + 4):
+            first = ptx.ex2_approx_f32(ptx.fma_rn_f32(score[4 * i + 2 * h], factor, shift[h]))
+            second = ptx.ex2_approx_f32(ptx.fma_rn_f32(score[4 * i + 2 * h + 1], factor, shift[h]))
+            score[4 * i + 2 * h], score[4 * i + 2 * h + 1] = first, second
+            part = ptx.add_rn_f32(first if i == 4 * g else ptx.add_rn_f32(part, first), second)
+        added = part if g == 0 else ptx.add_rn_f32(added, part)
+    total[h] = ptx.fma_rn_f32(total[h], alpha[h], added)
 
 
 @device_function
@@ -429,6 +434,7 @@ def warps(head_dim: int, paged: bool, tiling: Tiling, arch: str) -> Kernel:
         largest = cuda.local.array(2, float32)
         total = cuda.local.array(2, float32)
         alpha = cuda.local.array(2, float32)
+        shift = cuda.local.array(2, float32)
         all_largest = cuda.local.array(2, float32)
         all_total = cuda.local.array(2, float32)
         for h in range(2):
@@ -463,7 +469,10 @@ def warps(head_dim: int, paged: bool, tiling: Tiling, arch: str) -> Kernel:
             release(ring, 1, lane)
             if end > own + 1 or (window > 0 and first < own + 16 - window):
                 _mask(score, int32(position + row), first, window, int32(count - row), column)
-            _weigh(score, largest, total, alpha, factor)
+            _peak(score, largest, alpha, shift, factor, 0)
+            _weigh(score, total, alpha, shift, factor, 0)
+            _peak(score, largest, alpha, shift, factor, 1)
+            _weigh(score, total, alpha, shift, factor, 1)
             _pack(p, score)
             for i in range(o_words):
                 o[i] = ptx.mul_rn_f32(o[i], alpha[i // 2 & 1])
@@ -547,9 +556,21 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
         wait(barriers + uint32(8) * (tile % uint32(stages)), tile // uint32(stages) & uint32(1))
 
     @device_function
+    def peek(barriers, tile):
+        """Whether the tile of this number is there."""
+        parity = tile // uint32(stages) & uint32(1)
+        return ptx.mbarrier_test(barriers + uint32(8) * (tile % uint32(stages)), parity) != 0
+
+    @device_function
     def release(barriers, tile, lane):
         if lane == 0:
             ptx.mbarrier_arrive(barriers + uint32(8) * (tile % uint32(stages)))
+
+    @device_function
+    def release_queries(base, last, lane):
+        """With the product with the last keys the queries are used up: the next ones arrive while these are weighed."""
+        if last and lane == 0:
+            ptx.mbarrier_arrive(base + uint32(q_used))
 
     @device_function
     def offset(matrix, tile):
@@ -634,13 +655,12 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
 
     @device_function
     def computed(total, never):
-        """The weights that make up `total` are computed before what stands behind this: the assembler would put the
+        """The weights that make up total[0] are computed before what stands behind this: the assembler would put the
         wait for the product with values ahead of them, and nothing would be under way meanwhile.
 
         never: 0, which the compiler does not know.
         """
-        bits = ptx.bits_from_f32(total[0]) | ptx.bits_from_f32(total[1])
-        ptx.bar_warp_sync_of(uint32(ptx.FULL_MASK) ^ (bits & never))
+        ptx.bar_warp_sync_of(uint32(ptx.FULL_MASK) ^ (ptx.bits_from_f32(total[0]) & never))
 
     @device_function
     def pass_on(o, largest, total, all_largest, all_total, kept, factor, totals):
@@ -737,6 +757,7 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
             largest = cuda.local.array(2, float32)
             total = cuda.local.array(2, float32)
             alpha = cuda.local.array(2, float32)
+            shift = cuda.local.array(2, float32)
             done_largest = cuda.local.array(2, float32)
             done_total = cuda.local.array(2, float32)
             all_largest = cuda.local.array(2, float32)
@@ -778,19 +799,31 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
                 none_unfinished()
                 keep_score(score)
                 release(base + uint32(k_used), done, lane)
+                release_queries(base, tile == last_tile, lane)
                 first = int32(tile * TILE)
                 if int32(first + TILE) > int32(own + 1) or (window > 0 and first < int32(own + 64 - window)):
                     _mask(score, int32(position + row), first, window, int32(count - row), column)
-                _weigh(score, largest, total, alpha, factor)
+                _peak(score, largest, alpha, shift, factor, 0)
+                _weigh(score, total, alpha, shift, factor, 0)
+                _peak(score, largest, alpha, shift, factor, 1)
+                _weigh(score, total, alpha, shift, factor, 1)
                 _pack(p, score)
+                if first < low:
+                    await_stage(base + uint32(v_full), done)
+                    clear(base + uint32(v_at), done, first, low, limit, int32(thread & 127), group)
                 tile += int32(1)
+                keys_there, values_there = (
+                    peek(base + uint32(k_full), done + uint32(1)),
+                    peek(base + uint32(v_full), done),
+                )
                 while tile <= last_tile:
                     # The product with these keys, and that of the last weights with the values before.
                     following = done + uint32(1)
-                    await_stage(base + uint32(k_full), following)
-                    await_stage(base + uint32(v_full), done)
+                    if not keys_there:
+                        await_stage(base + uint32(k_full), following)
+                    if not values_there:
+                        await_stage(base + uint32(v_full), done)
                     first = int32(tile * TILE)
-                    clear(base + uint32(v_at), done, int32(first - TILE), low, limit, int32(thread & 127), group)
                     take_turn(group)
                     keep_score(score)
                     keep_o(o)
@@ -804,6 +837,9 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
                     one_unfinished()
                     keep_score(score)
                     release(base + uint32(k_used), following, lane)
+                    release_queries(base, tile == last_tile, lane)
+                    keys_there = peek(base + uint32(k_full), following + uint32(1))
+                    values_there = peek(base + uint32(v_full), following)
                     if int32(first + TILE) > int32(own + 1) or (window > 0 and first < int32(own + 64 - window)):
                         _mask(score, int32(position + row), first, window, int32(count - row), column)
                     # With this tile another segment begins: O is about to be complete for the one before.
@@ -812,7 +848,9 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
                         for h in range(2):
                             done_largest[h], done_total[h] = largest[h], total[h]
                             largest[h], total[h] = float32(-math.inf), float32(0.0)
-                    _weigh(score, largest, total, alpha, factor)
+                    _peak(score, largest, alpha, shift, factor, 0)
+                    _weigh(score, total, alpha, shift, factor, 0)
+                    _peak(score, largest, alpha, shift, factor, 1)
                     computed(total, never)
                     none_unfinished()
                     keep_o(o)
@@ -822,15 +860,13 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
                     if ended:
                         pass_on(o, done_largest, done_total, all_largest, all_total, kept, factor, totals)
                         kept = True
-                    else:
-                        rescale(o, alpha)
+                    # The other row's exponentials leave room for the arithmetic beside them. (Where O begins anew, what
+                    # it is multiplied with does not matter.)
+                    _weigh(score, total, alpha, shift, factor, 1)
+                    rescale(o, alpha)
                     _pack(p, score)
                     done = following
                     tile += int32(1)
-                # The queries are used up, and so is where they come from.
-                ptx.bar_warp_sync()
-                if lane == 0:
-                    ptx.mbarrier_arrive(base + uint32(q_used))
                 await_stage(base + uint32(v_full), done)
                 clear(base + uint32(v_at), done, int32(last_tile * TILE), low, limit, int32(thread & 127), group)
                 keep_o(o)

@@ -11,7 +11,8 @@ columns, weight rows and token rows, both in the 128-byte swizzle.
 
 In a chain of programmatic launches the ring fills with weights while the kernel ahead still runs: only the tokens wait.
 
-Order of summation: m16n8k16 or m64k16 over K in order on one fp32 accumulator, rounded once to bf16. It depends on K
+Order of summation: m16n8k16 or m64k16 over K in order on one fp32 accumulator, rounded once to bf16; where a weight has
+few rows (`segments_of`), each half of K on its own and the second added to the first. It depends on the weight's shape
 alone: tiles, tokens of a pass, depth of the ring, the way of copying and the instruction change no bit. For
 `linear_swiglu` gate and up stay fp32 until silu(gate) * up is rounded.
 """
@@ -49,6 +50,16 @@ STAGE = 26 << 10
 FEW_STAGE = 32 << 10
 
 
+# Rows below which the chain of a block's dependent products takes longer than its weights take to arrive, and columns
+# from which that matters.
+FEW_ROWS, DEEP = 2304, 4096
+
+
+def segments_of(rows: int, depth: int, gated: bool) -> int:
+    """Parts of K, 1 or 2 halves, that the products with a weight [rows, depth] are summed in before these are added."""
+    return 2 if not gated and rows <= FEW_ROWS and depth >= DEEP and depth % (2 * BOX) == 0 else 1
+
+
 def tokens_of_a_pass(count: int) -> int:
     """The one of TOKENS that so many tokens are taken as; more than the last take several passes."""
     return next((size for size in TOKENS if count <= size), TOKENS[-1])
@@ -59,7 +70,9 @@ class Tiling:
     """How a block works. tokens: of a pass. groups: of 8 weight rows a block owns at a time. each: groups a warp owns.
     split: warps that share a group's tokens. boxes: of 64 columns in a stage. stages: of the ring. batch, together:
     steps of 16 columns and tiles of 16 tokens whose operands a warp loads together. copy: "bulk" or "async". wgmma:
-    whether warpgroups multiply, each all groups for 64 tokens; each, split, batch and together say nothing then."""
+    whether warpgroups multiply, each all groups for 64 tokens; each, split, batch and together say nothing then.
+    segments: parts of K that are summed apart, the boxes of a stage divided among them; each has warps of its own, or
+    accumulators of a warpgroup's."""
 
     tokens: int
     groups: int
@@ -71,6 +84,7 @@ class Tiling:
     together: int
     copy: str
     wgmma: bool = False
+    segments: int = 1
 
     @property
     def tiles(self) -> int:
@@ -82,7 +96,7 @@ class Tiling:
         """That multiply; one more copies."""
         if self.wgmma:
             return 4 * -(-self.tokens // 64)
-        return -(-self.groups // self.each) * self.split
+        return -(-self.groups // self.each) * self.split * self.segments
 
     @property
     def threads(self) -> int:
@@ -99,12 +113,18 @@ class Tiling:
 
     @property
     def shared(self) -> int:
-        """Bytes of a block: the ring from a multiple of 1024 on, then two barriers a stage; wgmma reads 64 tokens."""
-        beyond = max(0, 64 - self.tokens) * 128 if self.wgmma else 0
-        return 1024 + self.stages * self.stage_bytes + 16 * self.stages + beyond
+        """Bytes of a block: the ring from a multiple of 1024 on, then two barriers a stage, then what the warps of the
+        second half of K pass on; wgmma reads 64 tokens."""
+        beyond = max(0, 64 - self.tokens) * 128 if self.wgmma else self.passed_bytes
+        return 1024 + self.stages * (self.stage_bytes + 16) + beyond
+
+    @property
+    def passed_bytes(self) -> int:
+        """Of a fragment of each warp of the second half."""
+        return (self.segments - 1) * self.warps // self.segments * 512
 
     @staticmethod
-    def choose(tokens: int, rows: int, depth: int, arch: str, multiprocessors: int) -> Tiling:
+    def choose(tokens: int, rows: int, depth: int, gated: bool, arch: str, multiprocessors: int) -> Tiling:
         """For a pass of `tokens` tokens over a weight [rows, depth] on a GPU of so many multiprocessors.
 
         One pass of all blocks over the rows where a block can own its share, else the fewest equal passes.
@@ -131,15 +151,16 @@ class Tiling:
         each = min(each, groups)
         budget = min(ring, LIMITS[arch].shared_block - 2048)
         copy = "bulk" if has_dependent_launch(arch) else "async"
+        segments = segments_of(rows, depth, gated)
         tilings = [
-            Tiling(bucket, groups, each, split, boxes, 0, min(boxes * 4, batch), 2, copy, wgmma)
+            Tiling(bucket, groups, each, split, boxes, 0, min(boxes * 4 // segments, batch), 2, copy, wgmma, segments)
             for boxes in (8, 4, 2, 1)
-            if depth % (boxes * BOX) == 0
+            if depth % (boxes * BOX) == 0 and boxes % segments == 0
         ]
         if not tilings:
             raise ValueError(f"linear: a weight [{rows}, {depth}]: columns of {BOX} needed")
         tiling = next((tiling for tiling in tilings if tiling.stage_bytes <= stage), tilings[-1])
-        stages = min(16, budget // (tiling.stage_bytes + 16))
+        stages = min(16, (budget - tiling.passed_bytes) // (tiling.stage_bytes + 16))
         if stages < 2:
             raise ValueError(f"linear: a weight [{rows}, {depth}] has no tiling for {tokens} tokens on {arch}")
         return replace(tiling, stages=stages)
@@ -160,7 +181,9 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
     half_rows = groups * 8 // halves
     half_bytes = box_bytes // 2 if gated else box_bytes
     columns = boxes * BOX
-    steps = boxes * 4
+    segments, own_boxes = tiling.segments, boxes // tiling.segments  # boxes of a stage that a segment has
+    segment_warps = warps // segments
+    steps = own_boxes * 4  # of a warp in a stage
     each_bytes = 512 if gated else 1024
     together = min(tiles, tiling.together)
     accumulators = each * tiles * 4
@@ -170,9 +193,16 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
     wide = -(-half_rows // 8) * 8
     part_accumulators = wide // 2
     warpgroups = tiling.wgmma
+    second_accumulators = part_accumulators if segments > 1 else 1
+    keep_second = ptx.keep_f32(second_accumulators)
     wgmma = ptx.wgmma_m64k16_bf16(min(wide, 256))
     keep = ptx.keep_f32(part_accumulators)
     one_unfinished, none_unfinished = ptx.wgmma_wait_group(1), ptx.wgmma_wait_group(0)
+
+    @device_function
+    def column_of(k, h, depth):
+        """First column of box h of stage k: a segment's boxes of all stages are neighbours."""
+        return int32(h // own_boxes * (depth >> 1) + k * (own_boxes * BOX) + h % own_boxes * BOX)
 
     @device_function
     def copy_weight(weight, target, barrier, block, k, lane, half, depth):
@@ -183,8 +213,7 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                     for part in range(halves):
                         ptx.cp_async_bulk_tensor_2d(
                             target + uint32(h * box_bytes + part * half_bytes), weight, 0, barrier,
-                            int32(k * columns + h * BOX), int32(part * half + block * half_rows),
-                            uint64(ptx.EVICT_FIRST),
+                            column_of(k, h, depth), int32(part * half + block * half_rows), uint64(ptx.EVICT_FIRST),
                         )  # fmt: skip
         else:
             for h in range(boxes):
@@ -193,7 +222,7 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                         row, chunk = i >> 3, i & 7
                         source = int64(part * half + min(block * half_rows + row, half - 1)) * depth
                         place = uint32(h * box_bytes + part * half_bytes + row * 128 + ((chunk ^ (row & 7)) * 16))
-                        ptx.cp_async_cg_16(target + place, weight, source + k * columns + h * BOX + chunk * 8)
+                        ptx.cp_async_cg_16(target + place, weight, source + column_of(k, h, depth) + chunk * 8)
 
     @device_function
     def copy_tokens(x, target, barrier, first, k, lane, here, depth):
@@ -202,16 +231,15 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                 for h in range(boxes):
                     ptx.cp_async_bulk_tensor_2d(
                         target + uint32(boxes * box_bytes + h * token_bytes), x, 0, barrier,
-                        int32(k * columns + h * BOX), int32(first), uint64(ptx.EVICT_LAST),
+                        column_of(k, h, depth), int32(first), uint64(ptx.EVICT_LAST),
                     )  # fmt: skip
         else:
             for h in range(boxes):
                 for i in range(lane, here * 8, 32):
                     row, chunk = i >> 3, i & 7
                     place = uint32(boxes * box_bytes + h * token_bytes + row * 128 + ((chunk ^ (row & 7)) * 16))
-                    ptx.cp_async_cg_16(
-                        target + place, x, int64(first + row) * depth + k * columns + h * BOX + chunk * 8
-                    )
+                    source = int64(first + row) * depth + column_of(k, h, depth)
+                    ptx.cp_async_cg_16(target + place, x, source + chunk * 8)
             ptx.cp_async_mbarrier_arrive(barrier)
 
     # Operands of one batch of steps, from shared memory to registers.
@@ -284,6 +312,7 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
         ring = (ptx.shared_address(memory) + uint32(1023)) & uint32(0xFFFFFC00)
         full = ring + uint32(stages * stage_bytes)
         empty = full + uint32(8 * stages)
+        passed = empty + uint32(8 * stages)
         thread = int32(cuda.threadIdx.x)
         warp, lane = thread >> 5, thread & 31
         if thread == 0:
@@ -327,15 +356,20 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
         elif warpgroups:
             acc = cuda.local.array(part_accumulators, float32)
             up = cuda.local.array(part_accumulators, float32)
+            second = cuda.local.array(second_accumulators, float32)
             own = warp >> 2
             token_place = uint32(boxes * box_bytes + own * 8192)
             stage, parity, previous = int32(0), uint32(0), int32(0)
             while block < blocks:
                 for i in range(part_accumulators):
                     acc[i], up[i] = float32(0.0), float32(0.0)
+                for i in range(second_accumulators):
+                    second[i] = float32(0.0)
                 keep(acc)
                 if gated:
                     keep(up)
+                if segments > 1:
+                    keep_second(second)
                 for k in range(stage_count):
                     while waits(full + uint32(8 * stage), parity) == 0:
                         pass
@@ -346,7 +380,10 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                         a = ptx.wgmma_descriptor(tokens_at, uint32(16), uint32(1024))
                         b = ptx.wgmma_descriptor(at + uint32(h * box_bytes), uint32(16), uint32(1024))
                         for i in range(4):
-                            wgmma(acc, a + uint64(2 * i), b + uint64(2 * i), uint32(1))
+                            if h < own_boxes:
+                                wgmma(acc, a + uint64(2 * i), b + uint64(2 * i), uint32(1))
+                            else:
+                                wgmma(second, a + uint64(2 * i), b + uint64(2 * i), uint32(1))
                             if gated:
                                 wgmma(up, a + uint64(2 * i), b + uint64(half_bytes // 16 + 2 * i), uint32(1))
                     ptx.wgmma_commit_group()
@@ -361,6 +398,10 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                     keep(up)
                 if lane == 0:
                     ptx.mbarrier_arrive(empty + uint32(8 * previous))
+                if segments > 1:
+                    keep_second(second)
+                    for i in range(part_accumulators):
+                        acc[i] = ptx.add_rn_f32(acc[i], second[i])
                 for i in range(wide // 8):
                     column = block * half_rows + i * 8 + (lane & 3) * 2
                     for part in range(2):
@@ -381,15 +422,18 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
             t = cuda.local.array(token_words, uint32)
             # Lane 8 i + r gives ldmatrix the address of row r of matrix i.
             r8, chunk = lane & 7, lane >> 3
-            own_groups, own_tokens = warp // split * each, warp % split * tiles * 16
+            segment, member = warp // segment_warps, warp % segment_warps
+            own_groups, own_tokens = member // split * each, member % split * tiles * 16
             row = own_groups * 4 + (r8 >> 1) if gated else own_groups * 8 + r8
-            first_row = uint32(((r8 & 1) * half_bytes if gated else 0) + row * 128)
+            first_row = uint32(segment * own_boxes * box_bytes + ((r8 & 1) * half_bytes if gated else 0) + row * 128)
             swizzle = uint32(row & 7)
             if tokens > 8:
                 token_row, token_chunk = own_tokens + r8 + (lane >> 3 & 1) * 8, lane >> 4
             else:
                 token_row, token_chunk = r8, chunk
-            token_place, token_swizzle = uint32(boxes * box_bytes + token_row * 128), uint32(r8)
+            token_place = uint32(boxes * box_bytes + segment * own_boxes * token_bytes + token_row * 128)
+            token_swizzle = uint32(r8)
+            passed += uint32(member * 512 + lane * 16)
             stage, parity = int32(0), uint32(0)
             zero = uint32(depth & (BOX - 1))  # which the compiler does not know
             while block < blocks:
@@ -412,6 +456,19 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                                     ptx.mbarrier_arrive(empty + uint32(8 * stage) + (seen & zero))
                             multiply(acc, w, t, g)
                     stage, parity = following(stage, parity)
+                if segments > 1:
+                    for i in range(accumulators // 4):
+                        if segment > 0:
+                            ptx.st_shared_v4(
+                                passed, ptx.bits_from_f32(acc[4 * i]), ptx.bits_from_f32(acc[4 * i + 1]),
+                                ptx.bits_from_f32(acc[4 * i + 2]), ptx.bits_from_f32(acc[4 * i + 3]),
+                            )  # fmt: skip
+                        ptx.bar_sync(uint32(1), uint32(32 * warps))
+                        if segment == 0:
+                            held = ptx.ld_shared_v4(passed)
+                            for j in range(4):
+                                acc[4 * i + j] = ptx.add_rn_f32(acc[4 * i + j], ptx.f32_from_bits(held[j]))
+                        ptx.bar_sync(uint32(1), uint32(32 * warps))
                 for e in range(each):
                     group = own_groups + e
                     for m in range(tiles):
@@ -425,7 +482,7 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                                     out[int64(first + token) * half + column] = ptx.cvt_rn_bf16_f32(value)
                             else:
                                 column = block * half_rows + group * 8 + (lane & 3) * 2
-                                if group < groups and column < rows and token < here:
+                                if segment == 0 and group < groups and column < rows and token < here:
                                     ptx.st_global_b32(
                                         out,
                                         int64(first + token) * rows + column,
@@ -435,6 +492,7 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
 
     kind = f"{'swiglu_' if gated else ''}streamed_{tiling.copy}"
     way = f"wgmma_b{boxes}" if tiling.wgmma else f"x{each}x{split}_b{boxes}x{batch}x{together}"
+    way += f"_k{segments}" * (segments > 1)
     name = f"linear_{kind}_t{tokens}_g{groups}_{way}_s{stages}_{arch}"
     kinds = ("u8*" if bulk else "bf16*", "u8*" if bulk else "bf16*", "bf16*", "i32", "i32", "i32")
     return Kernel(
@@ -447,7 +505,7 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
 def catalogue(rows: int, depth: int, gated: bool, tokens: Sequence[int] = (1, TOKENS[-1])) -> list[Kernel]:
     """The kernels for a weight [rows, depth], one an architecture and number of tokens, as its usual GPU takes them."""
     return [
-        streamed(Tiling.choose(count, rows, depth, arch, multiprocessors), gated, arch)
+        streamed(Tiling.choose(count, rows, depth, gated, arch, multiprocessors), gated, arch)
         for arch, multiprocessors in MULTIPROCESSORS.items()
         for count in tokens
     ]
@@ -457,7 +515,7 @@ def catalogue(rows: int, depth: int, gated: bool, tokens: Sequence[int] = (1, TO
 def _plan(tokens: int, rows: int, depth: int, gated: bool, device: int) -> tuple[Tiling, Kernel, int]:
     """Tiling, kernel and blocks of the grid for a pass of `tokens` (one of TOKENS)."""
     arch, multiprocessors = machine_of(device)
-    tiling = Tiling.choose(tokens, rows, depth, arch, multiprocessors)
+    tiling = Tiling.choose(tokens, rows, depth, gated, arch, multiprocessors)
     return tiling, streamed(tiling, gated, arch), min(-(-rows // (tiling.groups * 8)), multiprocessors)
 
 
@@ -476,7 +534,7 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, gated: boo
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out = x @ weight.T, accumulated in fp32 in order of K and rounded once.
+    """out = x @ weight.T, accumulated in fp32 in order of K (`segments_of`) and rounded once.
 
     x [T, K], weight [N, K], out [T, N], bf16, contiguous; N a multiple of 8, K of 64. Returns out.
     Raises TypeError or ValueError where shapes, dtypes or strides do not fit.

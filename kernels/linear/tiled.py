@@ -7,8 +7,9 @@
 Tokens are the products' 16 or 64 rows and weight rows their columns: a thread holds neighbours of an output row. A tile
 of `linear_swiglu` has the gate rows of its outputs and their up rows: a thread holds both of an output.
 
-Order of summation: K in order on one fp32 accumulator, rounded once to bf16: the bits of `kernels.linear.streamed`,
-whatever the tiling. For `linear_swiglu` gate and up stay fp32 until silu(gate) * up is rounded.
+Order of summation: that of `kernels.linear.streamed`, whatever the tiling: K in order on one fp32 accumulator, or in
+two halves, one after the other, that are added at the end; rounded once to bf16. For `linear_swiglu` gate and up stay
+fp32 until silu(gate) * up is rounded.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from kernels import check, device, ptx
 from kernels.cuda import cuda, device_function, float32, int32, int64, uint8, uint16, uint32, uint64
 from kernels.launch import LIMITS, Kernel, LaunchOptions, kept_tensor_map, kernel_factory, machine_of
-from kernels.linear.streamed import BOX, MULTIPROCESSORS
+from kernels.linear.streamed import BOX, MULTIPROCESSORS, segments_of
 
 # A warp passes its results on in pieces of 16 tokens and 64 columns; the rows lie apart so that no two of its accesses
 # meet in a bank.
@@ -36,6 +37,8 @@ STAGE, SHARED_STAGE = 100, 70
 TILE = 2000
 # Tokens from which clusters gain: a product as long as that runs at the power limit.
 SHARING = 2048
+# fp32 sums of a thread at most, where K has several segments.
+SUMS = 160
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class Tiling:
     """How a block works. tokens, rows: of a tile (gate and up rows together). down, across: parts that the tile's
     tokens and rows are divided into, one a warpgroup ("wgmma", which divides tokens only) or warp ("mma"). columns: of
     K in a stage. stages: of the ring. turns: such groups of warpgroups, which take tiles in turn: one multiplies as the
-    other writes. cluster: blocks, 1 or 2, with tiles of the same weights, of which each copies its part for both."""
+    other writes. cluster: blocks, 1 or 2, with tiles of the same weights, of which each copies its part for both.
+    segments: parts of K that are summed one after the other and added."""
 
     multiply: str
     tokens: int
@@ -54,6 +58,7 @@ class Tiling:
     stages: int
     turns: int = 1
     cluster: int = 1
+    segments: int = 1
 
     @staticmethod
     def of_warpgroups(rows: int, turns: int = 1, cluster: int = 1) -> Tiling:
@@ -71,8 +76,8 @@ class Tiling:
     @property
     def name(self) -> str:
         size = f"{self.tokens}x{self.rows}x{self.columns}_{self.down}x{self.across}_s{self.stages}"
-        turns, cluster = f"_t{self.turns}" * (self.turns > 1), f"_c{self.cluster}" * (self.cluster > 1)
-        return f"{self.multiply}_{size}{turns}{cluster}"
+        further = (("t", self.turns), ("c", self.cluster), ("k", self.segments))
+        return f"{self.multiply}_{size}" + "".join(f"_{letter}{count}" for letter, count in further if count > 1)
 
     @property
     def warps(self) -> int:
@@ -107,10 +112,13 @@ class Tiling:
         square = math.sqrt(multiprocessors * self.rows / self.tokens) / self.cluster
         return min(down, max(1, round(square)) * self.cluster)
 
-    def fits(self, gated: bool) -> bool:
-        """Whether the tile divides into whole fragments."""
+    def fits(self, gated: bool, depth: int) -> bool:
+        """Whether the tile divides into whole fragments, segments of K into whole stages, and a thread has registers
+        for the sum of each."""
         step = 8 if self.multiply == "wgmma" else 16 * self.across
-        return self.rows % (2 * step if gated or self.cluster > 1 else step) == 0
+        whole = self.rows % (2 * step if gated or self.cluster > 1 else step) == 0
+        sums = self.tokens * self.rows * self.segments // (32 * self.warps // self.turns)
+        return whole and (self.segments == 1 or (sums <= SUMS and depth % (self.segments * self.columns) == 0))
 
     def blocks(self, count: int, rows: int, multiprocessors: int) -> int:
         """Of the grid: with "wgmma" as many as are at work at a time, else one a tile."""
@@ -130,8 +138,10 @@ class Tiling:
     @staticmethod
     def choose(count: int, rows: int, depth: int, gated: bool, arch: str, multiprocessors: int) -> Tiling:
         """For `count` tokens and a weight [rows, depth] on a GPU of so many multiprocessors."""
+        segments = segments_of(rows, depth, gated)
+        every = (replace(tiling, segments=segments) for tiling in tilings(arch, gated))
         return min(
-            (tiling for tiling in tilings(arch, gated) if tiling.fits(gated)),
+            (tiling for tiling in every if tiling.fits(gated, depth)),
             key=lambda tiling: tiling.clocks(count, rows, depth, multiprocessors),
         )
 
@@ -264,6 +274,9 @@ def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
     # A warpgroup multiplies 64 tokens at a time: all of its part, or the lower and the higher half of it.
     two = tokens // down_parts == 128
     high_accumulators = accumulators if two else 1
+    segments = tiling.segments
+    first_accumulators = accumulators if segments > 1 else 1
+    first_high_accumulators = high_accumulators if segments > 1 else 1
     warps, turn_warps = tiling.warps, tiling.warps // turns
     multiply = ptx.wgmma_m64k16_bf16(rows)
     keep, keep_high = ptx.keep_f32(accumulators), ptx.keep_f32(high_accumulators)
@@ -303,6 +316,39 @@ def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                 ptx.mbarrier_arrive_at(barrier, uint32(lane))
         elif lane == 0:
             ptx.mbarrier_arrive(barrier)
+
+    @device_function
+    def multiply_stages(acc, high, ring, full, empty, a_place, stage, parity, count, lane):
+        """Add the products of `count` stages from `stage` on, all stages but the last freed; the next stage, its parity
+        and the last one, whose products may be under way."""
+        previous = int32(-1)
+        for _ in range(count):
+            while ptx.mbarrier_try_wait(full + uint32(8 * stage), parity) == 0:
+                pass
+            stage_at = ring + uint32(stage * stage_bytes)
+            a = ptx.wgmma_descriptor(stage_at + a_place, uint32(16), uint32(1024))
+            b = ptx.wgmma_descriptor(stage_at, uint32(16), uint32(1024))
+            keep(acc)
+            if two:
+                keep_high(high)
+            ptx.wgmma_fence()
+            for h in range(boxes):
+                for i in range(4):
+                    a_step = a + uint64((h * token_bytes + i * 32) >> 4)
+                    b_step = b + uint64((h * weight_bytes + i * 32) >> 4)
+                    multiply(acc, a_step, b_step, uint32(1))
+                    if two:
+                        multiply(high, a_step + uint64(8192 >> 4), b_step, uint32(1))
+            ptx.wgmma_commit_group()
+            # While these multiply, those before them are done: their stage may be filled again.
+            all_but_one()
+            if previous >= 0:
+                free(empty + uint32(8 * previous), lane)
+            previous = stage
+            stage += int32(1)
+            if stage == stages:
+                stage, parity = int32(0), parity ^ uint32(1)
+        return stage, parity, previous
 
     def linear(weight, x, out, count, weight_rows, depth, group):
         memory = cuda.shared.array(0, uint8)
@@ -377,6 +423,8 @@ def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
             own_token = own_down * 64 + (warp & 3) * 16
             acc = cuda.local.array(accumulators, float32)
             high = cuda.local.array(high_accumulators, float32)
+            first = cuda.local.array(first_accumulators, float32)
+            first_high = cuda.local.array(first_high_accumulators, float32)
             tile = int32(tile + turn * step)
             stage, parity = int32(0), uint32(0)
             others = int32(turn * stage_count)
@@ -395,40 +443,29 @@ def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                     others = int32((turns - 1) * stage_count)
                     if tile >= step:
                         ptx.bar_sync(uint32(1 + turn), uint32(64 * turn_warps))
-                previous = int32(-1)
-                for _ in range(stage_count):
-                    while ptx.mbarrier_try_wait(full + uint32(8 * stage), parity) == 0:
-                        pass
-                    stage_at = ring + uint32(stage * stage_bytes)
-                    a = ptx.wgmma_descriptor(stage_at + a_place, uint32(16), uint32(1024))
-                    b = ptx.wgmma_descriptor(stage_at, uint32(16), uint32(1024))
+                for segment in range(segments):
+                    if segment > 0:
+                        for i in range(first_accumulators):
+                            first[i], acc[i] = acc[i], float32(0.0)
+                        if two:
+                            for i in range(first_high_accumulators):
+                                first_high[i], high[i] = high[i], float32(0.0)
+                    stage, parity, previous = multiply_stages(
+                        acc, high, ring, full, empty, a_place, stage, parity, stage_count // segments, lane
+                    )
+                    if turns > 1 and segment == segments - 1 and tile + step < down * wide:
+                        ptx.bar_arrive(uint32(1 + (turn + 1) % turns), uint32(64 * turn_warps))
+                    all_done()
                     keep(acc)
                     if two:
                         keep_high(high)
-                    ptx.wgmma_fence()
-                    for h in range(boxes):
-                        for i in range(4):
-                            a_step = a + uint64((h * token_bytes + i * 32) >> 4)
-                            b_step = b + uint64((h * weight_bytes + i * 32) >> 4)
-                            multiply(acc, a_step, b_step, uint32(1))
-                            if two:
-                                multiply(high, a_step + uint64(8192 >> 4), b_step, uint32(1))
-                    ptx.wgmma_commit_group()
-                    # While these multiply, those before them are done: their stage may be filled again.
-                    all_but_one()
-                    if previous >= 0:
-                        free(empty + uint32(8 * previous), lane)
-                    previous = stage
-                    stage += int32(1)
-                    if stage == stages:
-                        stage, parity = int32(0), parity ^ uint32(1)
-                if turns > 1 and tile + step < down * wide:
-                    ptx.bar_arrive(uint32(1 + (turn + 1) % turns), uint32(64 * turn_warps))
-                all_done()
-                keep(acc)
-                if two:
-                    keep_high(high)
-                free(empty + uint32(8 * previous), lane)
+                    free(empty + uint32(8 * previous), lane)
+                if segments > 1:
+                    for i in range(first_accumulators):
+                        acc[i] = ptx.add_rn_f32(first[i], acc[i])
+                    if two:
+                        for i in range(first_high_accumulators):
+                            high[i] = ptx.add_rn_f32(first_high[i], high[i])
                 m, n = _place(tile, group, down, wide)
                 write(acc, own_staging, lane, out, m * tokens + own_token, n * kept_rows, count, half)
                 if two:
@@ -465,6 +502,8 @@ def warps(tiling: Tiling, gated: bool, arch: str) -> Kernel:
     steps = columns // 16
     accumulators, a_words, b_words = blocks * fragments * 4, blocks * 4, fragments * 2
     two_a, two_b = 2 * a_words, 2 * b_words
+    segments = tiling.segments
+    first_accumulators = accumulators if segments > 1 else 1
     landed = ptx.cp_async_wait_group(stages - 2)
     write = _writer(blocks, fragments, gated)
 
@@ -549,10 +588,14 @@ def warps(tiling: Tiling, gated: bool, arch: str) -> Kernel:
         acc = cuda.local.array(accumulators, float32)
         a = cuda.local.array(two_a, uint32)
         b = cuda.local.array(two_b, uint32)
+        first = cuda.local.array(first_accumulators, float32)
         for i in range(accumulators):
             acc[i] = float32(0.0)
         stage, free = int32(0), int32(stages - 1)
         for k in range(stage_count):
+            if segments > 1 and 2 * k == stage_count:
+                for i in range(first_accumulators):
+                    first[i], acc[i] = acc[i], float32(0.0)
             landed()
             cuda.syncthreads()
             # Every warp is done with the stage before this one: it is filled again.
@@ -571,6 +614,9 @@ def warps(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                 multiply(acc, a, b, step % 2)
             free = stage
             stage = stage + int32(1) if stage + 1 < stages else int32(0)
+        if segments > 1:
+            for i in range(first_accumulators):
+                acc[i] = ptx.add_rn_f32(first[i], acc[i])
         cuda.syncthreads()
         write(
             acc, ring + uint32(warp * STAGING), lane, out, first_token + own_down * own_tokens,
@@ -640,7 +686,7 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, gated: boo
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out = x @ weight.T, accumulated in fp32 in order of K and rounded once.
+    """out = x @ weight.T, accumulated in fp32 in order of K (`segments_of`) and rounded once.
 
     x [T, K], weight [N, K], out [T, N], bf16, contiguous; N a multiple of 8, K of 64. Returns out.
     Raises TypeError or ValueError where shapes, dtypes or strides do not fit.

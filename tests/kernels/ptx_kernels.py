@@ -259,6 +259,25 @@ def handover(rounds):
 
 
 @kernel_factory
+def phases():
+    """out i32[4]: whether a memory barrier's phases of parity 0 and 1 have ended, before and after its arrival; grid
+    (1,)."""
+
+    def kernel(out):
+        memory = cuda.shared.array(0, uint8)
+        barrier = ptx.shared_address(memory)
+        if cuda.threadIdx.x == 0:
+            ptx.mbarrier_init(barrier, uint32(1))
+            out[0] = int32(ptx.mbarrier_test(barrier, uint32(0)))
+            out[1] = int32(ptx.mbarrier_test(barrier, uint32(1)))
+            ptx.mbarrier_arrive(barrier)
+            out[2] = int32(ptx.mbarrier_test(barrier, uint32(0)))
+            out[3] = int32(ptx.mbarrier_test(barrier, uint32(1)))
+
+    return Kernel("test_phases", kernel, ("i32*",), 32, dynamic_shared=16)
+
+
+@kernel_factory
 def wide_stores():
     """x, out i32[128], counter i32[1]: through shared memory 16 bytes at a time; counter gets the sum of the lanes'
     numbers; grid (1,)."""

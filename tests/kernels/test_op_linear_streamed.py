@@ -95,6 +95,53 @@ def test_one_accumulator_in_order_of_depth():
     assert (run(tiling, x, weight) == 1).all()
 
 
+# Weights of few rows: a sum for each half of K.
+HALVED = {
+    "8": replace(TILINGS[8], segments=2, batch=4),
+    "16": replace(TILINGS[16], segments=2),
+    "64": replace(TILINGS[64], segments=2, boxes=2),
+    "128": replace(TILINGS[128], segments=2),
+    "wgmma 32": replace(GROUPED[1], segments=2),
+    "wgmma 128": replace(GROUPED[2], segments=2, boxes=4),
+}
+HALVED_PARAMS = [
+    pytest.param(name, marks=pytest.mark.skipif(not HAS_WGMMA, reason="wgmma is sm_90a's") if tiling.wgmma else ())
+    for name, tiling in HALVED.items()
+]
+
+
+@pytest.mark.parametrize("name", HALVED_PARAMS)
+def test_halves_are_summed_apart(name):
+    tiling = HALVED[name] if HALVED[name].wgmma else replace(HALVED[name], copy="bulk" if HAS_BULK else "async")
+    # 2 ** 24 swallows a 1 that is added to it: in the same half, but not from the other one.
+    x = torch.ones(1, 512, dtype=BF16, device=DEVICE)
+    weight = torch.zeros(8, 512, dtype=BF16, device=DEVICE)
+    weight[:, 0], weight[:, 32], weight[:, 255] = 2.0**24, 1.0, -(2.0**24)
+    assert (run(tiling, x, weight) == 0).all()
+    weight[:, 32], weight[:, 256] = 0.0, 1.0
+    assert (run(tiling, x, weight) == 1).all()
+    weight[:, 255], weight[:, 511] = 0.0, -(2.0**24)
+    assert (run(tiling, x, weight) == 1).all()
+
+
+@pytest.mark.parametrize("name", HALVED_PARAMS)
+def test_halves_in_every_tiling(name):
+    tiling = HALVED[name] if HALVED[name].wgmma else replace(HALVED[name], copy="bulk" if HAS_BULK else "async")
+    x, weight = randn(tiling.tokens // 2 + 1, 512, dtype=BF16), randn(40, 512, dtype=BF16, scale=0.1)
+    out = run(tiling, x, weight)
+    assert_as_good_as_torch(out, reference(x, weight), reference(x.double(), weight.double()))
+    assert torch.equal(out, run(replace(HALVED["16"], copy="async"), x, weight))
+
+
+def test_weights_of_few_rows_are_halved():
+    assert streamed.segments_of(2048, 8192, False) == 2
+    others = ((4096, 8192, False), (2048, 2048, False), (2048, 8256, False), (2048, 8192, True))
+    assert {streamed.segments_of(*shape) for shape in others} == {1}
+    x, weight = randn(3, 4096, dtype=BF16), randn(16, 4096, dtype=BF16, scale=0.1)
+    expected = run(replace(HALVED["16"], copy="async"), x, weight)
+    assert torch.equal(streamed.linear(x, weight, poisoned(3, 16, dtype=BF16)), expected)
+
+
 @pytest.mark.parametrize("count", [1, 5])
 def test_launchers(count):
     x, weight = randn(count, 128, dtype=BF16), randn(48, 128, dtype=BF16, scale=0.1)
@@ -120,10 +167,11 @@ def test_choices_fit(arch):
     for rows, depth in SHAPES:
         for tokens in (1, 8, 9, 32, 64, 100, 128, 256):
             for multiprocessors in (58, 108, 132, 170):
-                tiling = Tiling.choose(tokens, rows, depth, arch, multiprocessors)
+                tiling = Tiling.choose(tokens, rows, depth, False, arch, multiprocessors)
                 assert tiling.tokens >= min(tokens, 128) and depth % (64 * tiling.boxes) == 0
                 assert tiling.threads <= 1024 and tiling.shared <= LIMITS[arch].shared_block
-                assert tiling.stages >= 2 and tiling.boxes * 4 % tiling.batch == 0 and tiling.batch % 2 == 0
+                steps = tiling.boxes * 4 // tiling.segments
+                assert tiling.stages >= 2 and steps % tiling.batch == 0 and tiling.batch % 2 == 0
                 assert tiling.tiles % min(tiling.together, tiling.tiles) == 0
                 assert tiling.copy == ("async" if arch in ("sm_80", "sm_86", "sm_89") else "bulk")
 
@@ -144,7 +192,10 @@ def test_refusals():
 @pytest.mark.skipif(SIMULATED, reason="too much for the simulator")
 @pytest.mark.parametrize(
     ("rows", "depth", "gated"),
-    [(16384, 2048, True), (22016, 4096, True), (27648, 5120, True), (55296, 5120, True), (5120, 13824, False)],
+    [
+        *[(16384, 2048, True), (22016, 4096, True), (27648, 5120, True), (55296, 5120, True), (5120, 13824, False)],
+        (2048, 8192, False),
+    ],
 )
 @pytest.mark.parametrize("count", [1, 8, 16])
 def test_no_stage_is_filled_before_it_is_read(rows, depth, gated, count):
@@ -160,7 +211,9 @@ def test_no_stage_is_filled_before_it_is_read(rows, depth, gated, count):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(SIMULATED, reason="too much for the simulator")
-@pytest.mark.parametrize(("rows", "depth", "gated"), [(4096, 11008, False), (22016, 4096, True), (100352, 2048, False)])
+@pytest.mark.parametrize(
+    ("rows", "depth", "gated"), [(4096, 11008, False), (22016, 4096, True), (100352, 2048, False), (2048, 8192, False)]
+)
 def test_real_shapes(rows, depth, gated):
     x, weight = randn(256, depth, dtype=BF16), randn(rows, depth, dtype=BF16, scale=0.02)
     launch = streamed.linear_swiglu if gated else streamed.linear

@@ -64,6 +64,21 @@ def test_one_accumulator_in_order_of_depth(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_halves_are_summed_apart(kind):
+    # 2 ** 24 swallows a 1 that is added to it: in the same half, but not from the other one.
+    tiling = replace(TILINGS[kind], segments=2)
+    x, weight = randn(33, 512, dtype=BF16), randn(40, 512, dtype=BF16, scale=0.1)
+    x[0], weight[:2] = 1.0, 0.0
+    weight[:2, 0], weight[0, 32], weight[1, 256], weight[:2, 255] = 2.0**24, 1.0, 1.0, -(2.0**24)
+    out = run(tiling, x, weight)
+    assert out[0, 0] == 0 and out[0, 1] == 1
+    decode = streamed.Tiling(16, 2, 1, 1, boxes=2, stages=3, batch=4, together=2, copy="async", segments=2)
+    expected = poisoned(33, 40, dtype=BF16)
+    streamed.streamed(decode, False, ARCH).launch((2, 3), weight, x, expected, 33, 40, 512)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gates_of_any_size(kind):
     # Tokens are multiples of the first weight row: gates of 0, far below and above 60, infinite and NaN.
     weight = randn(32, 64, dtype=BF16, scale=0.1)
@@ -133,7 +148,7 @@ def test_choices_fit(arch):
             for multiprocessors in (58, 108, 132, 170):
                 for gated in (False, True):
                     tiling = Tiling.choose(count, rows, depth, gated, arch, multiprocessors)
-                    assert tiling.fits(gated)
+                    assert tiling.fits(gated, depth)
                     assert tiling.threads <= 1024 and tiling.shared <= LIMITS[arch].shared_block and tiling.stages >= 2
                     assert tiling.multiply == ("wgmma" if arch == "sm_90a" else "mma")
                     down, wide = tiling.tiles(count, rows)
@@ -162,7 +177,9 @@ def test_refusals():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(SIMULATED, reason="too much for the simulator")
-@pytest.mark.parametrize(("rows", "depth", "gated"), [(4096, 11008, False), (22016, 4096, True), (2064, 1088, False)])
+@pytest.mark.parametrize(
+    ("rows", "depth", "gated"), [(4096, 11008, False), (22016, 4096, True), (2064, 1088, False), (2048, 8192, False)]
+)
 def test_real_shapes(rows, depth, gated):
     x, weight = randn(700, depth, dtype=BF16), randn(rows, depth, dtype=BF16, scale=0.02)
     launch, decode = (getattr(m, "linear_swiglu" if gated else "linear") for m in (tiled, streamed))
@@ -182,11 +199,12 @@ def test_real_shapes(rows, depth, gated):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(SIMULATED, reason="too much for the simulator")
-@pytest.mark.parametrize("gated", [False, True])
-def test_every_tiling_has_the_same_bits(gated):
-    x, weight = randn(300, 1088, dtype=BF16), randn(2096, 1088, dtype=BF16, scale=0.05)
-    tilings = [tiling for tiling in tiled.tilings(ARCH, gated) if tiling.fits(gated)]
-    tilings += [tiling for tiling in tiled.tilings("sm_80", gated) if ARCH == "sm_90a" and tiling.fits(gated)]
+@pytest.mark.parametrize(("gated", "segments"), [(False, 1), (True, 1), (False, 2)])
+def test_every_tiling_has_the_same_bits(gated, segments):
+    x, weight = randn(300, 1280, dtype=BF16), randn(2096, 1280, dtype=BF16, scale=0.05)
+    every = [*tiled.tilings(ARCH, gated), *(tiled.tilings("sm_80", gated) if ARCH == "sm_90a" else ())]
+    every = [replace(tiling, segments=segments) for tiling in every]
+    tilings = [tiling for tiling in every if tiling.fits(gated, 1280)]
     first = run(tilings[0], x, weight, gated, 132)
     for tiling in tilings[1:]:
         assert torch.equal(run(tiling, x, weight, gated, 132), first), tiling

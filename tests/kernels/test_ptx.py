@@ -270,6 +270,12 @@ def test_memory_barriers_hand_over(rounds):
     assert torch.equal(out, x + 1)
 
 
+def test_phases_of_a_memory_barrier():
+    out = torch.full((4,), -1, dtype=torch.int32, device=DEVICE)
+    ptx_kernels.phases().launch((1,), out)
+    assert out.tolist() == [0, 1, 1, 0]
+
+
 def test_wide_stores_and_atomics():
     x = torch.arange(128, dtype=torch.int32, device=DEVICE)
     out, counter = torch.zeros_like(x), torch.ones(1, dtype=torch.int32, device=DEVICE)

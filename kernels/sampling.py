@@ -312,9 +312,7 @@ def _place_f16(value):
 
 @device_function
 def _logit_at_f16(place):
-    if place & uint32(0x8000):
-        return ptx.f32_from_f16(uint16(place ^ uint32(0x8000)))
-    return ptx.f32_from_f16(uint16(place ^ uint32(0xFFFF)))
+    return ptx.f32_from_f16(uint16(place ^ (uint32(0x8000) if place & uint32(0x8000) else uint32(0xFFFF))))
 
 
 class _Logits(NamedTuple):

@@ -12,6 +12,7 @@ from kernels.attention import flash, prefill
 from kernels.attention import naive as naive_attention
 from kernels.check import HALVES
 from kernels.cuda import SIMULATED
+from kernels.launch import machine_of
 from kernels.linear import naive as naive_linear
 from kernels.linear import streamed, tiled
 
@@ -52,6 +53,7 @@ class CudaOps(Composed):
             )
         self._flash, self._tiled, self._split = attention == "flash", linear == "tiled", sampling == "split"
         self._streamed = linear in ("streamed", "tiled")
+        self._machine = machine_of(self.device.index or 0)
         self._workspaces: dict[tuple[str | int, ...], Tensor] = {}
 
     def head_major(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
@@ -72,9 +74,10 @@ class CudaOps(Composed):
         fits = weight.shape[0] % rows == 0 and weight.shape[1] % streamed.BOX == 0
         return self._streamed and weight.dtype in HALVES and fits
 
-    def _products(self, x: Tensor) -> Any:
+    def _products(self, x: Tensor, weight: Tensor, gated: bool) -> Any:
         """The version, of two with the same bits, for so many tokens."""
-        return tiled if self._tiled and x.shape[0] > streamed.TOKENS[-1] else streamed
+        rows, depth = weight.shape
+        return tiled if self._tiled and tiled.is_faster(x.shape[0], rows, depth, gated, self._machine) else streamed
 
     def _fuses(self, weight: Tensor) -> bool:
         """Whether a norm of this weight is part of the addition, and alone in the same order of summation."""
@@ -125,7 +128,7 @@ class CudaOps(Composed):
     def linear(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         out = x.new_empty((x.shape[0], weight.shape[0])) if out is None else out
         if self._streams(weight):
-            self._products(x).linear(x, weight, out)
+            self._products(x, weight, False).linear(x, weight, out)
         else:
             naive_linear.linear(x, weight, out)
         return out
@@ -134,7 +137,7 @@ class CudaOps(Composed):
         if not self._streams(gate_up, rows=16):
             return super().linear_swiglu(x, gate_up, out)
         out = x.new_empty((x.shape[0], gate_up.shape[0] // 2)) if out is None else out
-        self._products(x).linear_swiglu(x, gate_up, out)
+        self._products(x, gate_up, True).linear_swiglu(x, gate_up, out)
         return out
 
     def swiglu(self, gate_up: Tensor, out: Tensor | None = None) -> Tensor:

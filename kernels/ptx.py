@@ -580,13 +580,6 @@ def fence_proxy_async_shared() -> None:
     """What this thread has written to shared memory is visible to wgmma and bulk copies that come after a barrier."""
 
 
-@instruction("bar.warp.sync $0;", None, "u32", memory=True, collective=True)
-def bar_warp_sync_of(mask: Any) -> None:
-    """`bar_warp_sync` of all lanes, as `mask` must say: what it is computed from is computed before."""
-    assert int(mask) == FULL_MASK
-    bar_warp_sync()
-
-
 @instruction("bar.warp.sync 0xffffffff;", None, memory=True, collective=True)
 def bar_warp_sync() -> None:
     """Meet the other lanes of the warp; what they wrote before is visible after."""

@@ -160,13 +160,13 @@ def _weigh(score, total, alpha, shift, factor, h):
 
 
 def _packer(dtype: str):
-    pair = HALVES[dtype].pack
+    rounded_pair = HALVES[dtype].pack
 
     @device_function
     def pack(p, score):
         """Weights as the operand of 16 rows: registers 4 s … of positions 16 s …."""
         for i in range(TILE // 4):
-            p[i] = pair(score[2 * i + 1], score[2 * i])
+            p[i] = rounded_pair(score[2 * i + 1], score[2 * i])
 
     return pack
 
@@ -216,12 +216,13 @@ def _totals(words: int, stride: int):
     return keep, combine
 
 
-def _writer(dtype: str, head_dim: int):
-    pair = HALVES[dtype].pack
+def _divider(dtype: str, head_dim: int):
+    """Whether `quotient` serves all elements of a row of O; and its elements over l, a pair at a time, by `quotient` or
+    by division."""
+    pack = HALVES[dtype].pack
 
     @device_function
     def divides(o, total, h):
-        """Whether `quotient` serves all of a row's elements."""
         most, least = float32(0.0), float32(-math.inf)  # of |O|; least is negative
         for i in range(head_dim // 8):
             for e in range(2):
@@ -231,30 +232,83 @@ def _writer(dtype: str, head_dim: int):
         return common and float32(LEAST_DIVISOR) <= total[h] <= float32(MOST_DIVISOR)
 
     @device_function
+    def by_reciprocal(o, total, inverse, h, i):
+        c = 4 * i + 2 * h
+        high, low = quotient(o[c + 1], total[h], inverse), quotient(o[c], total[h], inverse)
+        return pack(high, low)
+
+    @device_function
+    def by_division(o, total, inverse, h, i):
+        c = 4 * i + 2 * h
+        return pack(ptx.div_rn_f32(o[c + 1], total[h]), ptx.div_rn_f32(o[c], total[h]))
+
+    return divides, by_reciprocal, by_division
+
+
+def _writer(dtype: str, head_dim: int):
+    divides, by_reciprocal, by_division = _divider(dtype, head_dim)
+
+    def writing(pair):
+        @device_function
+        def write(out, o, total, inverse, h, at):
+            for i in range(head_dim // 8):
+                ptx.st_global_b32(out, at + 8 * i, pair(o, total, inverse, h, i))
+
+        return write
+
+    write_common, write_any = writing(by_reciprocal), writing(by_division)
+
+    @device_function
     def write(out, o, total, place, stride, row, count, column):
         """O / l of rows row, row + 8 (of `count`) to out, where the head of row 0 begins at `place`."""
         for h in range(2):
             if row + 8 * h < count:
                 at = place + (row + 8 * h) * stride + column
+                inverse = ptx.div_rn_f32(float32(1.0), total[h])
                 if divides(o, total, h):
-                    inverse = ptx.div_rn_f32(float32(1.0), total[h])
-                    for i in range(head_dim // 8):
-                        ptx.st_global_b32(
-                            out, at + 8 * i,
-                            pair(
-                                quotient(o[4 * i + 2 * h + 1], total[h], inverse),
-                                quotient(o[4 * i + 2 * h], total[h], inverse),
-                            ),
-                        )  # fmt: skip
+                    write_common(out, o, total, inverse, h, at)
                 else:
-                    for i in range(head_dim // 8):
-                        ptx.st_global_b32(
-                            out, at + 8 * i,
-                            pair(
-                                ptx.div_rn_f32(o[4 * i + 2 * h + 1], total[h]),
-                                ptx.div_rn_f32(o[4 * i + 2 * h], total[h]),
-                            ),
-                        )  # fmt: skip
+                    write_any(out, o, total, inverse, h, at)
+
+    return write
+
+
+def _staged_writer(dtype: str, head_dim: int):
+    divides, by_reciprocal, by_division = _divider(dtype, head_dim)
+    # Rows lie apart so that no two accesses of a warp meet in a bank.
+    pitch, chunks = 2 * head_dim + 16, head_dim // 8
+    together = 32 // chunks  # rows that the warp writes at a time
+
+    def staging(pair):
+        @device_function
+        def stage(o, total, inverse, h, into):
+            for i in range(head_dim // 8):
+                ptx.st_shared_b32(into + uint32(16 * i), pair(o, total, inverse, h, i))
+
+        return stage
+
+    stage_common, stage_any = staging(by_reciprocal), staging(by_division)
+
+    @device_function
+    def write(out, o, total, place, stride, first, count, staged, lane):
+        """O / l of the warp's 16 rows from row `first` (of `count`) on to out, where the head of row 0 begins at
+        `place`: whole rows in pieces of 16 bytes, by way of 16 * pitch bytes of shared memory, the warp's own."""
+        ptx.bar_warp_sync()
+        for h in range(2):
+            into = staged + uint32(((lane >> 2) + 8 * h) * pitch + (lane & 3) * 4)
+            inverse = ptx.div_rn_f32(float32(1.0), total[h])
+            if divides(o, total, h):
+                stage_common(o, total, inverse, h, into)
+            else:
+                stage_any(o, total, inverse, h, into)
+        ptx.bar_warp_sync()
+        row, chunk = int32(lane // chunks), int32(lane % chunks)
+        for i in range(16 // together):
+            here = int32(row + i * together)
+            if first + here < count:
+                v = ptx.ld_shared_v4(staged + uint32(here * pitch + chunk * 16))
+                ptx.st_global_v4(out, place + int64(first + here) * stride + chunk * 8, v[0], v[1], v[2], v[3])
+        ptx.bar_warp_sync()
 
     return write
 
@@ -476,8 +530,8 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
             if end > own + 1 or (window > 0 and first < own + 16 - window):
                 _mask(score, int32(position + row), first, window, int32(count - row), column)
             _peak(score, largest, alpha, shift, factor, 0)
-            _weigh(score, total, alpha, shift, factor, 0)
             _peak(score, largest, alpha, shift, factor, 1)
+            _weigh(score, total, alpha, shift, factor, 0)
             _weigh(score, total, alpha, shift, factor, 1)
             pack(p, score)
             for i in range(o_words):
@@ -543,10 +597,12 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling) -> Kernel:
     used = 8 + 16 * stages
     q_used, k_used, v_used = q_full + used, k_full + used, v_full + used
     tile_at = barriers_at + -(-2 * used // 16) * 16
+    spare_at = tile_at + 16
     score_words, o_words, p_words = TILE // 2, head_dim // 2, TILE // 4
     steps = head_dim // 16
-    keep_total, combine = _totals(o_words, workers * 16)
-    write, pack = _writer(dtype, head_dim), _packer(dtype)
+    keep_total, combine = _totals(o_words, 512)
+    own_totals = o_words * 128  # bytes of a warp
+    write, pack = _staged_writer(dtype, head_dim), _packer(dtype)
     by_keys = HALVES[dtype].wgmma(TILE)
     by_values = HALVES[dtype].wgmma(head_dim, "registers", "n")
     keep_score, keep_o, keep_p = ptx.keep_f32(score_words), ptx.keep_f32(o_words), ptx.keep_u32(p_words)
@@ -662,13 +718,14 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling) -> Kernel:
             o[i] = ptx.mul_rn_f32(o[i], alpha[i // 2 & 1])
 
     @device_function
-    def computed(total, never):
+    def computed(total, spare):
         """The weights that make up total[0] are computed before what stands behind this: the assembler would put the
         wait for the product with values ahead of them, and nothing would be under way meanwhile.
 
-        never: 0, which the compiler does not know.
+        spare: 4 bytes of shared memory that nobody reads.
         """
-        ptx.bar_warp_sync_of(uint32(ptx.FULL_MASK) ^ (ptx.bits_from_f32(total[0]) & never))
+        if ptx.bits_from_f32(total[0]) == uint32(0xFFFFFFFF):  # as no sum is
+            ptx.st_shared_b32(spare, uint32(0))
 
     @device_function
     def pass_on(o, largest, total, all_largest, all_total, kept, factor, totals):
@@ -779,9 +836,10 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling) -> Kernel:
             q_matrix = uint32(ptx.wgmma_descriptor(base + uint32(group * 8192), uint32(16), uint32(1024)))
             k_matrices = uint32(ptx.wgmma_descriptor(base + uint32(k_at), uint32(16), uint32(1024)))
             v_matrices = uint32(ptx.wgmma_descriptor(base + uint32(v_at), uint32(box_bytes), uint32(1024)))
-            totals = base + uint32(totals_at) + uint32(thread * 16)
+            own_place = base + uint32(totals_at) + uint32((thread >> 5) * own_totals)
+            totals = own_place + uint32(lane * 16)
             # Of tiles that this warpgroup is done with, of earlier queries and these; then of queries.
-            done, turn, never = uint32(0), uint32(0), uint32(page_bits) >> uint32(8)
+            done, turn = uint32(0), uint32(0)
             if group == 1:
                 give_turn(group)
             wait(base + uint32(q_full), turn)
@@ -812,8 +870,8 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling) -> Kernel:
                 if int32(first + TILE) > int32(own + 1) or (window > 0 and first < int32(own + 64 - window)):
                     _mask(score, int32(position + row), first, window, int32(count - row), column)
                 _peak(score, largest, alpha, shift, factor, 0)
-                _weigh(score, total, alpha, shift, factor, 0)
                 _peak(score, largest, alpha, shift, factor, 1)
+                _weigh(score, total, alpha, shift, factor, 0)
                 _weigh(score, total, alpha, shift, factor, 1)
                 pack(p, score)
                 if first < low:
@@ -840,15 +898,16 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling) -> Kernel:
                     # Anew each time: else the compiler keeps the descriptors of all steps in registers.
                     q_matrix = ptx.shfl_sync_idx_u32(ptx.FULL_MASK, q_matrix, uint32(0))
                     multiply_keys(score, q_matrix, offset(k_matrices, following))
-                    multiply_values(o, p, offset(v_matrices, done), fresh)
                     give_turn(group)
+                    multiply_values(o, p, offset(v_matrices, done), fresh)
+                    keys_there = peek(base + uint32(k_full), following + uint32(1))
+                    values_there = peek(base + uint32(v_full), following)
+                    masked = int32(first + TILE) > int32(own + 1) or (window > 0 and first < int32(own + 64 - window))
                     one_unfinished()
                     keep_score(score)
                     release(base + uint32(k_used), following, lane)
                     release_queries(base, tile == last_tile, lane)
-                    keys_there = peek(base + uint32(k_full), following + uint32(1))
-                    values_there = peek(base + uint32(v_full), following)
-                    if int32(first + TILE) > int32(own + 1) or (window > 0 and first < int32(own + 64 - window)):
+                    if masked:
                         _mask(score, int32(position + row), first, window, int32(count - row), column)
                     # With this tile another segment begins: O is about to be complete for the one before.
                     ended = tile % TILES == 0
@@ -857,9 +916,9 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling) -> Kernel:
                             done_largest[h], done_total[h] = largest[h], total[h]
                             largest[h], total[h] = float32(-math.inf), float32(0.0)
                     _peak(score, largest, alpha, shift, factor, 0)
-                    _weigh(score, total, alpha, shift, factor, 0)
                     _peak(score, largest, alpha, shift, factor, 1)
-                    computed(total, never)
+                    _weigh(score, total, alpha, shift, factor, 0)
+                    computed(total, base + uint32(spare_at))
                     none_unfinished()
                     keep_o(o)
                     keep_p(p)
@@ -890,7 +949,8 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling) -> Kernel:
                 else:
                     for h in range(2):
                         all_largest[h], all_total[h] = largest[h], _row_sum(total[h])
-                write(out, o, all_total, int64(token) * out_stride + head * head_dim, out_stride, row, count, column)
+                place = int64(token) * out_stride + head * head_dim
+                write(out, o, all_total, place, out_stride, int32(row & ~15), count, own_place, lane)
                 turn ^= uint32(1)
                 wait(base + uint32(q_full), turn)
                 words = ptx.ld_shared_v4(base + uint32(tile_at))

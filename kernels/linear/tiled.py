@@ -14,10 +14,12 @@ stay fp32 until silu(gate) * up is rounded.
 
 from __future__ import annotations
 
+import csv
 import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -25,6 +27,7 @@ from kernels import check, device, ptx
 from kernels.cuda import cuda, device_function, float32, int32, int64, uint8, uint16, uint32, uint64
 from kernels.launch import LIMITS, Kernel, LaunchOptions, kept_tensor_map, kernel_factory, machine_of
 from kernels.linear.streamed import BOX, MULTIPROCESSORS, segments_of
+from kernels.linear.streamed import TOKENS as STREAMED
 
 # A warp passes its results on in pieces of 16 tokens and 64 columns; the rows lie apart so that no two of its accesses
 # meet in a bank.
@@ -137,13 +140,35 @@ class Tiling:
 
     @staticmethod
     def choose(count: int, rows: int, depth: int, gated: bool, arch: str, multiprocessors: int) -> Tiling:
-        """For `count` tokens and a weight [rows, depth] on a GPU of so many multiprocessors."""
+        """For `count` tokens and a weight [rows, depth] on a GPU of so many multiprocessors: the fastest one measured
+        for as many tiles of tokens, else by a model of its clock cycles."""
         segments = segments_of(rows, depth, gated)
+        kept = measured().get((arch, multiprocessors, rows, depth, gated, -(-count // TOKENS) * TOKENS))
+        if kept:
+            return replace(kept, segments=segments)
         every = (replace(tiling, segments=segments) for tiling in tilings(arch, gated))
         return min(
             (tiling for tiling in every if tiling.fits(gated, depth)),
             key=lambda tiling: tiling.clocks(count, rows, depth, multiprocessors),
         )
+
+
+# What stages.tune measured: a line for each weight and number of tokens on a kind of GPU; of TOKENS tokens those alone
+# where the streamed version is slower.
+MEASURED = Path(__file__).with_name("tilings.csv")
+TOKENS = 128  # of a tile of warpgroups
+
+
+@functools.cache
+def measured() -> dict[tuple[str, int, int, int, bool, int], Tiling]:
+    """Tilings of MEASURED by architecture, multiprocessors, rows and depth of the weight, whether gated, and tokens."""
+    found = {}
+    with open(MEASURED, newline="") as file:
+        for line in csv.DictReader(file):
+            key = (*(int(line[name]) for name in ("multiprocessors", "rows", "depth")), line["gated"] == "1")
+            tiling = Tiling.of_warpgroups(*(int(line[name]) for name in ("tile_rows", "turns", "cluster")))
+            found[line["arch"], *key, int(line["tokens"])] = tiling
+    return found
 
 
 @functools.cache
@@ -163,6 +188,14 @@ def tilings(arch: str, gated: bool) -> tuple[Tiling, ...]:
             return (*alone, *shared, *in_turn)
         return (Tiling.of_warpgroups(64, 2), *alone, *shared)
     return tuple(Tiling.of_warps(*tile, arch) for tile in ((128, 256, 2, 4), (64, 128, 2, 4)))
+
+
+def is_faster(count: int, rows: int, depth: int, gated: bool, machine: tuple[str, int]) -> bool:
+    """Whether this version takes less time than `kernels.linear.streamed`, whose bits it has: beyond that one's passes,
+    and where it was measured. machine: architecture and multiprocessors."""
+    if count > STREAMED[-1]:
+        return True
+    return count > STREAMED[-2] and (*machine, rows, depth, gated, TOKENS) in measured()
 
 
 def _writer(dtype: str, blocks: int, fragments: int, gated: bool) -> Callable[..., None]:

@@ -144,6 +144,29 @@ SHAPES = [
 ]
 
 
+def test_what_was_measured_is_chosen_for_as_many_tiles():
+    lines = tiled.measured()
+    assert lines, "an empty file would leave every choice to the model"
+    for (arch, multiprocessors, rows, depth, gated, tokens), tiling in lines.items():
+        assert tokens % tiled.TOKENS == 0 and tiling.fits(gated, depth) and tiling.stages >= 2
+        for count in (tokens, tokens - 127):
+            chosen = Tiling.choose(count, rows, depth, gated, arch, multiprocessors)
+            assert replace(chosen, segments=1) == tiling
+    key = ("sm_90a", 132, 4096, 4096, False)
+    assert (*key, 2048) in lines and (*key, 2176) not in lines
+    assert Tiling.choose(2049, 4096, 4096, False, "sm_90a", 132) in tiled.tilings("sm_90a", False)
+    for count, shape, faster in (
+        (129, (48, 64, False), True),
+        (128, (22016, 4096, True), True),
+        (65, (12288, 4096, False), True),
+        (64, (22016, 4096, True), False),
+        (128, (4096, 11008, False), False),
+    ):
+        assert tiled.is_faster(count, *shape, ("sm_90a", 132)) == faster
+    assert not tiled.is_faster(128, 22016, 4096, True, ("sm_90a", 58))
+    assert Tiling.choose(2048, 4096, 4096, False, "sm_90a", 58) in tiled.tilings("sm_90a", False)
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_choices_fit(arch):
     for rows, depth in SHAPES:

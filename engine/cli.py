@@ -31,7 +31,10 @@ F = TypeVar("F", bound=Callable[..., None])
 
 ModelOption = Annotated[Path, typer.Option("--model", help="Checkpoint folder.")]
 BackendOption = Annotated[str, typer.Option(help="cuda (our kernels), reference (torch), or auto: cuda on a GPU.")]
-DtypeOption = Annotated[str, typer.Option(help="bfloat16 or float32.")]
+DtypeOption = Annotated[
+    str,
+    typer.Option(help="bfloat16, float16, float32, or auto: float16 where the checkpoint is stored so, else bfloat16."),
+]
 CacheOption = Annotated[
     str | None,
     typer.Option(help="paged, contiguous, or none: the whole text again at every token. Default: paged where it can."),
@@ -87,8 +90,8 @@ def _load(
     from engine.llm import LLM, EngineConfig
 
     fastest = _fastest(backend, cuda_graph=kv_cache != "none")
-    if kv_cache is None:  # the kernels that read pages are for bf16
-        kv_cache = "contiguous" if fastest["backend"] == "cuda" and dtype != "bfloat16" else "paged"
+    if kv_cache is None:  # the kernels that read pages are not for fp32
+        kv_cache = "contiguous" if fastest["backend"] == "cuda" and dtype == "float32" else "paged"
     engine = EngineConfig(
         **fastest,
         dtype=dtype,  # type: ignore[arg-type]
@@ -154,7 +157,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given more than once.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not end at end-of-sequence tokens.")] = False,
     backend: BackendOption = "auto",
-    dtype: DtypeOption = "bfloat16",
+    dtype: DtypeOption = "auto",
     kv_cache: CacheOption = None,
     max_model_len: LengthOption = None,
 ) -> None:
@@ -189,7 +192,7 @@ def chat(
     repetition_penalty: PenaltyOption = 1.0,
     seed: SeedOption = None,
     backend: BackendOption = "auto",
-    dtype: DtypeOption = "bfloat16",
+    dtype: DtypeOption = "auto",
     max_model_len: LengthOption = None,
 ) -> None:
     """Talk with a model that has a chat template. An empty line is skipped; end with Ctrl-D or /exit."""
@@ -256,7 +259,7 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
     backend: BackendOption = "auto",
-    dtype: DtypeOption = "bfloat16",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Serve a model over OpenAI's API, with a page to chat with it at /. Ends on Ctrl-C or SIGTERM."""
     from engine.llm import LLM, EngineConfig
@@ -386,7 +389,7 @@ def inspect(directory: Annotated[Path, typer.Argument(help="Checkpoint folder.")
     console.print(facts)
 
     table = Table(title="parameters by role")
-    for heading in ("role", "parameters", "share", "bytes (bfloat16)"):
+    for heading in ("role", "parameters", "share", "bytes (16 bits)"):
         table.add_column(heading, justify="left" if heading == "role" else "right")
     total = config.parameter_count()
     for role, count in _parameters_by_role(config).items():
@@ -394,8 +397,8 @@ def inspect(directory: Annotated[Path, typer.Argument(help="Checkpoint folder.")
     table.add_section()
     table.add_row("all", f"{total:,}", "", f"{2 * total:,}")
     console.print(table)
-    console.print(f"weight bytes read a token (bfloat16, batch 1): {weight_bytes(config, 'bfloat16'):,}")
-    console.print(f"KV cache bytes a token (bfloat16): {kv_bytes_per_token(config, 'bfloat16'):,}")
+    console.print(f"weight bytes read a token (16 bits, batch 1): {weight_bytes(config, 'bfloat16'):,}")
+    console.print(f"KV cache bytes a token (16 bits): {kv_bytes_per_token(config, 'bfloat16'):,}")
     console.print(_stored(directory, config))
 
 
@@ -448,7 +451,7 @@ def latency(
     form: FormatOption = "table",
     weights: WeightsOption = "checkpoint",
     backend: BackendOption = "auto",
-    dtype: DtypeOption = "bfloat16",
+    dtype: DtypeOption = "auto",
     cuda_graph: Annotated[bool, typer.Option(help="Capture decode steps, on a GPU.")] = True,
 ) -> None:  # fmt: skip
     """Time prompts (pp) and decode steps (tg) in llama-bench's columns, each beside what the machine allows at best."""
@@ -517,7 +520,7 @@ def throughput(
     form: FormatOption = "table",
     weights: WeightsOption = "checkpoint",
     backend: BackendOption = "auto",
-    dtype: DtypeOption = "bfloat16",
+    dtype: DtypeOption = "auto",
     cuda_graph: Annotated[bool, typer.Option(help="Capture decode steps, on a GPU.")] = True,
 ) -> None:  # fmt: skip
     """Requests a second and tokens a second, with latencies, beside the floor of what the machine allows."""
@@ -679,6 +682,7 @@ def _load_measured(path: Path, weights: str, backend: str, dtype: str, cuda_grap
         config = ModelConfig.from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))["architecture"])
     else:
         config = ModelConfig.from_file(path)
+    engine = engine.for_dtype("float16" if config.dtype == "float16" else "bfloat16")
     return LLM((config, random_weights(config, engine.device, engine.torch_dtype, seed=0)), engine)
 
 

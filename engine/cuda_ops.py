@@ -10,6 +10,7 @@ from engine.ops import Composed, Placement, Rounding, Run
 from kernels import add_norm, embedding, kv_write, residual, rms_norm, rope, rope_write, sampling, swiglu
 from kernels.attention import flash, prefill
 from kernels.attention import naive as naive_attention
+from kernels.check import HALVES
 from kernels.cuda import SIMULATED
 from kernels.launch import machine_of
 from kernels.linear import naive as naive_linear
@@ -22,8 +23,8 @@ FLASH_GROUP = 16  # query heads that share a KV head, at most
 class CudaOps(Composed):
     """`engine.ops.Ops` over the launchers in `kernels/`, which say what each computes.
 
-    The fast versions are for bf16: fp32 tensors take the naive ones whatever is chosen, and so do weights and heads of
-    a shape that the fast ones do not take. Which one a model takes never depends on the tokens.
+    The fast versions are for bf16 and fp16: fp32 tensors take the naive ones whatever is chosen, and so do weights and
+    heads of a shape that the fast ones do not take. Which one a model takes never depends on the tokens.
 
     Args:
         device: A CUDA device; or the CPU when NUMBA_ENABLE_CUDASIM=1, where the same kernels run in the simulator.
@@ -57,21 +58,21 @@ class CudaOps(Composed):
 
     def head_major(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
         fits = head_dim in FLASH_WIDTHS and heads <= FLASH_GROUP * kv_heads
-        return self._flash and dtype == torch.bfloat16 and fits
+        return self._flash and dtype in HALVES and fits
 
     def check_paged(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
         if not self.head_major(dtype, heads, kv_heads, head_dim):
             chosen, widths = "flash" if self._flash else "naive", " or ".join(map(str, FLASH_WIDTHS))
             raise ValueError(
-                f"a paged cache needs attention = 'flash', dtype = 'bfloat16', head_dim {widths} and at most "
-                f"{FLASH_GROUP} query heads for each KV head; here attention = {chosen!r}, {dtype}, "
+                f"a paged cache needs attention = 'flash', dtype = 'bfloat16' or 'float16', head_dim {widths} and at "
+                f"most {FLASH_GROUP} query heads for each KV head; here attention = {chosen!r}, {dtype}, "
                 f"head_dim {head_dim}, {heads} query heads and {kv_heads} KV heads"
             )
 
     def _streams(self, weight: Tensor, rows: int = 8) -> bool:
         """Whether the streamed version multiplies with this weight: rows in groups of `rows`, 64 columns at a time."""
         fits = weight.shape[0] % rows == 0 and weight.shape[1] % streamed.BOX == 0
-        return self._streamed and weight.dtype == torch.bfloat16 and fits
+        return self._streamed and weight.dtype in HALVES and fits
 
     def _products(self, x: Tensor, weight: Tensor, gated: bool) -> Any:
         """The version, of two with the same bits, for so many tokens."""
@@ -81,11 +82,11 @@ class CudaOps(Composed):
     def _fuses(self, weight: Tensor) -> bool:
         """Whether a norm of this weight is part of the addition, and alone in the same order of summation."""
         fits = weight.shape[0] % 8 == 0 and weight.shape[0] <= add_norm.WIDEST
-        return self._streamed and weight.dtype == torch.bfloat16 and fits
+        return self._streamed and weight.dtype in HALVES and fits
 
     def _splits(self, logits: Tensor) -> bool:
         """Whether many blocks choose a row's token."""
-        return self._split and logits.dtype == torch.bfloat16 and logits.shape[1] % 8 == 0
+        return self._split and logits.dtype in HALVES and logits.shape[1] % 8 == 0
 
     def _workspace(self, name: str, rows: int, size: Callable[[int], int], *shape: int) -> Tensor:
         """Memory of `size(rows)` 32-bit elements for operation `name` on `shape`, rows rounded up to a power of two.

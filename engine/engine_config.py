@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from engine.ops import Ops, ReferenceOps
 _CHOICES = {
     "backend": ("reference", "cuda"),
     "device": ("cpu", "cuda"),
-    "dtype": ("bfloat16", "float32"),
+    "dtype": ("auto", *DTYPES),
     "attention": ("naive", "flash"),
     "linear": ("naive", "streamed", "tiled"),
     "sampling": ("naive", "split"),
@@ -35,7 +35,8 @@ class EngineConfig:
 
     backend: Literal["reference", "cuda"] = "reference"
     device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    # auto: the dtype of weights that are given; of a checkpoint float16 where it is stored so, else bfloat16
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     attention: Literal["naive", "flash"] = "naive"
     linear: Literal["naive", "streamed", "tiled"] = "naive"
     sampling: Literal["naive", "split"] = "naive"
@@ -74,8 +75,18 @@ class EngineConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        assert self.dtype in DTYPES
+        """Raises ValueError where dtype is still "auto": `for_dtype` settles it."""
+        if self.dtype == "auto":
+            raise ValueError(f"dtype = 'auto' is no dtype yet; name one of {', '.join(DTYPES)}")
         return getattr(torch, self.dtype)
+
+    def for_dtype(self, found: torch.dtype | str) -> EngineConfig:
+        """With `found` in place of dtype "auto": the dtype, or its name, of the weights that there are.
+
+        Raises:
+            ValueError: `found` is none of the dtypes that the engine runs in.
+        """
+        return replace(self, dtype=str(found).removeprefix("torch.")) if self.dtype == "auto" else self
 
 
 def make_ops(engine: EngineConfig) -> Ops:

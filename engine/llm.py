@@ -20,7 +20,7 @@ from engine.model import Model
 from engine.requests import Completion, Request, Text, completion
 from engine.sampling import SamplingParams
 from engine.tokenizer import Tokenizer
-from engine.weights import Weights, load_weights
+from engine.weights import Weights, load_weights, stored_dtype
 
 __all__ = ["LLM", "Completion", "EngineConfig", "Live", "make_ops"]
 
@@ -64,10 +64,11 @@ class LLM:
         engine: EngineConfig | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        self.engine = engine = engine or EngineConfig()
+        engine = engine or EngineConfig()
         ops = make_ops(engine)
         if isinstance(model, tuple):
             self.config, self.weights = model
+            engine = engine.for_dtype(self.weights.dtype)
             self.eos_ids = frozenset(self.config.eos_token_ids)
         else:
             directory = Path(model)
@@ -75,7 +76,9 @@ class LLM:
             self.eos_ids = _eos_ids(directory, self.config)
             if tokenizer is None and (directory / "tokenizer.json").exists():
                 tokenizer = Tokenizer(directory)
+            engine = engine.for_dtype(stored_dtype(directory, self.config))
             self.weights = load_weights(directory, self.config, engine.device, engine.torch_dtype)
+        self.engine = engine
         if self.weights.dtype != engine.torch_dtype or self.weights.device.type != engine.device:
             raise ValueError(
                 f"the weights are {self.weights.dtype} on {self.weights.device.type}; the engine is set to "

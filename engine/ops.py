@@ -16,7 +16,7 @@ from torch import Tensor
 
 BLOCK = 16  # rows of every matrix product
 CHUNK = 64  # key positions whose partial attention is computed together
-_WEIGHT_ROWS = 8192  # rows of a bf16 weight held in fp32 at a time
+_WEIGHT_ROWS = 8192  # rows of a 16-bit weight held in fp32 at a time
 Rounding = Literal["once", "twice"]
 Placement = Literal["pre", "post"]
 

@@ -131,6 +131,20 @@ def _destinations(config: ModelConfig, weights: Weights) -> dict[str, Tensor]:
     return places
 
 
+def stored_dtype(directory: str | Path, config: ModelConfig) -> str:
+    """What a checkpoint runs in where no dtype is asked for: "float16" where it is stored so, else "bfloat16".
+
+    config.json says how it is stored; where it does not, the embedding's entry does.
+
+    Raises:
+        CheckpointError: config.json does not say, and the checkpoint's headers are damaged or not there.
+    """
+    if config.dtype is None:
+        entry = read_index(directory).get("model.embed_tokens.weight")
+        return "float16" if entry is not None and entry.dtype == "F16" else "bfloat16"
+    return "float16" if config.dtype == "float16" else "bfloat16"
+
+
 def load_weights(directory: str | Path, config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> Weights:
     """Load the safetensors checkpoint in `directory` onto `device`, cast to `dtype` (rounded to nearest).
 

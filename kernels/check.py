@@ -5,14 +5,23 @@ from __future__ import annotations
 import torch
 
 # torch dtypes a kernel computes in, with the name kernels use for them.
-FLOATS = {torch.bfloat16: "bf16", torch.float32: "f32"}
+HALVES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+FLOATS = HALVES | {torch.float32: "f32"}
 
 
 def dtype_name(operation: str, name: str, tensor: torch.Tensor) -> str:
-    """ "bf16" or "f32". Raises TypeError for any other dtype."""
+    """ "bf16", "f16" or "f32". Raises TypeError for any other dtype."""
     known = FLOATS.get(tensor.dtype)
     if known is None:
-        raise TypeError(f"{operation}: {name} is {tensor.dtype}: torch.bfloat16 or torch.float32 needed")
+        raise TypeError(f"{operation}: {name} is {tensor.dtype}: torch.bfloat16, torch.float16 or torch.float32 needed")
+    return known
+
+
+def half_name(operation: str, name: str, tensor: torch.Tensor) -> str:
+    """ "bf16" or "f16". Raises TypeError for any other dtype."""
+    known = HALVES.get(tensor.dtype)
+    if known is None:
+        raise TypeError(f"{operation}: {name} is {tensor.dtype}: torch.bfloat16 or torch.float16 needed")
     return known
 
 
@@ -53,16 +62,17 @@ def aligned(operation: str, name: str, given: torch.Tensor) -> None:
 def product(
     x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, columns: int, gated: bool
 ) -> tuple[int, int, int]:
-    """T, N and K of bf16 x [T, K], weight [N, K] and out [T, N], or gated [T, N / 2]; N a multiple of 8 (gated: of 16)
-    and K of `columns`. Raises TypeError or ValueError naming the argument."""
+    """T, N and K of x [T, K], weight [N, K] and out [T, N], or gated [T, N / 2], of one 16-bit dtype; N a multiple of 8
+    (gated: of 16) and K of `columns`. Raises TypeError or ValueError naming the argument."""
     operation, multiple = ("linear_swiglu", 16) if gated else ("linear", 8)
+    half_name(operation, "x", x)
     count, depth = dimensions(operation, "x", x, "T, K")
     rows, _ = dimensions(operation, "weight", weight, "N, K")
     if depth % columns or rows % multiple:
         raise ValueError(
             f"{operation}: weight is {tuple(weight.shape)}: rows of {multiple} and columns of {columns} needed"
         )
-    tensor(operation, "x", x, (count, depth), torch.bfloat16)
-    tensor(operation, "weight", weight, (rows, depth), torch.bfloat16)
-    tensor(operation, "out", out, (count, rows // 2 if gated else rows), torch.bfloat16)
+    tensor(operation, "x", x, (count, depth), x.dtype)
+    tensor(operation, "weight", weight, (rows, depth), x.dtype)
+    tensor(operation, "out", out, (count, rows // 2 if gated else rows), x.dtype)
     return count, rows, depth

@@ -8,14 +8,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from kernels import ptx
-from kernels.cuda import SIMULATED, cuda, device_function, float32, float64, uint32
+from kernels.cuda import SIMULATED, cuda, device_function, float32, float64, uint16, uint32
 
-DTYPES = ("bf16", "f32")
+DTYPES = ("bf16", "f16", "f32")
 CHAINS = 8
 
 
@@ -35,6 +35,21 @@ def _round_bf16(value):
 
 
 @device_function
+def _load_f16(pointer, index):
+    return ptx.f32_from_f16(pointer[index])
+
+
+@device_function
+def _store_f16(pointer, index, value):
+    pointer[index] = ptx.cvt_rn_f16_f32(value)
+
+
+@device_function
+def _round_f16(value):
+    return ptx.f32_from_f16(ptx.cvt_rn_f16_f32(value))
+
+
+@device_function
 def _load_f32(pointer, index):
     return pointer[index]
 
@@ -50,18 +65,18 @@ def _round_f32(value):
 
 
 def load(dtype: str) -> Callable[[Any, int], Any]:
-    """`load(dtype)(pointer, index)`: the element as float32. dtype: "bf16" or "f32"."""
-    return {"bf16": _load_bf16, "f32": _load_f32}[dtype]
+    """`load(dtype)(pointer, index)`: the element as float32. dtype: one of DTYPES."""
+    return {"bf16": _load_bf16, "f16": _load_f16, "f32": _load_f32}[dtype]
 
 
 def store(dtype: str) -> Callable[[Any, int, Any], None]:
-    """`store(dtype)(pointer, index, value)`: write a float32, rounded to nearest even. dtype: "bf16" or "f32"."""
-    return {"bf16": _store_bf16, "f32": _store_f32}[dtype]
+    """`store(dtype)(pointer, index, value)`: write a float32, rounded to nearest even. dtype: one of DTYPES."""
+    return {"bf16": _store_bf16, "f16": _store_f16, "f32": _store_f32}[dtype]
 
 
 def rounding(dtype: str) -> Callable[[Any], Any]:
     """`rounding(dtype)(value)`: the float32 after a trip through dtype."""
-    return {"bf16": _round_bf16, "f32": _round_f32}[dtype]
+    return {"bf16": _round_bf16, "f16": _round_f16, "f32": _round_f32}[dtype]
 
 
 # math's functions are double and raise on overflow in Python; on the GPU they are libdevice's float32.
@@ -153,22 +168,65 @@ def quotient(a, b, inverse):
 
 
 @device_function
-def low(pair):
-    """float32 of the lower bf16 of a pair."""
+def _low_bf16(pair):
     return ptx.f32_from_bits(uint32(pair << uint32(16)))
 
 
 @device_function
-def high(pair):
-    """float32 of the upper bf16 of a pair."""
+def _high_bf16(pair):
     return ptx.f32_from_bits(uint32(pair & uint32(0xFFFF0000)))
 
 
 @device_function
-def add_squares(total, word):
-    """total plus the squares of a pair of bf16, in order."""
-    first, second = low(word), high(word)
-    return ptx.fma_rn_f32(second, second, ptx.fma_rn_f32(first, first, total))
+def _low_f16(pair):
+    return ptx.f32_from_f16(uint16(pair & uint32(0xFFFF)))
+
+
+@device_function
+def _high_f16(pair):
+    return ptx.f32_from_f16(uint16(pair >> uint32(16)))
+
+
+class Half(NamedTuple):
+    """What differs between the kernels of one 16-bit dtype and those of another.
+
+    low, high: float32 of the lower or upper element of a pair in a uint32. pack(high, low): two float32 rounded to a
+    pair. rounded: the 16 bits of a float32. mma: m16n8k16 of kernels.ptx. wgmma: what makes its m64k16. suffix: of a
+    kernel's name, nothing for "bf16".
+    """
+
+    low: Callable[[Any], Any]
+    high: Callable[[Any], Any]
+    pack: Callable[[Any, Any], Any]
+    rounded: Callable[[Any], Any]
+    mma: Callable[..., Any]
+    wgmma: Callable[..., Any]
+    suffix: str
+
+
+HALVES = {
+    "bf16": Half(
+        _low_bf16, _high_bf16, ptx.cvt_rn_bf16x2_f32, ptx.cvt_rn_bf16_f32, ptx.mma_m16n8k16_bf16,
+        ptx.wgmma_m64k16_bf16, "",
+    ),
+    "f16": Half(
+        _low_f16, _high_f16, ptx.cvt_rn_f16x2_f32, ptx.cvt_rn_f16_f32, ptx.mma_m16n8k16_f16, ptx.wgmma_m64k16_f16,
+        "_f16",
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def add_squares(dtype: str) -> Callable[[Any, Any], Any]:
+    """`add_squares(dtype)(total, pair)`: total plus the squares of a pair of a 16-bit dtype, in order."""
+    low, high = HALVES[dtype].low, HALVES[dtype].high
+
+    @device_function
+    def add_squares(total, pair):
+        first, second = low(pair), high(pair)
+        return ptx.fma_rn_f32(second, second, ptx.fma_rn_f32(first, first, total))
+
+    return add_squares
 
 
 @device_function
@@ -178,14 +236,21 @@ def inverse_rms(squares, width, eps):
     return ptx.div_rn_f32(float32(1.0), ptx.sqrt_rn_f32(ptx.add_rn_f32(mean, eps)))
 
 
-@device_function
-def normalised(pair, weights, scale, twice):
-    """A pair of bf16 after the norm."""
-    first, second = ptx.mul_rn_f32(low(pair), scale), ptx.mul_rn_f32(high(pair), scale)
-    if twice:
-        rounded = ptx.cvt_rn_bf16x2_f32(second, first)
-        first, second = low(rounded), high(rounded)
-    return ptx.cvt_rn_bf16x2_f32(ptx.mul_rn_f32(second, high(weights)), ptx.mul_rn_f32(first, low(weights)))
+@functools.cache
+def normalised(dtype: str, twice: bool) -> Callable[[Any, Any, Any], Any]:
+    """`normalised(dtype, twice)(pair, weights, scale)`: a pair of a 16-bit dtype after the norm, with a rounding before
+    the weights too where `twice`."""
+    low, high, pack = HALVES[dtype].low, HALVES[dtype].high, HALVES[dtype].pack
+
+    @device_function
+    def normalised(pair, weights, scale):
+        first, second = ptx.mul_rn_f32(low(pair), scale), ptx.mul_rn_f32(high(pair), scale)
+        if twice:
+            rounded = pack(second, first)
+            first, second = low(rounded), high(rounded)
+        return pack(ptx.mul_rn_f32(second, high(weights)), ptx.mul_rn_f32(first, low(weights)))
+
+    return normalised
 
 
 @device_function

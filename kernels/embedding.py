@@ -52,7 +52,7 @@ def naive(dtype: str) -> Kernel:
 @kernel_factory
 def vectors(dtype: str) -> Kernel:
     """tokens i32[T], table [V, H], out [T, H], H, a multiple of 16 bytes; grid (T,)."""
-    elements = {"bf16": 8, "f32": 4}[dtype]
+    elements = {"bf16": 8, "f16": 8, "f32": 4}[dtype]
 
     def embedding(tokens, table, out, width):
         words = cuda.local.array(WORDS, uint32)
@@ -85,7 +85,8 @@ def vectors(dtype: str) -> Kernel:
 def embedding(tokens: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out[t] = table[tokens[t]]: tokens i32[T], 0 <= token < V (not checked), table [V, H] and out [T, H] of one dtype.
 
-    bf16 or fp32, contiguous. Returns out. Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
+    bf16, fp16 or fp32, contiguous. Returns out.
+    Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
     """
     dtype = check.dtype_name("embedding", "table", table)
     vocabulary, width = check.dimensions("embedding", "table", table, "V, H")

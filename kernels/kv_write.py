@@ -58,7 +58,7 @@ def kv_write(
 ) -> None:
     """cache[slots[t], positions[t]] = k[t], v[t], in place.
 
-    k, v [T, Hk, D], heads contiguous, any token stride; k_cache, v_cache [S, C, Hk, D] contiguous; bf16 or fp32.
+    k, v [T, Hk, D], heads contiguous, any token stride; k_cache, v_cache [S, C, Hk, D] contiguous; bf16, fp16 or fp32.
     slots, positions i32[T] with 0 <= slot < S and 0 <= position < C (not checked); no (slot, position) twice.
     Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
     """

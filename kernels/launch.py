@@ -39,6 +39,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
 _POINTERS = {
     "bf16*": (torch.bfloat16,),
+    "f16*": (torch.float16,),
     "f32*": (torch.float32,),
     "i32*": (torch.int32,),
     "i64*": (torch.int64,),
@@ -369,10 +370,10 @@ class Kernel:
     """A kernel function with its argument types and block size.
 
     name: unique, as "rms_norm_naive_bf16". fn: the Python function. args: the kinds of its arguments, pointers
-    "bf16*", "f32*", "i32*", "i64*", "u8*" and scalars "u64", "i64", "i32", "f32". threads: of a block. dynamic_shared:
-    bytes of a block. blocks_per_sm: blocks an SM must be able to hold (bounds the registers; 0: the assembler decides).
-    options: of a launch that names none. architectures: what it can be built for. Raises ValueError for an unknown
-    argument kind or a block size no GPU takes.
+    "bf16*", "f16*", "f32*", "i32*", "i64*", "u8*" and scalars "u64", "i64", "i32", "f32". threads: of a block.
+    dynamic_shared: bytes of a block. blocks_per_sm: blocks an SM must be able to hold (bounds the registers; 0: the
+    assembler decides). options: of a launch that names none. architectures: what it can be built for. Raises ValueError
+    for an unknown argument kind or a block size no GPU takes.
     """
 
     def __init__(
@@ -420,7 +421,9 @@ class Kernel:
 
         Raises BuildError with the compiler's words where `fn` does not compile.
         """
-        element = {"bf16*": "uint16", "f32*": "float32", "i32*": "int32", "i64*": "int64", "u8*": "uint8"}
+        element = {
+            "bf16*": "uint16", "f16*": "uint16", "f32*": "float32", "i32*": "int32", "i64*": "int64", "u8*": "uint8",
+        }  # fmt: skip
         scalar = {"u64": "uint64", "i64": "int64", "i32": "int32", "f32": "float32"}
         types = cuda.types
         if types is None:
@@ -625,7 +628,7 @@ def _simulated_pointer(tensor: torch.Tensor) -> Any:
     whole = tensor.detach()
     length = whole.untyped_storage().nbytes() // whole.element_size() - whole.storage_offset()
     flat = whole.as_strided((length,), (1,))
-    if flat.dtype == torch.bfloat16:
+    if flat.dtype in (torch.bfloat16, torch.float16):
         return simulator.Pointer(flat.view(torch.int16).numpy().view("uint16"))
     if flat.dtype == torch.bool:
         return simulator.Pointer(flat.view(torch.uint8).numpy())
@@ -644,14 +647,14 @@ def machine_of(device: int) -> tuple[str, int]:
 def tensor_map(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     """uint8 [128] on the tensor's device: how the bulk tensor copy reads boxes of `rows` rows and 64 columns of it.
 
-    tensor […, R, C] bf16 of two to five dimensions with any strides that are multiples of 16 bytes, columns contiguous.
-    A box lies in shared memory row after row of 128 bytes, the 16-byte chunk j of row i at place j ^ (i % 8) (CUDA's
-    128-byte swizzle). The map is valid as long as the tensor is where it was.
+    tensor […, R, C] bf16 or fp16 of two to five dimensions with any strides that are multiples of 16 bytes, columns
+    contiguous. A box lies in shared memory row after row of 128 bytes, the 16-byte chunk j of row i at place j ^ (i %
+    8) (CUDA's 128-byte swizzle). The map is valid as long as the tensor is where it was.
     Raises ValueError for a tensor or a box that the copy engine cannot read.
     """
     shape, strides = tuple(tensor.shape), tensor.stride()
-    if tensor.dtype != torch.bfloat16 or not 2 <= len(shape) <= 5 or strides[-1] != 1:
-        raise ValueError(f"tensor_map: a {tensor.dtype} tensor of shape {shape}: bf16 [R, C] needed")
+    if tensor.dtype not in (torch.bfloat16, torch.float16) or not 2 <= len(shape) <= 5 or strides[-1] != 1:
+        raise ValueError(f"tensor_map: a {tensor.dtype} tensor of shape {shape}: bf16 or fp16 [R, C] needed")
     if tensor.data_ptr() % 16 or any(stride % 8 for stride in strides[:-1]):
         raise ValueError(f"tensor_map: rows {strides[:-1]} elements apart: multiples of 16 bytes needed")
     if not 1 <= rows <= 256:
@@ -665,8 +668,9 @@ def tensor_map(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     else:
         from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 
+        kinds, half = driver.CUtensorMapDataType, tensor.dtype == torch.float16
         status, encoded = driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if half else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             len(shape),
             tensor.data_ptr(),
             [driver.cuuint64_t(size) for size in reversed(shape)],
@@ -685,13 +689,13 @@ def tensor_map(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     return _keep_map(torch.frombuffer(bytearray(content), dtype=torch.uint8), tensor.device)
 
 
-_kept_maps: dict[tuple[int, ...], torch.Tensor] = {}
+_kept_maps: dict[tuple[Any, ...], torch.Tensor] = {}
 
 
 def kept_tensor_map(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """`tensor_map`, made once for each place, shape and strides: a map says where and how large, not what is there, so
-    that one serves every tensor that comes to lie at the same place in the same shape."""
-    key = (tensor.get_device(), tensor.data_ptr(), *tensor.shape, *tensor.stride(), rows)
+    """`tensor_map`, made once for each place, shape, strides and dtype: a map says where and how large, not what is
+    there, so that one serves every tensor that comes to lie at the same place in the same shape."""
+    key = (tensor.dtype, tensor.get_device(), tensor.data_ptr(), *tensor.shape, *tensor.stride(), rows)
     found = _kept_maps.get(key)
     if found is None:
         found = _kept_maps[key] = tensor_map(tensor, rows)

@@ -4,7 +4,7 @@ The body of a function here is the twin: what runs under the simulator. On a GPU
 place. A warp-wide twin meets the lanes of its warp, computes with NumPy and hands every lane its result.
 Source: PTX ISA 9.0, sections 9.7 (instructions) and 9.7.15 (matrix fragments).
 
-Registers are uint32 here where PTX says .b32; a pair of bf16 in one has the lower index in the lower half.
+Registers are uint32 here where PTX says .b32; a pair of bf16 or f16 in one has the lower index in the lower half.
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ def _as_intrinsic(typing: Any, twin: Callable[..., Any]) -> Any:
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
+# Of all 16-bit patterns.
 _BF16_VALUES = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32) if SIMULATED else None
+_F16_VALUES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32) if SIMULATED else None
 
 
 def _round_to_bf16(value: Any) -> int:
@@ -155,6 +157,11 @@ def _round_to_bf16(value: Any) -> int:
     if bits & 0x7FFFFFFF > 0x7F800000:
         return 0x7FFF
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+
+
+def _round_to_f16(value: Any) -> int:
+    """Bits of the f16 nearest to `value`, ties to even, infinity from 65520 on; NaN as `_round_to_bf16`."""
+    return 0x7FFF if value != value else int(np.float16(value).view(np.uint16))
 
 
 @instruction("{ .reg .b16 zero; mov.b16 zero, 0; mov.b32 $0, {zero, $1}; }", "f32", "u16")
@@ -173,6 +180,24 @@ def cvt_rn_bf16_f32(value: Any) -> Any:
 def cvt_rn_bf16x2_f32(high: Any, low: Any) -> Any:
     """Two float32 rounded to bf16 and packed: the first argument in the upper half, as PTX orders them."""
     return np.uint32(_round_to_bf16(high) << 16 | _round_to_bf16(low))
+
+
+@instruction("cvt.f32.f16 $0, $1;", "f32", "u16")
+def f32_from_f16(bits: Any) -> Any:
+    """float32 of an f16's 16 bits: exact."""
+    return _F16_VALUES[bits]  # type: ignore[index]
+
+
+@instruction("cvt.rn.f16.f32 $0, $1;", "u16", "f32")
+def cvt_rn_f16_f32(value: Any) -> Any:
+    """The 16 bits of the f16 nearest to a float32, ties to even; infinity from 65520 on."""
+    return np.uint16(_round_to_f16(value))
+
+
+@instruction("cvt.rn.f16x2.f32 $0, $1, $2;", "u32", "f32", "f32")
+def cvt_rn_f16x2_f32(high: Any, low: Any) -> Any:
+    """Two float32 rounded to f16 and packed, as `cvt_rn_bf16x2_f32`."""
+    return np.uint32(_round_to_f16(high) << 16 | _round_to_f16(low))
 
 
 @instruction("mov.b32 $0, $1;", "u32", "f32")
@@ -362,13 +387,13 @@ def st_global_v4(pointer: Any, index: Any, a: Any, b: Any, c: Any, d: Any) -> No
 
 @instruction("st.global.b32 [$0], $1;", None, "p", "u32", memory=True)
 def st_global_b32(pointer: Any, index: Any, value: Any) -> None:
-    """A uint32, such as a pair of bf16, to the 4 bytes at pointer[index], at a multiple of 4."""
+    """A uint32, such as a pair of 16-bit floats, to the 4 bytes at pointer[index], at a multiple of 4."""
     pointer.bytes(index, 4).view(np.uint32)[0] = value
 
 
 @instruction("ld.global.b32 $0, [$1];", "u32", "p", memory=True)
 def ld_global_b32(pointer: Any, index: Any) -> Any:
-    """The 4 bytes at pointer[index], at a multiple of 4, such as a pair of bf16, as a uint32."""
+    """The 4 bytes at pointer[index], at a multiple of 4, such as a pair of 16-bit floats, as a uint32."""
     return pointer.bytes(index, 4).view(np.uint32)[0]
 
 
@@ -605,8 +630,7 @@ def _mma(dtype: str) -> Any:
     asm = f"{name} {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
 
     def values(registers: list[Any]) -> np.ndarray:
-        pairs = np.array(registers, np.uint32).view(np.uint16)
-        return pairs.view(np.float16).astype(np.float64) if dtype == "f16" else _bf16_values(pairs)
+        return _values(dtype, np.array(registers, np.uint32).view(np.uint16))
 
     def mma(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> Any:
         def multiply(lanes: dict[int, Any]) -> dict[int, Any]:
@@ -626,7 +650,10 @@ def _mma(dtype: str) -> Any:
     return instruction(asm, ("f32",) * 4, *("u32",) * 6, *("f32",) * 4, collective=True)(mma)
 
 
-def _bf16_values(bits: np.ndarray) -> np.ndarray:
+def _values(dtype: str, bits: np.ndarray) -> np.ndarray:
+    """float64 of the 16 bits of elements, "bf16" or "f16"."""
+    if dtype == "f16":
+        return bits.view(np.float16).astype(np.float64)
     return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
@@ -675,8 +702,8 @@ def wgmma_wait_group(pending: int) -> Any:
     return instruction(f"wgmma.wait_group.sync.aligned {pending};", None, memory=True, collective=True)(wgmma_wait)
 
 
-def _operand(descriptor: Any, rows: int, major: str) -> np.ndarray:
-    """The matrix [rows, 16] that a descriptor tells of, as float64."""
+def _operand(dtype: str, descriptor: Any, rows: int, major: str) -> np.ndarray:
+    """The matrix [rows, 16] of `dtype` that a descriptor tells of, as float64."""
     bits = int(descriptor)
     start, leading, stride = ((bits >> place & 0x3FFF) << 4 for place in (0, 16, 32))
     row, k = np.meshgrid(np.arange(rows), np.arange(16), indexing="ij")
@@ -687,20 +714,13 @@ def _operand(descriptor: Any, rows: int, major: str) -> np.ndarray:
     place ^= (place >> 7 & 7) << 4
     chunks, where = np.unique(place >> 4, return_inverse=True)
     held = np.array([shared_bytes(int(chunk) << 4, 16).view(np.uint16) for chunk in chunks])
-    return _bf16_values(held[where.reshape(place.shape), place >> 1 & 7])
+    return _values(dtype, held[where.reshape(place.shape), place >> 1 & 7])
 
 
 @functools.cache
-def wgmma_m64k16_bf16(n: int, a: str = "shared", b_major: str = "k") -> Any:
-    """The instruction of a warpgroup that adds a [64, 16] times b [16, n] to its accumulators, without waiting for it.
-
-    (acc, a_descriptor, b_descriptor, scale), or with a = "registers" (acc, a0, a1, a2, a3, b_descriptor, scale): acc a
-    local array of n / 2 float32; scale uint32, 0 where acc is to be overwritten. n is a multiple of 8 up to 256. b lies
-    in shared memory with K next to each other, or with b_major "n" N. Warp w has rows 16 w …: its lanes hold of a, and
-    of acc's columns 8 i …, in acc[4 i] …, what they hold in mma_m16n8k16. Sums are in its order: the bits are equal.
-    """
+def _wgmma_m64k16(dtype: str, n: int, a: str = "shared", b_major: str = "k") -> Any:
     count = n // 2
-    name = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16"
+    name = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{dtype}.{dtype}"
     registers = ", ".join(f"${i}" for i in range(count))
     transposed = int(b_major == "n")
     if a == "shared":
@@ -715,15 +735,15 @@ def wgmma_m64k16_bf16(n: int, a: str = "shared", b_major: str = "k") -> Any:
 
     def multiply(acc: np.ndarray, fragments: list[Any] | Any, b_descriptor: Any, scale: Any) -> None:
         def compute(lanes: dict[int, Any]) -> dict[int, Any]:
-            b = _operand(b_descriptor, n, b_major)
+            b = _operand(dtype, b_descriptor, n, b_major)
             if a == "shared":
-                left = _operand(fragments, 64, "k")
+                left = _operand(dtype, fragments, 64, "k")
             else:
                 left = np.empty((64, 16))
                 for lane, (_, held) in lanes.items():
                     row, pair = lane // 32 * 16 + lane % 32 // 4, lane % 4 * 2
                     for i, word in enumerate(held):
-                        values = _bf16_values(np.array([word], np.uint32).view(np.uint16))
+                        values = _values(dtype, np.array([word], np.uint32).view(np.uint16))
                         left[row + i % 2 * 8, pair + i // 2 * 8 :][:2] = values
             product = left @ b.T
             for lane, (sums, _) in lanes.items():
@@ -743,6 +763,16 @@ def wgmma_m64k16_bf16(n: int, a: str = "shared", b_major: str = "k") -> Any:
         multiply(acc, [a0, a1, a2, a3], b_descriptor, scale)
 
     return array_instruction(asm, "f32", count, *kinds)(from_shared if a == "shared" else from_registers)
+
+
+# wgmma_m64k16_<dtype>(n, a="shared", b_major="k"): the instruction of a warpgroup that adds a [64, 16] times b [16, n]
+# to its accumulators, without waiting for it. It takes (acc, a_descriptor, b_descriptor, scale), or with a =
+# "registers" (acc, a0, a1, a2, a3, b_descriptor, scale): acc a local array of n / 2 float32; scale uint32, 0 where acc
+# is to be overwritten. n is a multiple of 8 up to 256. b lies in shared memory with K next to each other, or with
+# b_major "n" N. Warp w has rows 16 w …: its lanes hold of a, and of acc's columns 8 i …, in acc[4 i] …, what they hold
+# in mma_m16n8k16. Sums are in its order: the bits are equal.
+wgmma_m64k16_bf16 = functools.partial(_wgmma_m64k16, "bf16")
+wgmma_m64k16_f16 = functools.partial(_wgmma_m64k16, "f16")
 
 
 def _keep(element: str) -> Any:

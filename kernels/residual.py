@@ -37,9 +37,10 @@ def naive(dtype: str) -> Kernel:
 
 
 def add(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out = x + y in fp32, rounded once to the dtype. x, y, out [T, H] contiguous, bf16 or fp32; out may be x or y.
+    """out = x + y in fp32, rounded once to the dtype.
 
-    Returns out. Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
+    x, y, out [T, H] contiguous, bf16, fp16 or fp32; out may be x or y. Returns out.
+    Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
     """
     dtype = check.dtype_name("residual.add", "x", x)
     shape = tuple(x.shape)

@@ -68,8 +68,8 @@ def naive(dtype: str, twice: bool) -> Kernel:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, rounding: str, out: torch.Tensor) -> torch.Tensor:
     """out = x * (1 / sqrt(mean(x²) + eps)) * weight, computed in fp32.
 
-    x, out [T, H] (rows contiguous, any row stride; out may be x), weight [H], bf16 or fp32. rounding: "once" rounds the
-    product to the dtype (OLMo-2), "twice" rounds before multiplying with weight too (Llama). Returns out.
+    x, out [T, H] (rows contiguous, any row stride; out may be x), weight [H], bf16, fp16 or fp32. rounding: "once"
+    rounds the product to the dtype (OLMo-2), "twice" rounds before multiplying with weight too (Llama). Returns out.
     Raises TypeError or ValueError where shapes, dtypes, strides or rounding do not fit.
     """
     if rounding not in ("once", "twice"):

@@ -60,7 +60,7 @@ def naive(dtype: str) -> Kernel:
 def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor) -> None:
     """Rotate q [T, Hq, D] and k [T, Hk, D] in place by the angles of their tokens' positions.
 
-    q, k bf16 or fp32, heads contiguous, any token stride (views of a fused projection); cos, sin fp32 [P, D/2];
+    q, k bf16, fp16 or fp32, heads contiguous, any token stride (views of a fused projection); cos, sin fp32 [P, D/2];
     positions i32[T], 0 <= position < P (not checked). Arithmetic in fp32, rounded once.
     Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
     """

@@ -6,25 +6,27 @@
 
 The decode kernel of `kernels/attention/flash.py` does the same to its one token with the functions of this file.
 
-Arithmetic, bf16 in and out, for every version:
+Arithmetic, bf16 or fp16 in and out, for every version:
 1. Where there is a norm, it is over the whole projection width of q and of k, each by itself. Thread i of 128 takes the
    16-byte vectors i, i + 128, … and adds the squares of their elements in order, one chain of fp32 fused multiply-adds
    from 0; within a warp the sums are added by xor shuffles of 16, 8, 4, 2, 1; then over the warps,
    ((w0 + w1) + w2) + w3.
-2. scale = 1 / sqrt(sum / width + eps); y = x * scale (rounded to bf16 where rounding is "twice") * weight, rounded to
-   bf16. Every operation is rounded to fp32 by itself.
-3. The rotation of `kernels/rope.py`, in fp32, rounded once to bf16. v is copied.
+2. scale = 1 / sqrt(sum / width + eps); y = x * scale (rounded to the dtype where rounding is "twice") * weight,
+   rounded to the dtype. Every operation is rounded to fp32 by itself.
+3. The rotation of `kernels/rope.py`, in fp32, rounded once to the dtype. v is copied.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from kernels import check, ptx
 from kernels.cuda import cuda, device_function, float32, int32, int64, uint8, uint32
-from kernels.device import add_squares, high, inverse_rms, low, normalised
+from kernels.device import HALVES, add_squares, inverse_rms, normalised
 from kernels.launch import Kernel, LaunchOptions, kernel_factory
 
 THREADS = 128
@@ -48,33 +50,40 @@ def load_batch(words, x, start, vectors, thread):
             words[4 * b + e] = loaded[e]
 
 
-@device_function
-def sums_of_squares(q_words, k_words, x, q_start, q_vectors, k_start, k_vectors, thread):
-    """The warp's sums of the squares of two rows; `load_batch` has put the first BATCH vectors into the words."""
-    q_sum, k_sum = float32(0.0), float32(0.0)
-    for b in range(BATCH):
-        q_more, k_more = q_sum, k_sum
-        for e in range(4):
-            q_more, k_more = add_squares(q_more, q_words[4 * b + e]), add_squares(k_more, k_words[4 * b + e])
-        place = int32(thread + b * THREADS)
-        q_sum = q_more if place < int32(q_vectors) else q_sum
-        k_sum = k_more if place < int32(k_vectors) else k_sum
-    vector = thread + BATCH * THREADS
-    while vector < q_vectors or vector < k_vectors:
-        if vector < q_vectors:
-            loaded = ptx.ld_global_v4(x, q_start + vector * 8)
+@functools.cache
+def sums_of_squares(dtype: str) -> Callable[..., Any]:
+    """`sums_of_squares(dtype)(q_words, k_words, x, q_start, q_vectors, k_start, k_vectors, thread)`: the warp's sums of
+    the squares of two rows of "bf16" or "f16"; `load_batch` has put the first BATCH vectors into the words."""
+    squares = add_squares(dtype)
+
+    @device_function
+    def sums_of_squares(q_words, k_words, x, q_start, q_vectors, k_start, k_vectors, thread):
+        q_sum, k_sum = float32(0.0), float32(0.0)
+        for b in range(BATCH):
+            q_more, k_more = q_sum, k_sum
             for e in range(4):
-                q_sum = add_squares(q_sum, loaded[e])
-        if vector < k_vectors:
-            loaded = ptx.ld_global_v4(x, k_start + vector * 8)
-            for e in range(4):
-                k_sum = add_squares(k_sum, loaded[e])
-        vector += THREADS
-    for step in range(5):
-        lanes = uint32(16 >> step)
-        q_sum = ptx.add_rn_f32(q_sum, ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, q_sum, lanes))
-        k_sum = ptx.add_rn_f32(k_sum, ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, k_sum, lanes))
-    return q_sum, k_sum
+                q_more, k_more = squares(q_more, q_words[4 * b + e]), squares(k_more, k_words[4 * b + e])
+            place = int32(thread + b * THREADS)
+            q_sum = q_more if place < int32(q_vectors) else q_sum
+            k_sum = k_more if place < int32(k_vectors) else k_sum
+        vector = thread + BATCH * THREADS
+        while vector < q_vectors or vector < k_vectors:
+            if vector < q_vectors:
+                loaded = ptx.ld_global_v4(x, q_start + vector * 8)
+                for e in range(4):
+                    q_sum = squares(q_sum, loaded[e])
+            if vector < k_vectors:
+                loaded = ptx.ld_global_v4(x, k_start + vector * 8)
+                for e in range(4):
+                    k_sum = squares(k_sum, loaded[e])
+            vector += THREADS
+        for step in range(5):
+            lanes = uint32(16 >> step)
+            q_sum = ptx.add_rn_f32(q_sum, ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, q_sum, lanes))
+            k_sum = ptx.add_rn_f32(k_sum, ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, k_sum, lanes))
+        return q_sum, k_sum
+
+    return sums_of_squares
 
 
 @device_function
@@ -109,14 +118,21 @@ def turned(a, b, cosine, sine):
     return ptx.add_rn_f32(ptx.mul_rn_f32(a, cosine), -ptx.mul_rn_f32(b, sine))
 
 
-@device_function
-def rotated(first, second, cos0, sin0, cos1, sin1):
-    """Two pairs of bf16, elements d, d + 1 and D/2 + d, D/2 + d + 1 of a head, rotated by the angles of d and d + 1."""
-    a0, a1, b0, b1 = low(first), high(first), low(second), high(second)
-    return (
-        ptx.cvt_rn_bf16x2_f32(turned(a1, b1, cos1, sin1), turned(a0, b0, cos0, sin0)),
-        ptx.cvt_rn_bf16x2_f32(turned(b1, a1, cos1, -sin1), turned(b0, a0, cos0, -sin0)),
-    )
+@functools.cache
+def rotated(dtype: str) -> Callable[..., Any]:
+    """`rotated(dtype)(first, second, cos0, sin0, cos1, sin1)`: two pairs of "bf16" or "f16", elements d, d + 1 and
+    D/2 + d, D/2 + d + 1 of a head, rotated by the angles of d and d + 1."""
+    low, high, pack = HALVES[dtype].low, HALVES[dtype].high, HALVES[dtype].pack
+
+    @device_function
+    def rotated(first, second, cos0, sin0, cos1, sin1):
+        a0, a1, b0, b1 = low(first), high(first), low(second), high(second)
+        return (
+            pack(turned(a1, b1, cos1, sin1), turned(a0, b0, cos0, sin0)),
+            pack(turned(b1, a1, cos1, -sin1), turned(b0, a0, cos0, -sin0)),
+        )
+
+    return rotated
 
 
 class Cache(NamedTuple):
@@ -133,9 +149,14 @@ class Cache(NamedTuple):
 
 
 def cache_of(
-    operation: str, k_cache: torch.Tensor, v_cache: torch.Tensor, head_dim: int, table: torch.Tensor | None
+    operation: str,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    head_dim: int,
+    table: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> Cache:
-    """How the cache lies, checked: k_cache, v_cache bf16 [S, C, Hk, D] or, with table i32[S, pages], [P, page, Hk, D].
+    """How the cache lies, checked: k_cache, v_cache [S, C, Hk, D] or, with table i32[S, pages], [P, page, Hk, D].
 
     Raises TypeError or ValueError naming the argument.
     """
@@ -143,8 +164,8 @@ def cache_of(
     if shape[3] != head_dim:
         raise ValueError(f"{operation}: k_cache has head dimension {shape[3]}: {head_dim} needed")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.dtype != torch.bfloat16:
-            raise TypeError(f"{operation}: {name} is {cache.dtype}: torch.bfloat16 needed")
+        if cache.dtype != dtype:
+            raise TypeError(f"{operation}: {name} is {cache.dtype}: {dtype} needed")
         if cache.shape != shape:
             raise ValueError(f"{operation}: {name} has shape {tuple(cache.shape)}: {tuple(shape)} needed")
         if cache.stride(3) != 1:
@@ -174,7 +195,7 @@ def check_projection(
     heads: int,
     kv_heads: int,
 ) -> int:
-    """The head dimension; checks qkv bf16 [T, (Hq + 2 Hk) D], the norms, rounding and the tables of angles.
+    """The head dimension; checks qkv bf16 or fp16 [T, (Hq + 2 Hk) D], the norms, rounding and the tables of angles.
 
     Raises TypeError or ValueError naming the argument.
     """
@@ -187,7 +208,7 @@ def check_projection(
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
         raise ValueError(f"{operation}: {heads} query heads and k_cache has {kv_heads}: a multiple of its heads needed")
     count, _ = check.dimensions(operation, "qkv", qkv, "T, (Hq + 2 Hk) D")
-    check.rows(operation, "qkv", qkv, (count, (heads + 2 * kv_heads) * width), torch.bfloat16)
+    check.rows(operation, "qkv", qkv, (count, (heads + 2 * kv_heads) * width), qkv.dtype)
     check.aligned(operation, "qkv", qkv)
     check.tensor(operation, "cos", cos, (limit, half), torch.float32)
     check.tensor(operation, "sin", sin, (limit, half), torch.float32)
@@ -197,7 +218,7 @@ def check_projection(
         raise ValueError(f"{operation}: {'q_norm' if q_norm is None else 'k_norm'} is None and the other is not")
     if q_norm is not None and k_norm is not None:
         for name, norm, norm_heads in (("q_norm", q_norm, heads), ("k_norm", k_norm, kv_heads)):
-            check.tensor(operation, name, norm, (norm_heads * width,), torch.bfloat16)
+            check.tensor(operation, name, norm, (norm_heads * width,), qkv.dtype)
             check.aligned(operation, name, norm)
     return width
 
@@ -208,12 +229,16 @@ def norm_kind(q_norm: torch.Tensor | None, rounding: str) -> str:
 
 
 @kernel_factory
-def fast(head_dim: int, norm: str, paged: bool) -> Kernel:
+def fast(dtype: str, head_dim: int, norm: str, paged: bool) -> Kernel:
     """qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, slots, positions, table, q_out, Hq, Hk, pages of a slot, log2 of
-    a page, strides of the cache (slot or page, position, head) and of qkv and q_out, eps; grid (T,)."""
+    a page, strides of the cache (slot or page, position, head) and of qkv and q_out, eps; grid (T,).
+
+    dtype: "bf16" or "f16".
+    """
     units = head_dim // 16  # of a head: eight pairs of elements each
     chunks = head_dim // 8
-    normed, twice = norm != "none", norm == "twice"
+    normed = norm != "none"
+    squares, normalise, rotate = sums_of_squares(dtype), normalised(dtype, norm == "twice"), rotated(dtype)
 
     def rope_write(
         qkv, q_norm, k_norm, cos, sin, k_cache, v_cache, slots, positions, table, q_out, q_heads, kv_heads, pages,
@@ -235,7 +260,7 @@ def fast(head_dim: int, norm: str, paged: bool) -> Kernel:
             k_words = cuda.local.array(WORDS, uint32)
             load_batch(q_words, qkv, row, q_width // 8, thread)
             load_batch(k_words, qkv, row + q_width, k_width // 8, thread)
-            sums = sums_of_squares(q_words, k_words, qkv, row, q_width // 8, row + q_width, k_width // 8, thread)
+            sums = squares(q_words, k_words, qkv, row, q_width // 8, row + q_width, k_width // 8, thread)
             put_sums(scratch, thread, sums[0], sums[1])
             cuda.syncthreads()
             q_scale, k_scale = norm_scales(scratch, thread, q_width, k_width, eps)
@@ -269,9 +294,9 @@ def fast(head_dim: int, norm: str, paged: bool) -> Kernel:
             for e in range(4):
                 a, b = first[e], second[e]
                 if normed:
-                    a = normalised(a, w_first[e], scale, twice)
-                    b = normalised(b, w_second[e], scale, twice)
-                result = rotated(a, b, angles[4 * e], angles[4 * e + 1], angles[4 * e + 2], angles[4 * e + 3])
+                    a = normalise(a, w_first[e], scale)
+                    b = normalise(b, w_second[e], scale)
+                result = rotate(a, b, angles[4 * e], angles[4 * e + 1], angles[4 * e + 2], angles[4 * e + 3])
                 words[e], words[4 + e] = result[0], result[1]
             if head < q_heads:
                 place = token * out_stride + head * head_dim + d
@@ -291,8 +316,10 @@ def fast(head_dim: int, norm: str, paged: bool) -> Kernel:
             )  # fmt: skip
             vector += THREADS
 
-    name = f"rope_write_{'' if norm == 'none' else f'norm_{norm}_'}{'paged_' if paged else ''}d{head_dim}"
-    kinds = (*("bf16*",) * 3, "f32*", "f32*", "bf16*", "bf16*", *("i32*",) * 3, "bf16*")
+    kind = f"{'' if norm == 'none' else f'norm_{norm}_'}{'paged_' if paged else ''}"
+    name = f"rope_write_{kind}d{head_dim}{HALVES[dtype].suffix}"
+    pointer = f"{dtype}*"
+    kinds = (*(pointer,) * 3, "f32*", "f32*", pointer, pointer, *("i32*",) * 3, pointer)
     kinds += (*("i32",) * 4, *("i64",) * 5, "f32")
     return Kernel(name, rope_write, kinds, THREADS, options=LaunchOptions(programmatic=True))
 
@@ -314,22 +341,23 @@ def rope_write(
 ) -> torch.Tensor:
     """For any list of tokens: q of the projection, normed and rotated, to q_out; k so, and v, to the cache.
 
-    qkv bf16 [T, (Hq + 2 Hk) D], rows contiguous; q_norm bf16 [Hq D], k_norm bf16 [Hk D] or both None (no norm), with
-    eps and rounding ("once" or "twice") as `kernels.rms_norm`; cos, sin fp32 [P, D/2]; q_out bf16 [T, Hq, D], heads
-    contiguous; D is 64 or 128. k_cache, v_cache bf16 [S, C, Hk, D] of the same strides, the last one 1; with table
-    i32[S, pages] they are [P, page, Hk, D] and position p of slot s is place p % page of page table[s, p // page], page
-    a power of two from 8 to 128. slots, positions i32[T] with 0 <= slot < S and 0 <= position < C, P (not checked); no
-    (slot, position) twice. All rows at multiples of 16 bytes. Returns q_out.
+    qkv [T, (Hq + 2 Hk) D], rows contiguous; q_norm [Hq D], k_norm [Hk D] or both None (no norm), with eps and rounding
+    ("once" or "twice") as `kernels.rms_norm`; cos, sin fp32 [P, D/2]; q_out [T, Hq, D], heads contiguous; all but the
+    angles bf16, or all fp16; D is 64 or 128. k_cache, v_cache [S, C, Hk, D] of the same strides, the last one 1; with
+    table i32[S, pages] they are [P, page, Hk, D] and position p of slot s is place p % page of page table[s, p //
+    page], page a power of two from 8 to 128. slots, positions i32[T] with 0 <= slot < S and 0 <= position < C, P (not
+    checked); no (slot, position) twice. All rows at multiples of 16 bytes. Returns q_out.
     Raises TypeError or ValueError, naming the argument, where something does not fit.
     """
     count, heads, _ = check.dimensions("rope_write", "q_out", q_out, "T, Hq, D")
-    cache = cache_of("rope_write", k_cache, v_cache, k_cache.shape[-1], table)
+    dtype = check.half_name("rope_write", "qkv", qkv)
+    cache = cache_of("rope_write", k_cache, v_cache, k_cache.shape[-1], table, qkv.dtype)
     width = check_projection("rope_write", qkv, q_norm, k_norm, rounding, cos, sin, heads, cache.kv_heads)
     check_tokens("rope_write", len(qkv), width, k_cache, slots, positions)
-    out_stride = check.rows("rope_write", "q_out", q_out, (len(qkv), heads, width), torch.bfloat16)
+    out_stride = check.rows("rope_write", "q_out", q_out, (len(qkv), heads, width), qkv.dtype)
     check.aligned("rope_write", "q_out", q_out)
     if count:
-        fast(width, norm_kind(q_norm, rounding), table is not None).launch(
+        fast(dtype, width, norm_kind(q_norm, rounding), table is not None).launch(
             (count,), qkv, _or(q_norm, qkv), _or(k_norm, qkv), cos, sin, k_cache, v_cache, slots, positions,
             _or(table, slots), q_out, heads, cache.kv_heads, cache.pages, cache.page_bits, cache.slot_stride,
             cache.position_stride, cache.head_stride, qkv.stride(0), out_stride, eps,

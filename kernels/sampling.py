@@ -3,26 +3,28 @@
 | version | what it does |
 |---|---|
 | naive | filters by a search for the threshold over the 32 bits of a logit, a pass over the row a bit |
-| split | bf16; many blocks a row, the last of them to finish ends it; filters by counting equal logits, in one pass |
+| split | bf16, fp16; many blocks a row, the last to finish ends it; filters by counting equal logits, in one pass |
 
 Measured times: `reports/REPORT.md`.
 
 Order of summation, naive: thread i sums elements i, i + THREADS, … in order, then a tree over the threads (upper half
 onto the lower). Sums of subsets use the same tree, so that a larger subset never sums to less.
 
-split: a bf16 logit is one of 65536, so the likelihoods of a row are added as (number of equal logits) * (likelihood in
-units of 2**-40, rounded down), in 64-bit integers. Such sums are exact: they depend on no order, nor on the number of
-blocks. A share of the mass (top_p) is compared with them in fp64. All else is as in naive, to the bit.
+split: a 16-bit logit is one of 65536, so the likelihoods of a row are added as (number of equal logits) * (likelihood
+in units of 2**-40, rounded down), in 64-bit integers. Such sums are exact: they depend on no order, nor on the number
+of blocks. A share of the mass (top_p) is compared with them in fp64. All else is as in naive, to the bit.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from kernels import check, device, ptx
-from kernels.cuda import SIMULATED, cuda, device_function, float32, float64, int32, int64, uint32, uint64
+from kernels.cuda import SIMULATED, cuda, device_function, float32, float64, int32, int64, uint16, uint32, uint64
 from kernels.launch import Kernel, LaunchOptions, kernel_factory
 
 # The simulator pays for every thread at every barrier.
@@ -265,8 +267,8 @@ SPLIT_THREADS = 256
 WARPS = SPLIT_THREADS // 32
 # Of a row's workspace, in 32-bit words: blocks that have arrived, least logit kept (as `_ordered`), largest logit; then
 # from PLACES on the best value and token of each block. Behind this HEAD, which is all that argmax needs, the groups of
-# 256 bf16 (by their upper byte) that occur in the row, and how often each bf16 occurs. The first word and all behind
-# the head are zero between launches.
+# 256 logits (by the upper byte of their place in the order of all) that occur in the row, and how often each logit
+# occurs. The first word and all behind the head are zero between launches.
 ARRIVED, FLOOR, LARGEST, PLACES = 0, 1, 2, 4
 PARTIALS = 64
 HEAD = PLACES + 2 * PARTIALS
@@ -278,18 +280,54 @@ PROGRAMMATIC = LaunchOptions(programmatic=True)
 
 
 @device_function
-def _logit(word, half):
-    """float32 of the lower (half 0) or upper bf16 of a pair."""
+def _logit_bf16(word, half):
     return ptx.f32_from_bits(uint32(word & uint32(0xFFFF0000)) if half else uint32(word << uint32(16)))
 
 
 @device_function
-def _logit_at(place):
-    """float32 of the bf16 whose place in the order of all is 0 … 0xffff: the upper half of its `_ordered`."""
+def _place_bf16(value):
+    return uint32(_ordered(value) >> uint32(16))
+
+
+@device_function
+def _logit_at_bf16(place):
     bits = uint32(place << uint32(16))
     if bits & uint32(0x80000000):
         return ptx.f32_from_bits(uint32(bits ^ uint32(0x80000000)))
     return ptx.f32_from_bits(uint32(bits ^ uint32(0xFFFF0000)))
+
+
+@device_function
+def _logit_f16(word, half):
+    return ptx.f32_from_f16(uint16(uint32(word >> uint32(16)) if half else uint32(word & uint32(0xFFFF))))
+
+
+@device_function
+def _place_f16(value):
+    bits = uint32(ptx.cvt_rn_f16_f32(value))
+    if bits & uint32(0x8000):
+        return uint32(bits ^ uint32(0xFFFF))
+    return uint32(bits | uint32(0x8000))
+
+
+@device_function
+def _logit_at_f16(place):
+    return ptx.f32_from_f16(uint16(place ^ (uint32(0x8000) if place & uint32(0x8000) else uint32(0xFFFF))))
+
+
+class _Logits(NamedTuple):
+    """Of a 16-bit dtype. of(word, half): float32 of the lower (half 0) or upper element of a pair. place(value): place
+    0 … 0xffff of such a float32 in the order of all, as `_ordered` orders. at(place): the float32 of a place."""
+
+    of: Callable[[Any, Any], Any]
+    place: Callable[[Any], Any]
+    at: Callable[[Any], Any]
+
+
+_LOGITS = {
+    "bf16": _Logits(_logit_bf16, _place_bf16, _logit_at_bf16),
+    "f16": _Logits(_logit_f16, _place_f16, _logit_at_f16),
+}
 
 
 @device_function
@@ -363,8 +401,9 @@ def _finish(values, tokens, last, workspace, base, thread, value, token, out):
 
 
 @kernel_factory
-def split_argmax() -> Kernel:
-    """logits bf16[B, V], out i32[B], workspace, V; grid (blocks a row, B)."""
+def split_argmax(dtype: str) -> Kernel:
+    """logits [B, V], out i32[B], workspace, V; grid (blocks a row, B). dtype: "bf16" or "f16"."""
+    logit_of = _LOGITS[dtype].of
 
     def argmax(logits, out, workspace, vocabulary):
         ptx.griddepcontrol_launch_dependents()
@@ -381,14 +420,14 @@ def split_argmax() -> Kernel:
             words = ptx.ld_global_v4(logits, row + vector * 8)
             for e in range(4):
                 for half in range(2):
-                    value = _logit(words[e], half)
+                    value = logit_of(words[e], half)
                     if value > best or (value == best and best_token == uint32(NOTHING)):
                         best, best_token = value, uint32(vector * 8 + 2 * e + half)
             vector += int64(cuda.gridDim.x) * SPLIT_THREADS
         _finish(values, tokens, last, workspace, int64(cuda.blockIdx.y) * HEAD, thread, best, best_token, out)
 
-    kinds = ("bf16*", "i32*", "i32*", "i32")
-    return Kernel("argmax_split_bf16", argmax, kinds, SPLIT_THREADS, options=PROGRAMMATIC)
+    kinds = (f"{dtype}*", "i32*", "i32*", "i32")
+    return Kernel(f"argmax_split_{dtype}", argmax, kinds, SPLIT_THREADS, options=PROGRAMMATIC)
 
 
 @device_function
@@ -428,16 +467,18 @@ def _sum_up_to(sums, thread, value):
 
 
 @kernel_factory
-def split_floor() -> Kernel:
-    """logits bf16[B, V], temperature, top_k, top_p, min_p [B], workspace, V; grid (blocks a row, B).
+def split_floor(dtype: str) -> Kernel:
+    """logits [B, V], temperature, top_k, top_p, min_p [B], workspace, V; grid (blocks a row, B).
 
-    For rows with filters: the largest logit and the least that top_k and top_p keep, to the workspace.
+    dtype: "bf16" or "f16". For rows with filters: the largest logit and the least that top_k and top_p keep, to the
+    workspace.
     """
+    logit_of, place_of, logit_at = _LOGITS[dtype]
 
     @device_function
     def weigh(count, place, least, inverse, largest, by_mass):
-        """What `count` logits at `place` in the order of all bf16 weigh: 1 each or their likelihood; 0 below least."""
-        value = _times(_logit_at(place), inverse)
+        """What `count` logits at `place` in the order of all weigh: 1 each or their likelihood; 0 below least."""
+        value = _times(logit_at(place), inverse)
         if count == 0 or _ordered(value) < least:
             return uint64(0)
         if not by_mass:
@@ -467,10 +508,10 @@ def split_floor() -> Kernel:
                 words = ptx.ld_global_v4(logits, row + vector * 8)
                 for e in range(4):
                     for half in range(2):
-                        value = _logit(words[e], half)
+                        value = logit_of(words[e], half)
                         # Neither NaN nor -inf: they come last, weigh nothing, and may be most of the row.
                         if value > float32(-math.inf):
-                            place = uint32(_ordered(value) >> uint32(16))
+                            place = place_of(value)
                             ptx.red_add_relaxed_u32(workspace, base + COUNTS + int64(place), uint32(1))
                             groups[place >> uint32(8)] = uint64(1)
                 vector += int64(cuda.gridDim.x) * SPLIT_THREADS
@@ -496,7 +537,7 @@ def split_floor() -> Kernel:
                     found[1] = uint32(highest + mine)
                 cuda.syncthreads()
                 inverse = ptx.div_rn_f32(float32(1.0), temperature)
-                largest = _times(_logit_at(found[1]), inverse)
+                largest = _times(logit_at(found[1]), inverse)
                 if found[1] == uint32(0):
                     largest = float32(-math.inf)
 
@@ -540,7 +581,7 @@ def split_floor() -> Kernel:
                             if reached >= wanted and reached - weight < wanted:
                                 found[1] = uint32(place)
                             cuda.syncthreads()
-                            least = _ordered(_times(_logit_at(found[1]), inverse))
+                            least = _ordered(_times(logit_at(found[1]), inverse))
                         cuda.syncthreads()
 
                 if thread == 0:
@@ -556,14 +597,15 @@ def split_floor() -> Kernel:
                 cuda.syncthreads()
                 workspace[base + HEAD + thread] = 0
 
-    kinds = ("bf16*", "f32*", "i32*", "f32*", "f32*", "i32*", "i32")
-    return Kernel("sample_floor_split_bf16", floor, kinds, SPLIT_THREADS, options=PROGRAMMATIC)
+    kinds = (f"{dtype}*", "f32*", "i32*", "f32*", "f32*", "i32*", "i32")
+    return Kernel(f"sample_floor_split_{dtype}", floor, kinds, SPLIT_THREADS, options=PROGRAMMATIC)
 
 
 @kernel_factory
-def split_sample() -> Kernel:
-    """logits bf16[B, V], temperature, top_k, top_p, min_p, seed, position [B], out i32[B], workspace, V; grid (blocks a
-    row, B). After `split_floor` on the same workspace."""
+def split_sample(dtype: str) -> Kernel:
+    """logits [B, V], temperature, top_k, top_p, min_p, seed, position [B], out i32[B], workspace, V; grid (blocks a
+    row, B). After `split_floor` on the same workspace. dtype: "bf16" or "f16"."""
+    logit_of = _LOGITS[dtype].of
 
     def sample(logits, temperatures, top_ks, top_ps, min_ps, seeds, positions, out, workspace, vocabulary):
         ptx.griddepcontrol_launch_dependents()
@@ -591,7 +633,7 @@ def split_sample() -> Kernel:
             words = ptx.ld_global_v4(logits, row + vector * 8)
             for e in range(4):
                 for half in range(2):
-                    logit = _logit(words[e], half)
+                    logit = logit_of(words[e], half)
                     value = _times(logit, inverse)
                     kept = greedy or _ordered(value) >= floor
                     if kept and not greedy and min_p > float32(0.0):
@@ -605,8 +647,8 @@ def split_sample() -> Kernel:
             vector += int64(cuda.gridDim.x) * SPLIT_THREADS
         _finish(values, tokens, last, workspace, base, thread, best, best_token, out)
 
-    kinds = ("bf16*", "f32*", "i32*", "f32*", "f32*", "i64*", "i32*", "i32*", "i32*", "i32")
-    return Kernel("sample_split_bf16", sample, kinds, SPLIT_THREADS, options=PROGRAMMATIC)
+    kinds = (f"{dtype}*", "f32*", "i32*", "f32*", "f32*", "i64*", "i32*", "i32*", "i32*", "i32")
+    return Kernel(f"sample_split_{dtype}", sample, kinds, SPLIT_THREADS, options=PROGRAMMATIC)
 
 
 @kernel_factory
@@ -638,7 +680,7 @@ def _check_settings(operation: str, count: int, *settings: torch.Tensor) -> None
 def argmax(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out[b] = the token of the largest logit of row b: the lowest of equal ones, never a NaN, -1 where all are NaN.
 
-    logits [B, V] bf16 or fp32 contiguous, out i32[B]. Returns out.
+    logits [B, V] bf16, fp16 or fp32 contiguous, out i32[B]. Returns out.
     Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
     """
     dtype = check.dtype_name("argmax", "logits", logits)
@@ -662,11 +704,11 @@ def sample(
 ) -> torch.Tensor:
     """out[b] = a token drawn from row b's filtered distribution; -1 where all its logits are NaN.
 
-    logits [B, V] bf16 or fp32 contiguous. temperature f32[B]: logits are multiplied by 1 / temperature; 0 is argmax.
-    Then, in this order: top_k i32[B] keeps the k largest (0: all), top_p f32[B] the fewest likeliest tokens of at least
-    that mass (1: all), min_p f32[B] those at least that share as likely as the likeliest (0: all). Tokens equal to the
-    last kept are kept. The draw is the largest logit plus Gumbel noise by Philox4x32-10, its counter (token, 0,
-    position, 0), its key the seed: seed i64[B], position i32[B]. out i32[B]. Returns out.
+    logits [B, V] bf16, fp16 or fp32 contiguous. temperature f32[B]: logits are multiplied by 1 / temperature; 0 is
+    argmax. Then, in this order: top_k i32[B] keeps the k largest (0: all), top_p f32[B] the fewest likeliest tokens of
+    at least that mass (1: all), min_p f32[B] those at least that share as likely as the likeliest (0: all). Tokens
+    equal to the last kept are kept. The draw is the largest logit plus Gumbel noise by Philox4x32-10, its counter
+    (token, 0, position, 0), its key the seed: seed i64[B], position i32[B]. out i32[B]. Returns out.
     Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
     """
     dtype = check.dtype_name("sample", "logits", logits)
@@ -700,8 +742,9 @@ def _chunks(count: int, vocabulary: int) -> int:
 
 def _check_split(operation: str, logits: torch.Tensor, out: torch.Tensor) -> tuple[int, int]:
     """B and V. Raises TypeError or ValueError naming the argument."""
+    check.half_name(operation, "logits", logits)
     count, vocabulary = check.dimensions(operation, "logits", logits, "B, V")
-    check.tensor(operation, "logits", logits, (count, vocabulary), torch.bfloat16)
+    check.tensor(operation, "logits", logits, (count, vocabulary), logits.dtype)
     check.tensor(operation, "out", out, (count,), torch.int32)
     if vocabulary % 8 or vocabulary == 0:
         raise ValueError(f"{operation}: logits has rows of {vocabulary}: a multiple of 8 needed")
@@ -724,14 +767,16 @@ def _check_workspace(operation: str, workspace: torch.Tensor, size: int) -> None
 def argmax_split(logits: torch.Tensor, out: torch.Tensor, workspace: torch.Tensor) -> torch.Tensor:
     """`argmax`, by many blocks a row.
 
-    logits [B, V] bf16 contiguous, at a multiple of 16 bytes, V a multiple of 8; out i32[B]. workspace: i32 of at least
-    argmax_workspace_size(B), zero before its first use and of no other function's; what must be zero is so again
-    afterwards. Returns out. Raises TypeError or ValueError, naming the argument, where something does not fit.
+    logits [B, V] bf16 or fp16, contiguous, at a multiple of 16 bytes, V a multiple of 8; out i32[B]. workspace: i32 of
+    at least argmax_workspace_size(B), zero before its first use and of no other function's; what must be zero is so
+    again afterwards. Returns out. Raises TypeError or ValueError, naming the argument, where something does not fit.
     """
     count, vocabulary = _check_split("argmax_split", logits, out)
     _check_workspace("argmax_split", workspace, argmax_workspace_size(count))
     if count:
-        split_argmax().launch((_chunks(count, vocabulary), count), logits, out, workspace, vocabulary)
+        split_argmax(check.HALVES[logits.dtype]).launch(
+            (_chunks(count, vocabulary), count), logits, out, workspace, vocabulary
+        )
     return out
 
 
@@ -748,9 +793,9 @@ def sample_split(
 ) -> torch.Tensor:
     """`sample`, by many blocks a row: the same tokens, but for top_p where fp32 sums of the mass miss its threshold.
 
-    Arguments as of `sample`, but logits [B, V] bf16, at a multiple of 16 bytes, V a multiple of 8. workspace: i32 of at
-    least sample_workspace_size(B), zero before its first use and of no other function's; what must be zero is so again
-    afterwards. Returns out. Raises TypeError or ValueError, naming the argument, where something does not fit.
+    Arguments as of `sample`, but logits [B, V] bf16 or fp16, at a multiple of 16 bytes, V a multiple of 8. workspace:
+    i32 of at least sample_workspace_size(B), zero before its first use and of no other function's; what must be zero is
+    so again afterwards. Returns out. Raises TypeError or ValueError, naming the argument, where something does not fit.
     """
     count, vocabulary = _check_split("sample_split", logits, out)
     _check_settings("sample_split", count, temperature, top_k, top_p, min_p, seed, position)
@@ -758,8 +803,9 @@ def sample_split(
     if count:
         grid = (_chunks(count, vocabulary), count)
         filters = (temperature, top_k, top_p, min_p)
-        split_floor().launch(grid, logits, *filters, workspace, vocabulary)
-        split_sample().launch(grid, logits, *filters, seed, position, out, workspace, vocabulary)
+        dtype = check.HALVES[logits.dtype]
+        split_floor(dtype).launch(grid, logits, *filters, workspace, vocabulary)
+        split_sample(dtype).launch(grid, logits, *filters, seed, position, out, workspace, vocabulary)
     return out
 
 
@@ -788,8 +834,8 @@ def advance(
 def repetition_penalty(logits: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
     """In place: logits of seen tokens are multiplied by the row's penalty where negative, else divided by it.
 
-    logits [B, V] bf16 or fp32 contiguous, seen uint8 or bool [B, V], penalty f32[B] (1: no change). Returns logits.
-    Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
+    logits [B, V] bf16, fp16 or fp32 contiguous, seen uint8 or bool [B, V], penalty f32[B] (1: no change). Returns
+    logits. Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
     """
     dtype = check.dtype_name("repetition_penalty", "logits", logits)
     count, vocabulary = check.dimensions("repetition_penalty", "logits", logits, "B, V")

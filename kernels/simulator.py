@@ -35,7 +35,7 @@ class SimulationError(RuntimeError):
 class Pointer:
     """What a kernel sees of a pointer argument: elements by index from the first one, bounds checked.
 
-    array: flat NumPy array from the pointed-to element to the end of its storage (bf16 as uint16).
+    array: flat NumPy array from the pointed-to element to the end of its storage (bf16 and f16 as uint16).
     """
 
     __slots__ = ("array",)

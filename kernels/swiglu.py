@@ -41,9 +41,10 @@ def naive(dtype: str) -> Kernel:
 
 
 def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """out = gate / (1 + exp(-gate)) * up in fp32, rounded once. gate_up [T, 2I], out [T, I], bf16 or fp32, contiguous.
+    """out = gate / (1 + exp(-gate)) * up in fp32, rounded once.
 
-    Returns out. Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
+    gate_up [T, 2I], out [T, I], bf16, fp16 or fp32, contiguous. Returns out.
+    Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
     """
     dtype = check.dtype_name("swiglu", "gate_up", gate_up)
     count, twice = check.dimensions("swiglu", "gate_up", gate_up, "T, 2I")

@@ -80,7 +80,7 @@ class Engine:
 
     backend: Literal["auto", "reference", "cuda"]
     device: Literal["auto", "cpu", "cuda"]
-    dtype: Literal["bfloat16", "float32"]
+    dtype: Literal["bfloat16", "float16", "float32"]
     attention: str
     linear: str
     sampling: str

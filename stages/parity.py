@@ -45,9 +45,10 @@ if TYPE_CHECKING:
     from engine.model import Model as EngineModel
 
 FP32_LIMIT = 1e-3
-BF16_RATIO = 1.25
+HALF_RATIO = 1.25
 NORM_SHARE = 0.02
 DTYPES = ("float32", "bfloat16")
+HALVES = {"bfloat16": "bf16", "float16": "fp16"}
 ORDER = "one reduction order: no bit may differ"
 HEADLINE = (
     "mean_abs_error", "max_abs_error", "error_ratio", "mean_kl", "divergent_tokens", "equal_completions",
@@ -96,8 +97,8 @@ class Context:
         from engine.llm import EngineConfig
 
         settings: dict[str, Any] = self.settings | {"dtype": dtype}
-        if dtype != "bfloat16" and settings["backend"] == "cuda" and settings["kv_cache"] == "paged":
-            # The kernels that read pages are for bf16, and rows as long as the model's positions take much memory.
+        if dtype == "float32" and settings["backend"] == "cuda" and settings["kv_cache"] == "paged":
+            # The kernels that read pages are not for fp32, and rows as long as the model's positions take much memory.
             settings |= {"kv_cache": "contiguous", "max_batch": min(8, settings["max_batch"])}
         return EngineConfig(**settings)
 
@@ -244,7 +245,8 @@ def compare_layers(
 ) -> None:
     """The engine's activations and logits against transformers' in fp32 (`exact`).
 
-    fp32: absolute limits. bf16: no further from `exact` than BF16_RATIO times transformers' own bf16 (`theirs`) is.
+    fp32: absolute limits. bf16 and fp16: no further from `exact` than HALF_RATIO times transformers in that dtype
+    (`theirs`) is.
     """
     found = errors(ours, exact)
     knobs = {"dtype": dtype, **knobs}
@@ -261,11 +263,11 @@ def compare_layers(
         return
     assert theirs is not None
     theirs_knobs: dict[str, Any] = knobs | {"backend": "transformers"}
-    kind = f"{BF16_RATIO} x transformers' own bf16 error"
+    kind = f"{HALF_RATIO} x transformers' own {HALVES[dtype]} error"
     own = errors(theirs, exact)
     for name, error in found.items():
         findings.check(
-            suite=suite, case=name, metric="mean_abs_error", value=error.mean, limit=BF16_RATIO * own[name].mean,
+            suite=suite, case=name, metric="mean_abs_error", value=error.mean, limit=HALF_RATIO * own[name].mean,
             limit_kind=kind, **knobs,
         )  # fmt: skip
         findings.rows.add(
@@ -275,13 +277,13 @@ def compare_layers(
         if own[name].mean > 0 and math.isfinite(error.mean):
             findings.rows.add(
                 suite=suite, case=name, metric="error_ratio", value=error.mean / own[name].mean, unit="1",
-                better="lower", limit=BF16_RATIO, limit_kind=kind, **knobs,
+                better="lower", limit=HALF_RATIO, limit_kind=kind, **knobs,
             )  # fmt: skip
     logits = [[tensors["logits"] for tensors in side] for side in (exact, ours, theirs)]
     own_kl = divergence(logits[0], logits[2])
     findings.check(
         suite=suite, case="logits", metric="mean_kl", value=divergence(logits[0], logits[1]), unit="nat",
-        limit=BF16_RATIO**2 * own_kl, limit_kind=f"({BF16_RATIO} x)^2 transformers' own: like the error's square",
+        limit=HALF_RATIO**2 * own_kl, limit_kind=f"({HALF_RATIO} x)^2 transformers' own: like the error's square",
         **knobs,
     )  # fmt: skip
     findings.rows.add(
@@ -331,7 +333,7 @@ def diverge(reference: GreedyReference, prompt: int, step: int, chosen: int, dty
 
 
 def compare_norm(findings: Findings, engine: EngineModel, theirs: Sequence[dict[str, Tensor]], **knobs: Any) -> None:
-    """The engine's final norm of transformers' own bf16 input gives transformers' bf16 output.
+    """The engine's final norm of transformers' own input in its dtype, 16 bits wide, gives transformers' output.
 
     Where a norm rounds hides below the ratio of a whole layer's errors, but changes a third of its outputs' last bits;
     another order of summation changes hardly any.
@@ -346,7 +348,7 @@ def compare_norm(findings: Findings, engine: EngineModel, theirs: Sequence[dict[
         count += out.numel()
     findings.check(
         suite="layers", case="norm of transformers' input", metric="differing_share", value=differing / count,
-        limit=NORM_SHARE, limit_kind="ties that another order of summation turns", dtype="bfloat16", **knobs,
+        limit=NORM_SHARE, limit_kind="ties that another order of summation turns", **knobs,
     )  # fmt: skip
 
 
@@ -397,7 +399,7 @@ def check_layers(context: Context) -> None:
         )
         compare_layers(context.findings, "layers", dtype, ours, exact, theirs, backend=context.backend)
         if dtype == "bfloat16":
-            compare_norm(context.findings, engine, theirs, backend=context.backend)
+            compare_norm(context.findings, engine, theirs, dtype=dtype, backend=context.backend)
         check_greedy(context, engine, dtype)
         # Or the next dtype's weights would not find this one's memory free.
         del engine, ours, exact, theirs
@@ -479,7 +481,7 @@ def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> li
 def compare_shape(
     findings: Findings, name: str, architecture: dict[str, Any], engine: Callable[[str], EngineConfig]
 ) -> None:
-    """A small model of random weights, saved by transformers: `engine(dtype)` against transformers, fp32 and bf16."""
+    """A small model of random weights, saved by transformers: `engine(dtype)` against transformers, in each dtype."""
     import torch
 
     device, backend = engine("float32").device, engine("float32").backend
@@ -489,17 +491,17 @@ def compare_shape(
         path = Path(folder)
         make_checkpoint(architecture, path)
         reference = {}
-        for dtype in DTYPES:
+        for dtype in ("float32", *HALVES):
             loaded = load_model(path, getattr(torch, dtype), device, attention="eager")
             with exact_fp32():
                 reference[dtype] = [observe(loaded, ids) for ids in prompts]
-        for dtype in DTYPES:
+        for dtype in reference:
             loaded = load_engine(path, engine(dtype))
             ours = [observe_engine(loaded, ids) for ids in prompts]
-            sides = ours, reference["float32"], reference["bfloat16"]
+            sides = ours, reference["float32"], reference[dtype]
             compare_layers(findings, "layers", dtype, *sides, backend=backend, model=name)
-            if dtype == "bfloat16":
-                compare_norm(findings, loaded, reference[dtype], backend=backend, model=name)
+            if dtype in HALVES:
+                compare_norm(findings, loaded, reference[dtype], dtype=dtype, backend=backend, model=name)
 
 
 # --- simulator ------------------------------------------------------------------------------------------------------
@@ -556,7 +558,7 @@ def compare_micro(
 
     compare_layers(findings, "simulator", dtype, activations(found), activations(exact), activations(own), **knobs)
     for name in cached:
-        allowed = FP32_LIMIT if dtype == "float32" else BF16_RATIO * mean_difference(own[name], exact[name])
+        allowed = FP32_LIMIT if dtype == "float32" else HALF_RATIO * mean_difference(own[name], exact[name])
         findings.check(
             suite="simulator", case=f"cache {name}", metric="mean_abs_error", limit=allowed,
             value=mean_difference(found[name], exact[name]), limit_kind="against transformers' cache in fp32",

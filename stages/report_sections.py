@@ -517,8 +517,8 @@ def is_layer_row(row: Row) -> bool:
 
 
 def name_exact(row: Row) -> Row:
-    """A bf16 activation that neither side computes with an error has no ratio: its error, 0, stands in for it."""
-    exact = row.metric == "mean_abs_error" and row.dtype == "bfloat16" and row.value == 0 and row.limit == 0
+    """A bf16 or fp16 activation that neither side computes with an error has no ratio: its error, 0, stands in."""
+    exact = row.metric == "mean_abs_error" and row.dtype != "float32" and row.value == 0 and row.limit == 0
     return row._replace(metric="error_ratio", limit=None) if exact else row
 
 
@@ -582,9 +582,9 @@ GATED: Columns = {
 
 def parity_section(inputs: Inputs) -> Section:
     said = (
-        "fp32: the mean absolute difference from transformers in fp32. bf16: the engine's error against fp32 divided "
-        "by transformers' own bf16 error, so that 1 is as good as transformers. The stronger a field's colour, the "
-        "more of the allowed error is used; one beyond it is red."
+        "fp32: the mean absolute difference from transformers in fp32. bf16, fp16: the engine's error against fp32 "
+        "divided by transformers' own in that dtype, so that 1 is as good as transformers. The stronger a field's "
+        "colour, the more of the allowed error is used; one beyond it is red."
     )
     blocks: list[Block] = []
     for run in inputs.runs:

@@ -299,7 +299,7 @@ class Random:
         import torch
         from safetensors.torch import save_file
 
-        dtype = torch.float32 if self._config().dtype == "float32" else torch.bfloat16
+        dtype = getattr(torch, self._config().dtype or "bfloat16")
         device = "cuda" if self.gpu else "cpu"
         spread = float(self.architecture.get("initializer_range", 0.02))
         numbers = {tensor: number for number, tensor in enumerate(self._config().tensor_shapes())}

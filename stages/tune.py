@@ -176,7 +176,7 @@ def build(shapes: Sequence[Shape], tokens: Sequence[int], machine: tuple[str, in
     for shape in shapes:
         for count in tokens:
             for tiling in list_candidates(count, shape, machine[1]):
-                kernel = tiled.warpgroups(tiling, shape[2], machine[0])
+                kernel = tiled.warpgroups("bf16", tiling, shape[2], machine[0])
                 kernels[kernel.name] = kernel
     return {done.kernel for done in build_kernels(list(kernels.values()), [machine[0]]) if done.spills}
 
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 candidates = [
                     tiling
                     for tiling in list_candidates(count, shape, machine[1])
-                    if tiled.warpgroups(tiling, shape[2], machine[0]).name not in spilling
+                    if tiled.warpgroups("bf16", tiling, shape[2], machine[0]).name not in spilling
                 ]
                 rates = measure(count, shape, candidates, machine)
                 line = new[identity(count, shape, machine)] = line_of(count, shape, rates, machine, gpu)

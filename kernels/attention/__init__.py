@@ -3,7 +3,7 @@
 | version | what it does |
 |---|---|
 | naive | one block a head of a token, chunks of 64 positions combined in order |
-| flash | bf16; tensor cores, tiles of 128 positions, segments of 512; in decoding fused with norm, RoPE and KV write |
+| flash | bf16, fp16; tensor cores, tiles of 128 positions, segments of 512; decoding with norm, RoPE and KV write |
 | prefill | flash's bits for many tokens of a sequence at a time: tiles of queries; sm_90a: wgmma and bulk copies |
 
 Measured shares of the limit (KV bytes over copy bandwidth, or the matrix rate): `reports/REPORT.md`.

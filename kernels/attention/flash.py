@@ -11,7 +11,7 @@ Order of operations, for the token at position p that attends to positions begin
    w_j = 2 ** fma(score_j, factor, -(m' * factor)); every 2 ** x is ex2.approx.ftz.
 4. l is four sums: lane c of four adds up columns 8 i + 2 c, 8 i + 2 c + 1 of the tile for i = 4 g … 4 g + 3, in order,
    to u_g (g = 0 … 3); l_c = fma(l_c, alpha, ((u_0 + u_1) + u_2) + u_3), w in fp32.
-5. O = O * alpha, then w (rounded to bf16) times V by mma.sync over the tile's positions in order, added to it.
+5. O = O * alpha, then w (rounded to the dtype) times V by mma.sync over the tile's positions in order, added to it.
 6. At the segment's end l = (l_0 + l_1) + (l_2 + l_3).
 7. Segments are combined in order into M, L, O, which start as -inf, 0, 0: M' = max(M, m_s), a = 2 ** ((M - M') *
    factor), b = 2 ** ((m_s - M') * factor), L = fma(L, a, l_s * b), O = fma(O, a, o_s * b); out = O / L, rounded once.
@@ -26,7 +26,7 @@ import torch
 
 from kernels import check, ptx
 from kernels.cuda import cuda, device_function, float32, int32, int64, uint8, uint32
-from kernels.device import normalised
+from kernels.device import HALVES, normalised
 from kernels.launch import Kernel, LaunchOptions, kernel_factory
 from kernels.rope_write import (
     WORDS,
@@ -74,17 +74,18 @@ def _exponential(largest, new_largest, factor):
 
 
 @kernel_factory
-def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
+def flash(dtype: str, head_dim: int, group: int, source: str, paged: bool) -> Kernel:
     """x, q_norm, k_norm, cos, sin, k_cache, v_cache, slots, positions, table, out, workspace, counters (the same
     memory), Hq, Hk, pages of a slot, log2 of a page, segments of a slot, strides of the cache (slot or page,
     position, head) and of x and out, factor, eps, window; grid (blocks that share a token's segments, Hk, T).
 
-    source: what x is: "q" [T, Hq D], ready, with keys and values in the cache; or a projection of q, k and v [T,
-    (Hq + 2 Hk) D] that is still to be rotated, "none", or normed with rounding "once" or "twice" before. paged: whether
-    the cache is.
+    dtype: "bf16" or "f16". source: what x is: "q" [T, Hq D], ready, with keys and values in the cache; or a projection
+    of q, k and v [T, (Hq + 2 Hk) D] that is still to be rotated, "none", or normed with rounding "once" or "twice"
+    before. paged: whether the cache is.
     """
-    fused, twice = source != "q", source == "twice"
-    normed = source in ("once", "twice")
+    fused, normed = source != "q", source in ("once", "twice")
+    pack, mma = HALVES[dtype].pack, HALVES[dtype].mma
+    squares, normalise, rotate = sums_of_squares(dtype), normalised(dtype, source == "twice"), rotated(dtype)
     chunks = head_dim // 8  # 16-byte chunks of a row
     row_bytes = 2 * head_dim
     tile_bytes = TILE * row_bytes
@@ -294,7 +295,7 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
             ptx.griddepcontrol_wait()
             load_rows(q_words, k_words, pairs, new_v, x, row, q_width, k_width, kv_head, thread)
             if normed:
-                sums = sums_of_squares(q_words, k_words, x, row, q_width // 8, row + q_width, k_width // 8, thread)
+                sums = squares(q_words, k_words, x, row, q_width // 8, row + q_width, k_width // 8, thread)
                 put_sums(largest_shared, thread, sums[0], sums[1])
             if tile == last_tile and thread < chunks:
                 ptx.st_shared_v4(v_tile + own_place, new_v[0], new_v[1], new_v[2], new_v[3])
@@ -309,9 +310,9 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
                     first, second = pairs[2 * r], pairs[2 * r + 1]
                     if normed:
                         scale = k_scale if head == group else q_scale
-                        first = normalised(first, weights[2 * r], scale, twice)
-                        second = normalised(second, weights[2 * r + 1], scale, twice)
-                    result = rotated(
+                        first = normalise(first, weights[2 * r], scale)
+                        second = normalise(second, weights[2 * r + 1], scale)
+                    result = rotate(
                         first, second, angles[4 * r], angles[4 * r + 1], angles[4 * r + 2], angles[4 * r + 3]
                     )
                     chunk, inside = d // 8, d % 8 * 2
@@ -362,7 +363,7 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
                     b = ptx.ldmatrix_x4(k_lane + uint32(((4 * s + matrix) ^ r8) * 16) + uint32(i * 8 * row_bytes))
                     for half in range(2):
                         c = 2 * s + half
-                        d4 = ptx.mma_m16n8k16_bf16(
+                        d4 = mma(
                             q[4 * c], q[4 * c + 1], q[4 * c + 2], q[4 * c + 3], b[2 * half], b[2 * half + 1],
                             score[4 * i], score[4 * i + 1], score[4 * i + 2], score[4 * i + 3],
                         )  # fmt: skip
@@ -418,7 +419,7 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
                         part = ptx.add_rn_f32(ptx.add_rn_f32(part, first_weight), second_weight)
                         ptx.st_shared_b32(
                             rows + uint32(p_row * 256 + (((warp * 4 + i) ^ (p_row & 7)) * 16) + column * 4),
-                            ptx.cvt_rn_bf16x2_f32(second_weight, first_weight),
+                            pack(second_weight, first_weight),
                         )
                     ptx.st_shared_b32(
                         sums_shared + uint32((p_row * 4 + column) * 16 + warp * 4), ptx.bits_from_f32(part)
@@ -450,7 +451,7 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
                     b = ptx.ldmatrix_x4_trans(v_lane + uint32((chunk ^ r8) * 16) + uint32(s * 16 * row_bytes))
                     for half in range(2):
                         c = 4 * (2 * i + half)
-                        d4 = ptx.mma_m16n8k16_bf16(
+                        d4 = mma(
                             p[4 * s], p[4 * s + 1], p[4 * s + 2], p[4 * s + 3], b[2 * half], b[2 * half + 1],
                             o[c], o[c + 1], o[c + 2], o[c + 3],
                         )  # fmt: skip
@@ -474,7 +475,7 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
                             for i in range(columns):
                                 ptx.st_global_b32(
                                     out, place + i * 8,
-                                    ptx.cvt_rn_bf16x2_f32(
+                                    pack(
                                         ptx.div_rn_f32(o[4 * i + 2 * h + 1], value),
                                         ptx.div_rn_f32(o[4 * i + 2 * h], value),
                                     ),
@@ -551,12 +552,13 @@ def flash(head_dim: int, group: int, source: str, paged: bool) -> Kernel:
                     for e in range(4):
                         result4[e] = ptx.div_rn_f32(result4[e], all_total)
                     place = token * out_stride + (kv_head * group + head) * head_dim + d
-                    ptx.st_global_b32(out, place, ptx.cvt_rn_bf16x2_f32(result4[1], result4[0]))
-                    ptx.st_global_b32(out, place + 2, ptx.cvt_rn_bf16x2_f32(result4[3], result4[2]))
+                    ptx.st_global_b32(out, place, pack(result4[1], result4[0]))
+                    ptx.st_global_b32(out, place + 2, pack(result4[3], result4[2]))
                     item += THREADS
 
-    name = f"attention_flash_{source}_{'paged_' if paged else ''}d{head_dim}_g{group}"
-    kinds = (*("bf16*",) * 3, "f32*", "f32*", "bf16*", "bf16*", *("i32*",) * 3, "bf16*", "f32*", "i32*")
+    name = f"attention_flash_{source}_{'paged_' if paged else ''}d{head_dim}_g{group}{HALVES[dtype].suffix}"
+    pointer = f"{dtype}*"
+    kinds = (*(pointer,) * 3, "f32*", "f32*", pointer, pointer, *("i32*",) * 3, pointer, "f32*", "i32*")
     kinds += (*("i32",) * 5, "i32" if paged else "i64", *("i64",) * 4, "f32", "f32", "i32")
     return Kernel(
         name, attention, kinds, THREADS, dynamic_shared=shared_bytes, blocks_per_sm=3,
@@ -578,11 +580,11 @@ def attention(
 ) -> torch.Tensor:
     """Causal attention of a packed list of tokens over the cache: prefill, decode and mixtures of them.
 
-    q, out bf16 [T, Hq, D], heads contiguous, any token stride; D is 64 or 128. k_cache, v_cache bf16 [S, C, Hk, D] of
-    the same strides, the last one 1, Hq / Hk at most 16; with table i32[S, pages] they are [P, page, Hk, D] and
-    position p of slot s is place p % page of page table[s, p // page], page a power of two from 8 to 128. Token t reads
-    positions max(0, positions[t] - window + 1) … positions[t] of slots[t]; window 0 is no window. slots, positions
-    i32[T] with 0 <= slot < S and 0 <= position < C (not checked). All rows at multiples of 16 bytes.
+    q, out [T, Hq, D], heads contiguous, any token stride; D is 64 or 128. k_cache, v_cache [S, C, Hk, D] of the same
+    strides, the last one 1, Hq / Hk at most 16; all bf16, or all fp16; with table i32[S, pages] they are [P, page, Hk,
+    D] and position p of slot s is place p % page of page table[s, p // page], page a power of two from 8 to 128. Token
+    t reads positions max(0, positions[t] - window + 1) … positions[t] of slots[t]; window 0 is no window. slots,
+    positions i32[T] with 0 <= slot < S and 0 <= position < C (not checked). All rows at multiples of 16 bytes.
     workspace fp32, contiguous, at least `workspace_size(T, Hq, D, C)` elements, zero when it is first used and left to
     calls with the same Hq, D and C alone; its counters are zero again after each call. Returns out.
     Raises TypeError or ValueError, naming the argument, where something does not fit.
@@ -590,10 +592,11 @@ def attention(
     count, heads, width = check.dimensions("attention", "q", q, "T, Hq, D")
     if width not in (64, 128):
         raise ValueError(f"attention: q has head dimension {width}: 64 or 128 needed")
-    check.rows("attention", "q", q, (count, heads, width), torch.bfloat16)
-    check.rows("attention", "out", out, (count, heads, width), torch.bfloat16)
+    check.half_name("attention", "q", q)
+    check.rows("attention", "q", q, (count, heads, width), q.dtype)
+    check.rows("attention", "out", out, (count, heads, width), q.dtype)
     check.aligned("attention", "q", q)
-    cache = cache_of("attention", k_cache, v_cache, width, table)
+    cache = cache_of("attention", k_cache, v_cache, width, table, q.dtype)
     check_tokens("attention", count, width, k_cache, slots, positions)
     _launch("attention", "q", q, None, None, 0.0, None, None, k_cache, v_cache, slots, positions, scale, window, out,
             workspace, table, cache, heads, width)  # fmt: skip
@@ -620,19 +623,20 @@ def decode(
 ) -> torch.Tensor:
     """`kernels.rope_write` and then `attention`, in one kernel with the same bits, for tokens of different slots.
 
-    qkv bf16 [T, (Hq + 2 Hk) D], rows contiguous; out bf16 [T, Hq D], rows contiguous; no slot twice (not checked). All
-    else as `rope_write` and `attention`: the new keys and values are in the cache afterwards. Returns out.
+    qkv [T, (Hq + 2 Hk) D], rows contiguous; out [T, Hq D], rows contiguous, of one dtype; no slot twice (not checked).
+    All else as `rope_write` and `attention`: the new keys and values are in the cache afterwards. Returns out.
     It reads positions, slots, table and the cache while the kernel ahead may still run: in a chain of programmatic
     launches they must be older than the chain's `kernels.embedding`, which lets nothing behind it start before that.
     Raises TypeError or ValueError, naming the argument, where something does not fit.
     """
     check.dimensions("decode", "out", out, "T, Hq D")
     check.dimensions("decode", "cos", cos, "P, D/2")
-    cache = cache_of("decode", k_cache, v_cache, k_cache.shape[-1], table)
+    check.half_name("decode", "qkv", qkv)
+    cache = cache_of("decode", k_cache, v_cache, k_cache.shape[-1], table, qkv.dtype)
     heads = out.shape[1] // max(1, 2 * cos.shape[1])
     width = check_projection("decode", qkv, q_norm, k_norm, rounding, cos, sin, heads, cache.kv_heads)
     check_tokens("decode", len(qkv), width, k_cache, slots, positions)
-    check.rows("decode", "out", out, (len(qkv), heads * width), torch.bfloat16)
+    check.rows("decode", "out", out, (len(qkv), heads * width), qkv.dtype)
     _launch("decode", norm_kind(q_norm, rounding), qkv, q_norm, k_norm, eps, cos, sin, k_cache, v_cache, slots,
             positions, scale, window, out, workspace, table, cache, heads, width)  # fmt: skip
     return out
@@ -678,7 +682,7 @@ def _launch(
         raise ValueError(f"{operation}: workspace has {workspace.numel()} elements: {needed}, contiguous, needed")
     check.aligned(operation, "workspace", workspace)
     segments = -(-cache.capacity // SEGMENT)
-    kernel = flash(width, heads // kv_heads, source, table is not None)
+    kernel = flash(check.HALVES[x.dtype], width, heads // kv_heads, source, table is not None)
     counters = workspace.view(torch.int32)
     factor = scale * math.log2(math.e)
     for begin in range(0, count, TOKENS):

@@ -117,9 +117,9 @@ def attention(
 ) -> torch.Tensor:
     """Causal attention of a packed list of tokens over the cache: prefill, decode and mixtures of them.
 
-    q, out [T, Hq, D] (heads contiguous, any token stride), k_cache, v_cache [S, C, Hk, D] contiguous, bf16 or fp32; Hk
-    divides Hq. Token t reads cache[slots[t], max(0, positions[t] - window + 1) … positions[t]]; window 0 is no window.
-    slots, positions i32[T] with 0 <= slot < S and 0 <= position < C (not checked). Returns out.
+    q, out [T, Hq, D] (heads contiguous, any token stride), k_cache, v_cache [S, C, Hk, D] contiguous, bf16, fp16 or
+    fp32; Hk divides Hq. Token t reads cache[slots[t], max(0, positions[t] - window + 1) … positions[t]]; window 0 is no
+    window. slots, positions i32[T] with 0 <= slot < S and 0 <= position < C (not checked). Returns out.
     Raises TypeError or ValueError where shapes, dtypes, strides, scale or window do not fit.
     """
     dtype = check.dtype_name("attention", "q", q)

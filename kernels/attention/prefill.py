@@ -24,7 +24,7 @@ import torch
 
 from kernels import check, ptx
 from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint8, uint32, uint64
-from kernels.device import LEAST, LEAST_DIVISOR, MOST, MOST_DIVISOR, quotient
+from kernels.device import HALVES, LEAST, LEAST_DIVISOR, MOST, MOST_DIVISOR, quotient
 from kernels.launch import (
     LIMITS,
     Kernel,
@@ -159,11 +159,16 @@ def _weigh(score, total, alpha, shift, factor, h):
     total[h] = ptx.fma_rn_f32(total[h], alpha[h], added)
 
 
-@device_function
-def _pack(p, score):
-    """Weights as the operand of 16 rows: registers 4 s … of positions 16 s …."""
-    for i in range(TILE // 4):
-        p[i] = ptx.cvt_rn_bf16x2_f32(score[2 * i + 1], score[2 * i])
+def _packer(dtype: str):
+    rounded_pair = HALVES[dtype].pack
+
+    @device_function
+    def pack(p, score):
+        """Weights as the operand of 16 rows: registers 4 s … of positions 16 s …."""
+        for i in range(TILE // 4):
+            p[i] = rounded_pair(score[2 * i + 1], score[2 * i])
+
+    return pack
 
 
 @device_function
@@ -211,9 +216,10 @@ def _totals(words: int, stride: int):
     return keep, combine
 
 
-def _divider(head_dim: int):
+def _divider(dtype: str, head_dim: int):
     """Whether `quotient` serves all elements of a row of O; and its elements over l, a pair at a time, by `quotient` or
     by division."""
+    pack = HALVES[dtype].pack
 
     @device_function
     def divides(o, total, h):
@@ -229,18 +235,18 @@ def _divider(head_dim: int):
     def by_reciprocal(o, total, inverse, h, i):
         c = 4 * i + 2 * h
         high, low = quotient(o[c + 1], total[h], inverse), quotient(o[c], total[h], inverse)
-        return ptx.cvt_rn_bf16x2_f32(high, low)
+        return pack(high, low)
 
     @device_function
     def by_division(o, total, inverse, h, i):
         c = 4 * i + 2 * h
-        return ptx.cvt_rn_bf16x2_f32(ptx.div_rn_f32(o[c + 1], total[h]), ptx.div_rn_f32(o[c], total[h]))
+        return pack(ptx.div_rn_f32(o[c + 1], total[h]), ptx.div_rn_f32(o[c], total[h]))
 
     return divides, by_reciprocal, by_division
 
 
-def _writer(head_dim: int):
-    divides, by_reciprocal, by_division = _divider(head_dim)
+def _writer(dtype: str, head_dim: int):
+    divides, by_reciprocal, by_division = _divider(dtype, head_dim)
 
     def writing(pair):
         @device_function
@@ -267,8 +273,8 @@ def _writer(head_dim: int):
     return write
 
 
-def _staged_writer(head_dim: int):
-    divides, by_reciprocal, by_division = _divider(head_dim)
+def _staged_writer(dtype: str, head_dim: int):
+    divides, by_reciprocal, by_division = _divider(dtype, head_dim)
     # Rows lie apart so that no two accesses of a warp meet in a bank.
     pitch, chunks = 2 * head_dim + 16, head_dim // 8
     together = 32 // chunks  # rows that the warp writes at a time
@@ -311,11 +317,11 @@ def _staged_writer(head_dim: int):
 
 
 @kernel_factory
-def warps(head_dim: int, paged: bool, tiling: Tiling, arch: str) -> Kernel:
+def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> Kernel:
     """q, k_cache, v_cache, tiles, table, out, Hq / Hk, pages of a slot, log2 of a page, strides of the cache (slot or
     page, position, head), of q and of out, factor, window; grid (Hq, tiles of queries).
 
-    paged: whether the cache is.
+    dtype: "bf16" or "f16". paged: whether the cache is.
     """
     workers, stages = tiling.rows // 16, tiling.stages
     threads = tiling.threads
@@ -329,7 +335,8 @@ def warps(head_dim: int, paged: bool, tiling: Tiling, arch: str) -> Kernel:
     empty_at = full_at + 8 * stages
     score_words, o_words, q_words, p_words = TILE // 2, head_dim // 2, head_dim // 4, TILE // 4
     keep_total, combine = _totals(o_words, threads * 16)
-    write = _writer(head_dim)
+    write, pack = _writer(dtype, head_dim), _packer(dtype)
+    mma = HALVES[dtype].mma
     waits = ptx.mbarrier_try_wait if has_dependent_launch(arch) else ptx.mbarrier_test_wait
 
     # Parts 0, 1 of a tile are its keys, 2, 3 its values; turn counts tiles. With two stages each is used twice a tile.
@@ -413,7 +420,7 @@ def warps(head_dim: int, paged: bool, tiling: Tiling, arch: str) -> Kernel:
                 a = 4 * (2 * s + half)
                 for i in range(4):
                     c = 4 * (part * 8 + n * 4 + i)
-                    d4 = ptx.mma_m16n8k16_bf16(
+                    d4 = mma(
                         queries[a], queries[a + 1], queries[a + 2], queries[a + 3],
                         b[4 * i + 2 * half], b[4 * i + 2 * half + 1],
                         score[c], score[c + 1], score[c + 2], score[c + 3],
@@ -440,9 +447,7 @@ def warps(head_dim: int, paged: bool, tiling: Tiling, arch: str) -> Kernel:
                     b[4 * i + e] = got[e]
             for i in range(4):
                 c = 4 * (4 * n + i)
-                d4 = ptx.mma_m16n8k16_bf16(
-                    p[a], p[a + 1], p[a + 2], p[a + 3], b[2 * i], b[2 * i + 1], o[c], o[c + 1], o[c + 2], o[c + 3]
-                )
+                d4 = mma(p[a], p[a + 1], p[a + 2], p[a + 3], b[2 * i], b[2 * i + 1], o[c], o[c + 1], o[c + 2], o[c + 3])
                 for e in range(4):
                     o[c + e] = d4[e]
 
@@ -528,7 +533,7 @@ def warps(head_dim: int, paged: bool, tiling: Tiling, arch: str) -> Kernel:
             _peak(score, largest, alpha, shift, factor, 1)
             _weigh(score, total, alpha, shift, factor, 0)
             _weigh(score, total, alpha, shift, factor, 1)
-            _pack(p, score)
+            pack(p, score)
             for i in range(o_words):
                 o[i] = ptx.mul_rn_f32(o[i], alpha[i // 2 & 1])
             advance(2, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
@@ -559,8 +564,8 @@ def warps(head_dim: int, paged: bool, tiling: Tiling, arch: str) -> Kernel:
                         largest[h], total[h] = float32(-math.inf), float32(0.0)
         write(out, o, all_total, out_stride * token + head * head_dim, out_stride, row, count, column)
 
-    name = f"attention_prefill_{tiling.name}_{'paged_' if paged else ''}d{head_dim}_{arch}"
-    kinds = (*("bf16*",) * 3, "i32*", "i32*", "bf16*", *("i32",) * 3, *("i64",) * 5, "f32", "i32")
+    name = f"attention_prefill_{tiling.name}_{'paged_' if paged else ''}d{head_dim}{HALVES[dtype].suffix}_{arch}"
+    kinds = (*(f"{dtype}*",) * 3, "i32*", "i32*", f"{dtype}*", *("i32",) * 3, *("i64",) * 5, "f32", "i32")
     return Kernel(
         name, attention, kinds, tiling.threads, dynamic_shared=tiling.shared(head_dim), blocks_per_sm=1,
         options=LaunchOptions(programmatic=True),
@@ -572,10 +577,12 @@ def warps(head_dim: int, paged: bool, tiling: Tiling, arch: str) -> Kernel:
 
 
 @kernel_factory
-def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
+def warpgroups(dtype: str, head_dim: int, tiling: Tiling) -> Kernel:
     """Tensor maps of q [T, Hq D] (boxes of `rows` rows), k_cache and v_cache [S or P, Hk, C or page, D] (boxes of a
     tile or page); tiles, table, out, tiles of queries, Hq, Hq / Hk, heads that go together, pages of a slot (0: not
     paged), log2 of a page, stride of out, factor, window; grid (blocks,): at most tiles times Hq.
+
+    dtype: "bf16" or "f16".
     """
     groups, rows, stages = tiling.rows // 64, tiling.rows, tiling.stages
     boxes = head_dim // 64  # of 64 columns
@@ -595,9 +602,9 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
     steps = head_dim // 16
     keep_total, combine = _totals(o_words, 512)
     own_totals = o_words * 128  # bytes of a warp
-    write = _staged_writer(head_dim)
-    by_keys = ptx.wgmma_m64k16_bf16(TILE)
-    by_values = ptx.wgmma_m64k16_bf16(head_dim, "registers", "n")
+    write, pack = _staged_writer(dtype, head_dim), _packer(dtype)
+    by_keys = HALVES[dtype].wgmma(TILE)
+    by_values = HALVES[dtype].wgmma(head_dim, "registers", "n")
     keep_score, keep_o, keep_p = ptx.keep_f32(score_words), ptx.keep_f32(o_words), ptx.keep_u32(p_words)
     one_unfinished, none_unfinished = ptx.wgmma_wait_group(1), ptx.wgmma_wait_group(0)
     give_registers, take_registers = ptx.setmaxnreg_dec(24), ptx.setmaxnreg_inc(240)
@@ -866,7 +873,7 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
                 _peak(score, largest, alpha, shift, factor, 1)
                 _weigh(score, total, alpha, shift, factor, 0)
                 _weigh(score, total, alpha, shift, factor, 1)
-                _pack(p, score)
+                pack(p, score)
                 if first < low:
                     await_stage(base + uint32(v_full), done)
                     clear(base + uint32(v_at), done, first, low, limit, int32(thread & 127), group)
@@ -924,7 +931,7 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
                     # it is multiplied with does not matter.)
                     _weigh(score, total, alpha, shift, factor, 1)
                     rescale(o, alpha)
-                    _pack(p, score)
+                    pack(p, score)
                     done = following
                     tile += int32(1)
                 await_stage(base + uint32(v_full), done)
@@ -949,8 +956,8 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
                 words = ptx.ld_shared_v4(base + uint32(tile_at))
                 token, count, position, head = int32(words[0]), int32(words[1]), int32(words[2]), int32(words[3])
 
-    name = f"attention_prefill_{tiling.name}_d{head_dim}"
-    kinds = ("u8*", "u8*", "u8*", "i32*", "i32*", "bf16*", *("i32",) * 6, "i64", "f32", "i32")
+    name = f"attention_prefill_{tiling.name}_d{head_dim}{HALVES[dtype].suffix}"
+    kinds = ("u8*", "u8*", "u8*", "i32*", "i32*", f"{dtype}*", *("i32",) * 6, "i64", "f32", "i32")
     return Kernel(
         name, attention, kinds, tiling.threads, dynamic_shared=tiling.shared(head_dim), blocks_per_sm=1,
         options=LaunchOptions(programmatic=True), architectures=("sm_90a",),
@@ -960,16 +967,16 @@ def warpgroups(head_dim: int, tiling: Tiling) -> Kernel:
 # --- launch ----------------------------------------------------------------------------------------------------------
 
 
-def catalogue(head_dims: Iterable[int] = (128,)) -> list[Kernel]:
-    """The kernels for heads of these dimensions."""
+def catalogue(dtype: str, head_dims: Iterable[int] = (128,), paged: Iterable[bool] = (False, True)) -> list[Kernel]:
+    """The kernels for heads of these dimensions, over a cache that is paged or not."""
     kernels = []
     for head_dim in head_dims:
         for arch in LIMITS:
             tiling = Tiling.choose(head_dim, arch)
             if tiling.multiply == "wgmma":
-                kernels.append(warpgroups(head_dim, tiling))
+                kernels.append(warpgroups(dtype, head_dim, tiling))
             else:
-                kernels += [warps(head_dim, paged, tiling, arch) for paged in (False, True)]
+                kernels += [warps(dtype, head_dim, each, tiling, arch) for each in paged]
     return kernels
 
 
@@ -1026,21 +1033,22 @@ def attention(
 ) -> torch.Tensor:
     """Causal attention of the runs of tokens that `plan` was made of over the cache, where their keys and values are.
 
-    q, out bf16 [T, Hq, D], heads contiguous, any token stride; D is 64 or 128. k_cache, v_cache bf16 [S, C, Hk, D] of
-    the same strides, the last one 1, Hq / Hk at most 16; with table i32[S, pages] they are [P, page, Hk, D] and
-    position p of slot s is place p % page of page table[s, p // page], page a power of two from 8 to 128. A token at
-    position p reads positions max(0, p - window + 1) … p of its slot; window 0 is no window. All rows at multiples of
-    16 bytes. plan: of these T tokens, for heads of D elements, on this device (not checked: 0 <= slot < S, position <
-    C); not in two launches at a time. tiling: another one than the device's, as the plan's. Returns out.
+    q, out [T, Hq, D], heads contiguous, any token stride; D is 64 or 128. k_cache, v_cache [S, C, Hk, D] of the same
+    strides, the last one 1, Hq / Hk at most 16; all bf16, or all fp16; with table i32[S, pages] they are [P, page, Hk,
+    D] and position p of slot s is place p % page of page table[s, p // page], page a power of two from 8 to 128. A
+    token at position p reads positions max(0, p - window + 1) … p of its slot; window 0 is no window. All rows at
+    multiples of 16 bytes. plan: of these T tokens, for heads of D elements, on this device (not checked: 0 <= slot < S,
+    position < C); not in two launches at a time. tiling: another one than the device's, as the plan's. Returns out.
     Raises TypeError or ValueError, naming the argument, where something does not fit.
     """
     count, heads, width = check.dimensions("attention", "q", q, "T, Hq, D")
     if width not in (64, 128):
         raise ValueError(f"attention: q has head dimension {width}: 64 or 128 needed")
+    dtype = check.half_name("attention", "q", q)
     for name, given in (("q", q), ("out", out)):
-        check.rows("attention", name, given, (count, heads, width), torch.bfloat16)
+        check.rows("attention", name, given, (count, heads, width), q.dtype)
         check.aligned("attention", name, given)
-    cache = cache_of("attention", k_cache, v_cache, width, table)
+    cache = cache_of("attention", k_cache, v_cache, width, table, q.dtype)
     kv_heads = cache.kv_heads
     if kv_heads == 0 or heads % kv_heads or heads > 16 * kv_heads:
         raise ValueError(f"attention: q has {heads} heads and k_cache {kv_heads}: 1 to 16 times as many needed")
@@ -1061,13 +1069,13 @@ def attention(
         box = TILE if table is None else 1 << cache.page_bits
         maps = [kept_tensor_map(q.flatten(1), tiling.rows)]
         maps += [kept_tensor_map(given.transpose(1, 2), box) for given in (k_cache, v_cache)]
-        warpgroups(width, tiling).launch(
+        warpgroups(dtype, width, tiling).launch(
             (min(tiles * heads, multiprocessors),), *maps, plan.tiles, entries, out,
             tiles, heads, group, together, 0 if table is None else cache.pages,
             7 if table is None else cache.page_bits, out.stride(0), factor, window,
         )  # fmt: skip
     else:
-        warps(width, table is not None, tiling, arch).launch(
+        warps(dtype, width, table is not None, tiling, arch).launch(
             (heads, tiles), q, k_cache, v_cache, plan.tiles, entries, out, group, cache.pages, cache.page_bits,
             cache.slot_stride, cache.position_stride, cache.head_stride, q.stride(0), out.stride(0), factor, window,
         )  # fmt: skip

@@ -3,8 +3,8 @@
 | version | what it does |
 |---|---|
 | naive | one thread an output element, eight fp32 chains over K |
-| streamed | bf16; weights once through a ring in shared memory, tensor cores, K in order; up to 128 tokens a pass |
-| tiled | bf16; for many tokens: tiles by TMA and wgmma (sm_90a) or cp.async and mma.sync, K in order: streamed's bits |
+| streamed | bf16, fp16; weights once through a ring in shared memory, tensor cores, K in order; to 128 tokens a pass |
+| tiled | bf16, fp16; many tokens: tiles by TMA and wgmma (sm_90a) or cp.async and mma.sync; streamed's bits |
 
 Measured shares of the limit (weight bytes over copy bandwidth, or the matrix rate): `reports/REPORT.md`.
 """

@@ -33,7 +33,7 @@ def naive(dtype: str) -> Kernel:
 def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out = x @ weight.T, accumulated in fp32 and rounded once.
 
-    x [T, K], weight [N, K], out [T, N], bf16 or fp32, contiguous. Returns out.
+    x [T, K], weight [N, K], out [T, N], bf16, fp16 or fp32, contiguous. Returns out.
     Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
     """
     dtype = check.dtype_name("linear", "x", x)

@@ -11,10 +11,10 @@ columns, weight rows and token rows, both in the 128-byte swizzle.
 
 In a chain of programmatic launches the ring fills with weights while the kernel ahead still runs: only the tokens wait.
 
-Order of summation: m16n8k16 or m64k16 over K in order on one fp32 accumulator, rounded once to bf16; where a weight has
-few rows (`segments_of`), each half of K on its own and the second added to the first. It depends on the weight's shape
-alone: tiles, tokens of a pass, depth of the ring, the way of copying and the instruction change no bit. For
-`linear_swiglu` gate and up stay fp32 until silu(gate) * up is rounded.
+Order of summation: m16n8k16 or m64k16 over K in order on one fp32 accumulator, rounded once to the dtype; where a
+weight has few rows (`segments_of`), each half of K on its own and the second added to the first. It depends on the
+weight's shape alone: tiles, tokens of a pass, depth of the ring, the way of copying and the instruction change no bit.
+For `linear_swiglu` gate and up stay fp32 until silu(gate) * up is rounded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from kernels.launch import (
     machine_of,
 )
 
-BOX = 64  # columns of a box: 128 bytes of bf16
+BOX = 64  # columns of a box: 128 bytes
 TOKENS = (8, 16, 32, 64, 128)
 # Of a GPU of each architecture: A100, RTX 3090, RTX 4090, H100 and H200, B200, RTX 5090.
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90a": 132, "sm_100": 148, "sm_120": 170}
@@ -167,11 +167,12 @@ class Tiling:
 
 
 @kernel_factory
-def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
+def streamed(dtype: str, tiling: Tiling, gated: bool, arch: str) -> Kernel:
     """weight [N, K] and x [T, K] (bulk: their tensor maps), out [T, N or N/2], T, N, K; grid (n, ceil(T / tokens)).
 
-    gated: rows i and N/2 + i of the weight are gate and up of output i.
+    dtype: "bf16" or "f16". gated: rows i and N/2 + i of the weight are gate and up of output i.
     """
+    pack, rounded, mma = device.HALVES[dtype].pack, device.HALVES[dtype].rounded, device.HALVES[dtype].mma
     tokens, groups, each, boxes = tiling.tokens, tiling.groups, tiling.each, tiling.boxes
     stages, batch, warps, bulk = tiling.stages, tiling.batch, tiling.warps, tiling.copy == "bulk"
     box_bytes, stage_bytes, token_bytes = tiling.box_bytes, tiling.stage_bytes, tokens * 128
@@ -195,7 +196,7 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
     warpgroups = tiling.wgmma
     second_accumulators = part_accumulators if segments > 1 else 1
     keep_second = ptx.keep_f32(second_accumulators)
-    wgmma = ptx.wgmma_m64k16_bf16(min(wide, 256))
+    wgmma = device.HALVES[dtype].wgmma(min(wide, 256))
     keep = ptx.keep_f32(part_accumulators)
     one_unfinished, none_unfinished = ptx.wgmma_wait_group(1), ptx.wgmma_wait_group(0)
 
@@ -292,13 +293,9 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                     b0, b1 = w[(e * batch + i) * 2], w[(e * batch + i) * 2 + 1]
                     if tokens > 8:
                         a = (m * batch + i) * 4
-                        d = ptx.mma_m16n8k16_bf16(
-                            t[a], t[a + 1], t[a + 2], t[a + 3], b0, b1, acc[c], acc[c + 1], acc[c + 2], acc[c + 3]
-                        )
+                        d = mma(t[a], t[a + 1], t[a + 2], t[a + 3], b0, b1, acc[c], acc[c + 1], acc[c + 2], acc[c + 3])
                     else:
-                        d = ptx.mma_m16n8k16_bf16(
-                            t[2 * i], zero, t[2 * i + 1], zero, b0, b1, acc[c], acc[c + 1], acc[c + 2], acc[c + 3]
-                        )
+                        d = mma(t[2 * i], zero, t[2 * i + 1], zero, b0, b1, acc[c], acc[c + 1], acc[c + 2], acc[c + 3])
                     acc[c], acc[c + 1], acc[c + 2], acc[c + 3] = d[0], d[1], d[2], d[3]
 
     @device_function
@@ -412,9 +409,7 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                             low = ptx.mul_rn_f32(device.silu(low), up[c])
                             high = ptx.mul_rn_f32(device.silu(high), up[c + 1])
                         if i * 8 + (lane & 3) * 2 < half_rows and column < half and token < here:
-                            ptx.st_global_b32(
-                                out, int64(first + token) * half + column, ptx.cvt_rn_bf16x2_f32(high, low)
-                            )
+                            ptx.st_global_b32(out, int64(first + token) * half + column, pack(high, low))
                 block += int32(cuda.gridDim.x)
         else:
             acc = cuda.local.array(accumulators, float32)
@@ -479,22 +474,23 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
                                 column = block * half_rows + group * 4 + (lane & 3)
                                 if group < groups and column < half and token < here:
                                     value = ptx.mul_rn_f32(device.silu(acc[c]), acc[c + 1])
-                                    out[int64(first + token) * half + column] = ptx.cvt_rn_bf16_f32(value)
+                                    out[int64(first + token) * half + column] = rounded(value)
                             else:
                                 column = block * half_rows + group * 8 + (lane & 3) * 2
                                 if segment == 0 and group < groups and column < rows and token < here:
                                     ptx.st_global_b32(
                                         out,
                                         int64(first + token) * rows + column,
-                                        ptx.cvt_rn_bf16x2_f32(acc[c + 1], acc[c]),
+                                        pack(acc[c + 1], acc[c]),
                                     )
                 block += int32(cuda.gridDim.x)
 
     kind = f"{'swiglu_' if gated else ''}streamed_{tiling.copy}"
     way = f"wgmma_b{boxes}" if tiling.wgmma else f"x{each}x{split}_b{boxes}x{batch}x{together}"
     way += f"_k{segments}" * (segments > 1)
-    name = f"linear_{kind}_t{tokens}_g{groups}_{way}_s{stages}_{arch}"
-    kinds = ("u8*" if bulk else "bf16*", "u8*" if bulk else "bf16*", "bf16*", "i32", "i32", "i32")
+    name = f"linear_{kind}_t{tokens}_g{groups}_{way}_s{stages}{device.HALVES[dtype].suffix}_{arch}"
+    pointer = f"{dtype}*"
+    kinds = ("u8*" if bulk else pointer, "u8*" if bulk else pointer, pointer, "i32", "i32", "i32")
     return Kernel(
         name, linear, kinds, tiling.threads, dynamic_shared=tiling.shared, blocks_per_sm=1,
         options=LaunchOptions(programmatic=True),
@@ -502,27 +498,29 @@ def streamed(tiling: Tiling, gated: bool, arch: str) -> Kernel:
     )  # fmt: skip
 
 
-def catalogue(rows: int, depth: int, gated: bool, tokens: Sequence[int] = (1, TOKENS[-1])) -> list[Kernel]:
+def catalogue(dtype: str, rows: int, depth: int, gated: bool, tokens: Sequence[int] = (1, TOKENS[-1])) -> list[Kernel]:
     """The kernels for a weight [rows, depth], one an architecture and number of tokens, as its usual GPU takes them."""
     return [
-        streamed(Tiling.choose(count, rows, depth, gated, arch, multiprocessors), gated, arch)
+        streamed(dtype, Tiling.choose(count, rows, depth, gated, arch, multiprocessors), gated, arch)
         for arch, multiprocessors in MULTIPROCESSORS.items()
         for count in tokens
     ]
 
 
 @functools.cache
-def _plan(tokens: int, rows: int, depth: int, gated: bool, device: int) -> tuple[Tiling, Kernel, int]:
+def _plan(dtype: str, tokens: int, rows: int, depth: int, gated: bool, device: int) -> tuple[Tiling, Kernel, int]:
     """Tiling, kernel and blocks of the grid for a pass of `tokens` (one of TOKENS)."""
     arch, multiprocessors = machine_of(device)
     tiling = Tiling.choose(tokens, rows, depth, gated, arch, multiprocessors)
-    return tiling, streamed(tiling, gated, arch), min(-(-rows // (tiling.groups * 8)), multiprocessors)
+    return tiling, streamed(dtype, tiling, gated, arch), min(-(-rows // (tiling.groups * 8)), multiprocessors)
 
 
 def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, gated: bool) -> torch.Tensor:
     count, rows, depth = check.product(x, weight, out, BOX, gated)
     if count:
-        tiling, kernel, blocks = _plan(tokens_of_a_pass(count), rows, depth, gated, max(x.get_device(), 0))
+        tiling, kernel, blocks = _plan(
+            check.HALVES[x.dtype], tokens_of_a_pass(count), rows, depth, gated, max(x.get_device(), 0)
+        )
         weight_source, x_source = weight, x
         if tiling.copy == "bulk":
             weight_source, x_source = (
@@ -536,7 +534,7 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, gated: boo
 def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out = x @ weight.T, accumulated in fp32 in order of K (`segments_of`) and rounded once.
 
-    x [T, K], weight [N, K], out [T, N], bf16, contiguous; N a multiple of 8, K of 64. Returns out.
+    x [T, K], weight [N, K], out [T, N], all bf16 or all fp16, contiguous; N a multiple of 8, K of 64. Returns out.
     Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
     """
     return _launch(x, weight, out, False)
@@ -545,7 +543,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Te
 def linear_swiglu(x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out = silu(x @ gate.T) * (x @ up.T), gate and up the halves of gate_up; in fp32, rounded once.
 
-    x [T, K], gate_up [2 I, K], out [T, I], bf16, contiguous; I a multiple of 8, K of 64. Returns out.
+    x [T, K], gate_up [2 I, K], out [T, I], all bf16 or all fp16, contiguous; I a multiple of 8, K of 64. Returns out.
     Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
     """
     return _launch(x, gate_up, out, True)

@@ -8,8 +8,8 @@ Tokens are the products' 16 or 64 rows and weight rows their columns: a thread h
 of `linear_swiglu` has the gate rows of its outputs and their up rows: a thread holds both of an output.
 
 Order of summation: that of `kernels.linear.streamed`, whatever the tiling: K in order on one fp32 accumulator, or in
-two halves, one after the other, that are added at the end; rounded once to bf16. For `linear_swiglu` gate and up stay
-fp32 until silu(gate) * up is rounded.
+two halves, one after the other, that are added at the end; rounded once to the dtype. For `linear_swiglu` gate and up
+stay fp32 until silu(gate) * up is rounded.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def is_faster(count: int, rows: int, depth: int, gated: bool, machine: tuple[str
     return count > STREAMED[-2] and (*machine, rows, depth, gated, TOKENS) in measured()
 
 
-def _writer(blocks: int, fragments: int, gated: bool) -> Callable[..., None]:
+def _writer(dtype: str, blocks: int, fragments: int, gated: bool) -> Callable[..., None]:
     """A function that writes a warp's accumulators to out.
 
     They are those of `blocks` x 16 tokens and `fragments` x 8 weight rows, 4 a fragment as mma_m16n8k16 has them, block
@@ -206,17 +206,18 @@ def _writer(blocks: int, fragments: int, gated: bool) -> Callable[..., None]:
     """
     kept = fragments // 2 if gated else fragments
     pieces = -(-kept // PIECE)
+    pack = device.HALVES[dtype].pack
 
     @device_function
     def plain(acc, c):
-        return ptx.cvt_rn_bf16x2_f32(acc[c + 1], acc[c])
+        return pack(acc[c + 1], acc[c])
 
     def swiglu(silu: Callable[..., float]) -> Callable[..., int]:
         @device_function
         def pair(acc, c):
             u = c + kept * 4
             first, second = ptx.mul_rn_f32(silu(acc[c]), acc[u]), ptx.mul_rn_f32(silu(acc[c + 1]), acc[u + 1])
-            return ptx.cvt_rn_bf16x2_f32(second, first)
+            return pack(second, first)
 
         return pair
 
@@ -290,10 +291,10 @@ def _place(tile, group, down, wide):
 
 
 @kernel_factory
-def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
+def warpgroups(dtype: str, tiling: Tiling, gated: bool, arch: str) -> Kernel:
     """Tensor maps of weight [N, K] and x [T, K], out [T, N or N/2], T, N, K, group; grid (n,), n at most the tiles.
 
-    gated: rows i and N/2 + i of the weight are gate and up of output i.
+    dtype: "bf16" or "f16". gated: rows i and N/2 + i of the weight are gate and up of output i.
     """
     tokens, rows, stages, down_parts, turns = tiling.tokens, tiling.rows, tiling.stages, tiling.down, tiling.turns
     boxes = tiling.columns // BOX
@@ -311,11 +312,11 @@ def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
     first_accumulators = accumulators if segments > 1 else 1
     first_high_accumulators = high_accumulators if segments > 1 else 1
     warps, turn_warps = tiling.warps, tiling.warps // turns
-    multiply = ptx.wgmma_m64k16_bf16(rows)
+    multiply = device.HALVES[dtype].wgmma(rows)
     keep, keep_high = ptx.keep_f32(accumulators), ptx.keep_f32(high_accumulators)
     all_but_one, all_done = ptx.wgmma_wait_group(1), ptx.wgmma_wait_group(0)
     few_registers, many_registers = ptx.setmaxnreg_dec(40), ptx.setmaxnreg_inc(232)
-    write = _writer(1, rows // 8, gated)
+    write = _writer(dtype, 1, rows // 8, gated)
 
     @device_function
     def copy_weight(weight, stage_at, barrier, n, k, half, rank, policy):
@@ -508,9 +509,9 @@ def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
             # No block may end while another arrives at its barriers.
             ptx.cluster_sync()
 
-    name = f"linear_{'swiglu_' if gated else ''}tiled_{tiling.name}_{arch}"
+    name = f"linear_{'swiglu_' if gated else ''}tiled_{tiling.name}{device.HALVES[dtype].suffix}_{arch}"
     return Kernel(
-        name, linear, ("u8*", "u8*", "bf16*", "i32", "i32", "i32", "i32"), tiling.threads,
+        name, linear, ("u8*", "u8*", f"{dtype}*", "i32", "i32", "i32", "i32"), tiling.threads,
         dynamic_shared=tiling.shared, blocks_per_sm=1,
         options=LaunchOptions(programmatic=True, cluster=(cluster, 1, 1) if cluster > 1 else None),
         architectures=(arch,),
@@ -518,10 +519,10 @@ def warpgroups(tiling: Tiling, gated: bool, arch: str) -> Kernel:
 
 
 @kernel_factory
-def warps(tiling: Tiling, gated: bool, arch: str) -> Kernel:
+def warps(dtype: str, tiling: Tiling, gated: bool, arch: str) -> Kernel:
     """weight [N, K], x [T, K], out [T, N or N/2], T, N, K, group; grid (tiles,).
 
-    gated: rows i and N/2 + i of the weight are gate and up of output i.
+    dtype: "bf16" or "f16". gated: rows i and N/2 + i of the weight are gate and up of output i.
     """
     tokens, rows, columns, stages = tiling.tokens, tiling.rows, tiling.columns, tiling.stages
     across, threads = tiling.across, tiling.threads
@@ -538,7 +539,8 @@ def warps(tiling: Tiling, gated: bool, arch: str) -> Kernel:
     segments = tiling.segments
     first_accumulators = accumulators if segments > 1 else 1
     landed = ptx.cp_async_wait_group(stages - 2)
-    write = _writer(blocks, fragments, gated)
+    write = _writer(dtype, blocks, fragments, gated)
+    mma = device.HALVES[dtype].mma
 
     @device_function
     def swizzled(row, chunk):
@@ -586,9 +588,7 @@ def warps(tiling: Tiling, gated: bool, arch: str) -> Kernel:
         for m in range(blocks):
             for f in range(fragments):
                 c, i, j = (m * fragments + f) * 4, buffer * a_words + m * 4, buffer * b_words + f * 2
-                d = ptx.mma_m16n8k16_bf16(
-                    a[i], a[i + 1], a[i + 2], a[i + 3], b[j], b[j + 1], acc[c], acc[c + 1], acc[c + 2], acc[c + 3]
-                )
+                d = mma(a[i], a[i + 1], a[i + 2], a[i + 3], b[j], b[j + 1], acc[c], acc[c + 1], acc[c + 2], acc[c + 3])
                 acc[c], acc[c + 1], acc[c + 2], acc[c + 3] = d[0], d[1], d[2], d[3]
 
     def linear(weight, x, out, count, weight_rows, depth, group):
@@ -656,40 +656,42 @@ def warps(tiling: Tiling, gated: bool, arch: str) -> Kernel:
             first_column + own_across * kept * 8, count, half,
         )  # fmt: skip
 
-    name = f"linear_{'swiglu_' if gated else ''}tiled_{tiling.name}_{arch}"
+    name = f"linear_{'swiglu_' if gated else ''}tiled_{tiling.name}{device.HALVES[dtype].suffix}_{arch}"
     return Kernel(
-        name, linear, ("bf16*", "bf16*", "bf16*", "i32", "i32", "i32", "i32"), threads,
+        name, linear, (*(f"{dtype}*",) * 3, "i32", "i32", "i32", "i32"), threads,
         dynamic_shared=tiling.shared, blocks_per_sm=1,
         options=LaunchOptions(programmatic=True),
         architectures=(arch,),
     )  # fmt: skip
 
 
-def _kernel(tiling: Tiling, gated: bool, arch: str) -> Kernel:
-    return (warpgroups if tiling.multiply == "wgmma" else warps)(tiling, gated, arch)
+def _kernel(dtype: str, tiling: Tiling, gated: bool, arch: str) -> Kernel:
+    return (warpgroups if tiling.multiply == "wgmma" else warps)(dtype, tiling, gated, arch)
 
 
-def catalogue(rows: int, depth: int, gated: bool, tokens: Sequence[int] = range(64, 8193, 64)) -> list[Kernel]:
+def catalogue(
+    dtype: str, rows: int, depth: int, gated: bool, tokens: Sequence[int] = range(64, 8193, 64)
+) -> list[Kernel]:
     """The kernels for a weight [rows, depth] and these numbers of tokens, each once, as an architecture's usual GPU
     takes them."""
     kernels = {}
     for arch, multiprocessors in MULTIPROCESSORS.items():
         for count in tokens:
-            kernel = _kernel(Tiling.choose(count, rows, depth, gated, arch, multiprocessors), gated, arch)
+            kernel = _kernel(dtype, Tiling.choose(count, rows, depth, gated, arch, multiprocessors), gated, arch)
             kernels[kernel.name] = kernel
     return list(kernels.values())
 
 
 @functools.cache
 def _plan(
-    tiling: Tiling, count: int, rows: int, gated: bool, arch: str, multiprocessors: int
+    dtype: str, tiling: Tiling, count: int, rows: int, gated: bool, arch: str, multiprocessors: int
 ) -> tuple[Kernel, tuple[int], int, tuple[int, int] | None]:
     """Kernel, grid, group and, where it reads by tensor maps, rows of the boxes of weights and tokens."""
     grid = (tiling.blocks(count, rows, multiprocessors),)
     boxes = (
         (tiling.rows // max(2 if gated else 1, tiling.cluster), tiling.tokens) if tiling.multiply == "wgmma" else None
     )
-    return _kernel(tiling, gated, arch), grid, tiling.group(count, rows, multiprocessors), boxes
+    return _kernel(dtype, tiling, gated, arch), grid, tiling.group(count, rows, multiprocessors), boxes
 
 
 def launch(
@@ -697,7 +699,7 @@ def launch(
 ) -> None:
     """The product by one tiling; machine: architecture and multiprocessors. Tensors as those of `linear`, unchecked."""
     count, (rows, depth) = len(x), weight.shape
-    kernel, grid, group, boxes = _plan(tiling, count, rows, gated, *machine)
+    kernel, grid, group, boxes = _plan(check.HALVES[x.dtype], tiling, count, rows, gated, *machine)
     if boxes is None:
         kernel.launch(grid, weight, x, out, count, rows, depth, group)
     else:
@@ -721,7 +723,7 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, gated: boo
 def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out = x @ weight.T, accumulated in fp32 in order of K (`segments_of`) and rounded once.
 
-    x [T, K], weight [N, K], out [T, N], bf16, contiguous; N a multiple of 8, K of 64. Returns out.
+    x [T, K], weight [N, K], out [T, N], all bf16 or all fp16, contiguous; N a multiple of 8, K of 64. Returns out.
     Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
     """
     return _launch(x, weight, out, False)
@@ -730,7 +732,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Te
 def linear_swiglu(x: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out = silu(x @ gate.T) * (x @ up.T), gate and up the halves of gate_up; in fp32, rounded once.
 
-    x [T, K], gate_up [2 I, K], out [T, I], bf16, contiguous; I a multiple of 8, K of 64. Returns out.
+    x [T, K], gate_up [2 I, K], out [T, I], all bf16 or all fp16, contiguous; I a multiple of 8, K of 64. Returns out.
     Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
     """
     return _launch(x, gate_up, out, True)

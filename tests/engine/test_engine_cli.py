@@ -49,6 +49,15 @@ def test_generate(olmo2: Reference, llm: LLM):
     )
 
 
+def test_generate_in_fp16(olmo2: Reference):
+    asked = ("generate", "--model", olmo2.path, "--prompt", "the quick", "--max-new-tokens", 4, "--ignore-eos")
+    result = afs(*asked, "--dtype", "float16")
+    assert result.exit_code == 0, result.stderr
+    llm = LLM(olmo2.path, EngineConfig(**_fastest("auto"), dtype="float16"))
+    expected = llm.generate("the quick", SamplingParams(max_new_tokens=4, temperature=0, ignore_eos=True))[0]
+    assert result.stdout == expected.text + "\n"
+
+
 def test_generate_options(olmo2: Reference, llm: LLM):
     options = {"max_new_tokens": 8, "temperature": 0.9, "top_k": 50, "top_p": 0.9, "min_p": 0.01,
                "repetition_penalty": 1.1, "seed": 4}  # fmt: skip
@@ -110,7 +119,7 @@ def test_inspect(reference: Reference, tmp_path: Path):
         f"stored: {len(list(reference.model.parameters()))} tensors, {4 * count:,} bytes, F32, 1 file" in result.stdout
     )
     heads = reference.model.config.num_key_value_heads * getattr(reference.model.config, "head_dim", 32)
-    assert f"KV cache bytes a token (bfloat16): {2 * 3 * heads * 2:,}" in result.stdout
+    assert f"KV cache bytes a token (16 bits): {2 * 3 * heads * 2:,}" in result.stdout
     (tmp_path / "config.json").symlink_to(reference.path / "config.json")
     assert "no weights in this folder" in afs("inspect", tmp_path).stdout
 

@@ -36,12 +36,12 @@ SHAPE = {
 }
 
 
-@pytest.fixture(scope="module")
-def model() -> Model:
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=str)
+def model(request: pytest.FixtureRequest) -> Model:
     from engine.cuda_ops import CudaOps
 
     config = ModelConfig.from_dict(SHAPE)
-    weights = random_weights(config, "cuda", torch.bfloat16, 0)
+    weights = random_weights(config, "cuda", request.param, 0)
     return Model(config, weights, CudaOps("cuda", attention="flash", linear="tiled", sampling="split"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -269,6 +270,25 @@ def test_random_weights_and_no_tokenizer(olmo2: Reference):
     with pytest.raises(ValueError, match=r"weights are torch.bfloat16 on cpu; the engine is set to float32"):
         LLM((config, llm.weights), EngineConfig(dtype="float32"))
     assert LLM((config, llm.weights), tokenizer=Tokenizer(olmo2.path)).generate("the", GREEDY)[0].text
+
+
+def test_a_checkpoint_in_fp16(olmo2: Reference, tmp_path: Path):
+    """Stored in fp16 it runs in fp16, cache too, unless another dtype is asked for; alone as in a batch."""
+    copy.deepcopy(olmo2.model).half().save_pretrained(tmp_path)
+    llm = LLM(tmp_path, EngineConfig(kv_cache="paged", max_batch=3))
+    assert llm.engine.dtype == "float16" and llm.weights.dtype == torch.float16
+    prompts = [[5, 6, 7], [9] * 70, [3]]
+    together = llm.generate(prompts, GREEDY)
+    assert llm.core.runner.cache.k[0].dtype == torch.float16
+    assert [done.token_ids for done in together] == [llm.generate([ids], GREEDY)[0].token_ids for ids in prompts]
+    # The engine's own choice is the model's in fp32 but where two tokens are nearly as likely.
+    wide = LLM(tmp_path, EngineConfig(dtype="float32")).generate(prompts, GREEDY)
+    assert sum(a.token_ids[:3] == b.token_ids[:3] for a, b in zip(together, wide, strict=True)) >= 2
+    assert LLM(tmp_path, EngineConfig(dtype="bfloat16")).weights.dtype == torch.bfloat16
+    assert LLM((llm.config, llm.weights)).engine.dtype == "float16"
+    assert LLM(olmo2.path).engine.dtype == "bfloat16"
+    with pytest.raises(ValueError, match="dtype = 'auto' is no dtype yet"):
+        _ = EngineConfig().torch_dtype
 
 
 def test_nan_logits_are_an_error(olmo2: Reference):

@@ -77,19 +77,20 @@ def test_every_layer_equals_transformers(reference: Reference):
         assert (seen[name] - tensor).abs().max() < 2e-5 * max(1.0, tensor.abs().max().item()), name
 
 
-def test_bf16_errs_no_more_than_transformers(reference: Reference, tmp_path):
-    """Error against fp32, per layer and in the logits: at most 1.25 times that of transformers in bf16."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_errs_no_more_than_transformers(reference: Reference, dtype: torch.dtype):
+    """Error against fp32, per layer and in the logits: at most 1.25 times that of transformers in the same dtype."""
     import copy
 
     ids = prompt(100, seed=3)
     half = copy.deepcopy(reference.model)
     for parameter in half.parameters():  # not buffers: .to() would round the rotary frequencies too
-        parameter.data = parameter.data.to(torch.bfloat16)
+        parameter.data = parameter.data.to(dtype)
     exact_model = copy.deepcopy(half)
     for parameter in exact_model.parameters():
         parameter.data = parameter.data.float()
     exact, theirs = (observe_transformers(m, ids) for m in (exact_model, half))
-    model = build(reference, torch.bfloat16)
+    model = build(reference, dtype)
     ours: dict[str, torch.Tensor] = {}
     run(model, new_cache(model), [(0, 0, ids)], observe=lambda name, x: ours.__setitem__(name, x.clone()))
     for name in exact:
@@ -113,6 +114,7 @@ ARRANGED = [
     ("olmo2", torch.bfloat16, 1),
     ("olmo3", torch.float32, 1),
     ("llama", torch.float32, 1),
+    ("llama", torch.float16, 1),
     ("mistral", torch.bfloat16, 1),
 ]
 

@@ -12,7 +12,7 @@ from engine.ops import ReferenceOps
 
 OPS = ReferenceOps()
 BATCHES = (1, 2, 7, 16, 33)
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from engine_checkpoints import Reference
 
 from engine.config import ModelConfig
 from engine.safetensors_io import CheckpointError
-from engine.weights import load_weights, random_weights
+from engine.weights import load_weights, random_weights, stored_dtype
 
 
 def test_tensors_equal_transformers(reference: Reference):
@@ -52,6 +54,27 @@ def test_shards_and_casts(olmo2: Reference, tmp_path: Path):
     parts = load_weights(tmp_path, config, "cpu", torch.bfloat16)
     for (name, a), (_, b) in zip(whole.named_tensors(), parts.named_tensors(), strict=True):
         assert torch.equal(a.to(torch.bfloat16), b), name
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [(torch.float16, "float16"), (torch.bfloat16, "bfloat16"), (torch.float32, "bfloat16")],
+    ids=str,
+)
+def test_what_a_checkpoint_runs_in(olmo2: Reference, tmp_path: Path, stored: torch.dtype, expected: str):
+    copy.deepcopy(olmo2.model).to(stored).save_pretrained(tmp_path)
+    config = ModelConfig.from_file(tmp_path)
+    assert config.dtype == str(stored).removeprefix("torch.")
+    assert stored_dtype(tmp_path, config) == expected
+    # Where config.json does not say, the tensors do.
+    assert stored_dtype(tmp_path, replace(config, dtype=None)) == expected
+
+
+def test_what_fp16_cannot_hold_is_refused(olmo2: Reference, tmp_path: Path):
+    config = altered(olmo2, tmp_path, **{NAME: torch.full((320, 128), 65520.0)})
+    with pytest.raises(CheckpointError, match=f"'{NAME}' holds NaN or Inf as torch.float16"):
+        load_weights(tmp_path, config, "cpu", torch.float16)
+    assert load_weights(tmp_path, config, "cpu", torch.bfloat16).dtype == torch.bfloat16
 
 
 def altered(reference: Reference, path: Path, **changes: torch.Tensor | None) -> ModelConfig:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
+DTYPES = HALVES | {"f32": torch.float32}
 
 
 def pytest_collection_modifyitems(items):
@@ -19,8 +20,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(params=DTYPES)
 def dtype(request):
-    """torch.bfloat16, then torch.float32."""
+    """torch.bfloat16, torch.float16, then torch.float32."""
     return DTYPES[request.param]
+
+
+@pytest.fixture(params=HALVES)
+def half(request):
+    """torch.bfloat16, then torch.float16: what the fast kernels are for."""
+    return HALVES[request.param]
 
 
 @pytest.fixture(autouse=True)

@@ -53,18 +53,21 @@ def fma():
 
 
 @kernel_factory
-def convert():
-    """x f32[n] -> rounded bf16[n], widened f32[n], pairs i32[n] of (x, -x), bits i32[n]; n; grid (n / 32,)."""
+def convert(dtype):
+    """x f32[n] -> rounded bf16[n] or f16[n], widened f32[n], pairs i32[n] of (x, -x), bits i32[n]; n; grid
+    (n / 32,)."""
+    rounded_of, widened_of = getattr(ptx, f"cvt_rn_{dtype}_f32"), getattr(ptx, f"f32_from_{dtype}")
+    pair_of = getattr(ptx, f"cvt_rn_{dtype}x2_f32")
 
     def kernel(x, rounded, widened, pairs, bits, count):
         i = cuda.blockIdx.x * 32 + cuda.threadIdx.x
         if i < count:
-            rounded[i] = ptx.cvt_rn_bf16_f32(x[i])
-            widened[i] = ptx.f32_from_bf16(rounded[i])
-            pairs[i] = int32(ptx.cvt_rn_bf16x2_f32(-x[i], x[i]))
+            rounded[i] = rounded_of(x[i])
+            widened[i] = widened_of(rounded[i])
+            pairs[i] = int32(pair_of(-x[i], x[i]))
             bits[i] = int32(ptx.bits_from_f32(x[i]))
 
-    return Kernel("test_convert", kernel, ("f32*", "bf16*", "f32*", "i32*", "i32*", "i32"), 32)
+    return Kernel(f"test_convert_{dtype}", kernel, ("f32*", f"{dtype}*", "f32*", "i32*", "i32*", "i32"), 32)
 
 
 @kernel_factory
@@ -297,12 +300,12 @@ def wide_stores():
 
 
 @kernel_factory
-def warpgroup_multiply(n, a, b_major):
+def warpgroup_multiply(n, a, b_major, dtype):
     """Tensor maps of a [64, 64] and of b [n, 64] ("k") or [64, n] ("n"), out f32 [64, n] = 2 a b; grid (1,)."""
     b_boxes, b_bytes = (n // 64, 64 * 128) if b_major == "n" else (1, n * 128)
     along = 2048 if b_major == "n" else 32  # bytes to the next 16 of K
     count = n // 2
-    wgmma, wait = ptx.wgmma_m64k16_bf16(n, a, b_major), ptx.wgmma_wait_group(0)
+    wgmma, wait = getattr(ptx, f"wgmma_m64k16_{dtype}")(n, a, b_major), ptx.wgmma_wait_group(0)
     keep = ptx.keep_f32(count)
 
     def kernel(a_map, b_map, out):
@@ -355,17 +358,19 @@ def warpgroup_multiply(n, a, b_major):
 
     size = 1024 + 8192 + b_boxes * b_bytes + 8
     kinds = ("u8*", "u8*", "f32*")
-    return Kernel(f"test_wgmma_{n}_{a}_{b_major}", kernel, kinds, 128, size, architectures=("sm_90a",))
+    return Kernel(f"test_wgmma_{n}_{a}_{b_major}_{dtype}", kernel, kinds, 128, size, architectures=("sm_90a",))
 
 
 SHUFFLES = [(mode, kind, 3) for mode in ("bfly", "down", "up", "idx") for kind in ("f32", "u32")]
 COPIES = [("cp_async_ca_4", 4), ("cp_async_ca_8", 8), ("cp_async_cg_16", 16)]
 WARPGROUPS = [
-    (8, "shared", "k"),
-    (24, "shared", "k"),
-    (256, "registers", "k"),
-    (128, "registers", "n"),
-    (64, "shared", "n"),
+    (8, "shared", "k", "bf16"),
+    (24, "shared", "k", "bf16"),
+    (256, "registers", "k", "bf16"),
+    (128, "registers", "n", "bf16"),
+    (64, "shared", "n", "bf16"),
+    (24, "shared", "k", "f16"),
+    (128, "registers", "n", "f16"),
 ]
 MATRICES = [(count, transposed) for count in (1, 2, 4) for transposed in (False, True)]
 
@@ -376,7 +381,8 @@ def everything():
         *(unary(name) for name in UNARY),
         *(binary(name) for name in BINARY),
         fma(),
-        convert(),
+        convert("bf16"),
+        convert("f16"),
         *(shuffle(*arguments) for arguments in SHUFFLES),
         half_warp_sum(),
         wide_load(),

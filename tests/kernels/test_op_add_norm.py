@@ -11,10 +11,10 @@ BF16 = torch.bfloat16
 ROUNDINGS, PLACEMENTS = ("once", "twice"), ("pre", "post")
 
 
-def inputs(count, width):
+def inputs(count, width, dtype=BF16):
     """x, y, weight."""
-    x, y = randn(count, width, dtype=BF16), randn(count, width, dtype=BF16, scale=3.0)
-    weight = randn(width, dtype=BF16)
+    x, y = randn(count, width, dtype=dtype), randn(count, width, dtype=dtype, scale=3.0)
+    weight = randn(width, dtype=dtype)
     if weight.is_cuda:
         torch.cuda.synchronize()  # the kernel ahead must not be the one that writes the weight
     return x, y, weight
@@ -22,8 +22,8 @@ def inputs(count, width):
 
 def run(x, y, weight, rounding, placement, added=None):
     """(stream, normed) into poisoned tensors."""
-    stream = poisoned(*x.shape, dtype=BF16)
-    normed = poisoned(*x.shape, dtype=BF16) if placement == "pre" else None
+    stream = poisoned(*x.shape, dtype=x.dtype)
+    normed = poisoned(*x.shape, dtype=x.dtype) if placement == "pre" else None
     return add_norm.add_norm(x, y, weight, 1e-6, rounding, placement, stream, normed, added)
 
 
@@ -47,15 +47,15 @@ def modelled_norm(x, weight, eps, rounding):
     scale = np.float32(1) / np.sqrt(total / np.float32(len(values)) + np.float32(eps))
     normalised = torch.from_numpy(values * scale)
     if rounding == "twice":
-        normalised = normalised.to(BF16).float()
-    return (normalised * weight.float().cpu()).to(BF16)
+        normalised = normalised.to(weight.dtype).float()
+    return (normalised * weight.float().cpu()).to(weight.dtype)
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("width", [8, 264, 2056])
-def test_against_float64(width, placement, rounding):
-    x, y, weight = inputs(2, width)
+def test_against_float64(half, width, placement, rounding):
+    x, y, weight = inputs(2, width, half)
     stream, normed = run(x, y, weight, rounding, placement)
     if placement == "pre":
         assert torch.equal(stream, x + y)
@@ -63,7 +63,7 @@ def test_against_float64(width, placement, rounding):
     else:
         assert normed is stream
         # Where little is added to much the sum says nothing of the norm: the norm itself is what is compared.
-        result = add_norm.norm(y, weight, 1e-6, rounding, poisoned(2, width, dtype=BF16))
+        result = add_norm.norm(y, weight, 1e-6, rounding, poisoned(2, width, dtype=half))
         source = y
         assert torch.equal(stream, x + result)
     exact = rms_norm.reference(source.double(), weight.double(), 1e-6)
@@ -83,10 +83,10 @@ def test_agrees_with_the_reference(placement):
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("width", [40, 2048, 5120])
-def test_bits_are_those_of_the_order_given(width, rounding):
-    _, y, weight = inputs(1, width)
+def test_bits_are_those_of_the_order_given(half, width, rounding):
+    _, y, weight = inputs(1, width, half)
     expected = modelled_norm(y[0], weight, 1e-5, rounding)
-    out = add_norm.norm(y, weight, 1e-5, rounding, poisoned(1, width, dtype=BF16))
+    out = add_norm.norm(y, weight, 1e-5, rounding, poisoned(1, width, dtype=half))
     assert torch.equal(out[0].cpu(), expected)
 
 
@@ -102,8 +102,8 @@ def test_one_norm_for_all_kinds():
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_rows_alone_and_in_place(placement):
-    x, y, weight = inputs(3, 72)
+def test_rows_alone_and_in_place(half, placement):
+    x, y, weight = inputs(3, 72, half)
     stream, normed = run(x, y, weight, "once", placement)
     for i in range(3):
         alone = run(x[i : i + 1].clone(), y[i : i + 1].clone(), weight, "once", placement)
@@ -114,7 +114,7 @@ def test_rows_alone_and_in_place(placement):
     assert in_place[0] is x and torch.equal(x, stream)
     assert torch.equal(in_place[1], normed) and (placement == "pre" or torch.equal(y, kept))
     given = stream.clone()
-    expected = add_norm.norm(given, weight, 1e-6, "once", poisoned(3, 72, dtype=BF16))
+    expected = add_norm.norm(given, weight, 1e-6, "once", poisoned(3, 72, dtype=half))
     assert torch.equal(add_norm.norm(given, weight, 1e-6, "once", given), expected)
 
 
@@ -123,6 +123,13 @@ def test_small_rows_lean_on_eps():
     zero = torch.zeros_like(x)
     assert torch.equal(run(x, zero, weight, "once", "post")[0], x)
     assert torch.equal(add_norm.norm(zero, weight, 1e-6, "once", poisoned(1, 16, dtype=BF16)), zero)
+
+
+def test_sums_beyond_fp16_are_infinite():
+    """As torch's: in bf16 nothing comes near its limit."""
+    x = torch.full((1, 8), 60000.0, device=poisoned(1, dtype=BF16).device).half()
+    stream, normed = run(x, x, torch.ones_like(x[0]), "once", "pre")
+    assert torch.equal(stream, x + x) and stream.isinf().all() and normed.isnan().all()
 
 
 def test_no_tokens():
@@ -149,6 +156,10 @@ def test_refusals():
         add_norm.add_norm(x, y, weight, 1e-6, "once", "post", x, None, other[:1])
     with pytest.raises(TypeError, match=r"add_norm: stream is torch.float32: torch.bfloat16 needed"):
         add_norm.add_norm(x, y, weight, 1e-6, "once", "post", x.float())
+    with pytest.raises(TypeError, match=r"add_norm: weight is torch.bfloat16: torch.float16 needed"):
+        add_norm.add_norm(x.half(), y.half(), weight, 1e-6, "once", "post", x.half())
+    with pytest.raises(TypeError, match=r"norm: x is torch.float32: torch.bfloat16 or torch.float16 needed"):
+        add_norm.norm(x.float(), weight, 1e-6, "once", other)
     with pytest.raises(ValueError, match="norm: rows of 12 elements: a multiple of 8 up to 16384 needed"):
         add_norm.norm(randn(2, 12, dtype=BF16), weight, 1e-6, "once", other)
     with pytest.raises(ValueError, match=r"norm: weight .*rows at multiples of 16 bytes needed"):
@@ -158,14 +169,14 @@ def test_refusals():
 @pytest.mark.gpu
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("width", [2048, 4096, 5120, 8192, 16384])
-def test_real_sizes(width, placement):
-    x, y, weight = inputs(64, width)
+def test_real_sizes(half, width, placement):
+    x, y, weight = inputs(64, width, half)
     stream, normed = run(x, y, weight, "once", placement)
     for i in (0, 17, 63):
         alone = run(x[i : i + 1], y[i : i + 1], weight, "once", placement)
         assert torch.equal(alone[0], stream[i : i + 1]) and torch.equal(alone[1], normed[i : i + 1])
     source = stream if placement == "pre" else y
-    out = add_norm.norm(source, weight, 1e-6, "once", poisoned(64, width, dtype=BF16))
+    out = add_norm.norm(source, weight, 1e-6, "once", poisoned(64, width, dtype=half))
     assert torch.equal(normed, out) if placement == "pre" else torch.equal(stream, x + out)
     exact = rms_norm.reference(source.double(), weight.double(), 1e-6)
     assert_as_good_as_torch(out, rms_norm.reference(source, weight, 1e-6), exact)

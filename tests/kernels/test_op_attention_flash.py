@@ -5,7 +5,7 @@ from kernel_numerics import assert_as_good_as_torch, ints, poisoned, randn
 from kernels.attention import flash, reference
 from kernels.rope_write import rope_write
 
-BF16 = torch.bfloat16
+BF16, F16 = torch.bfloat16, torch.float16
 
 
 def workspace_of(count, heads, width, capacity):
@@ -30,13 +30,13 @@ def run(q, k_cache, v_cache, slots, positions, scale=0.3, window=0, table=None, 
     return out
 
 
-def caches(*shape):
+def caches(*shape, dtype=BF16):
     """k_cache and v_cache."""
-    return randn(*shape, dtype=BF16), randn(*shape, dtype=BF16)
+    return randn(*shape, dtype=dtype), randn(*shape, dtype=dtype)
 
 
 def assert_as_good(attention, q, k_cache, v_cache, slots, positions, scale, window):
-    """Against torch in bf16 and in float64; returns the result."""
+    """Against torch in the same dtype and in float64; returns the result."""
     others = (slots, positions, scale, window)
     out = attention(q, k_cache, v_cache, *others)
     exact = reference(q.double(), k_cache.double(), v_cache.double(), *others)
@@ -53,13 +53,20 @@ def paged(cache, page, order):
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "width", "window", "at"),
-    [(2, 1, 64, 0, (0, 127, 140)), (2, 2, 128, 70, (150,)), (9, 1, 64, 0, (130,)), (5, 1, 128, 3, (2, 40))],
+    ("heads", "kv_heads", "width", "window", "at", "dtype"),
+    [
+        (2, 1, 64, 0, (0, 127, 140), BF16),
+        (2, 2, 128, 70, (150,), BF16),
+        (9, 1, 64, 0, (130,), BF16),
+        (5, 1, 128, 3, (2, 40), BF16),
+        (2, 1, 64, 0, (0, 127, 140), F16),
+        (5, 1, 128, 3, (2, 40), F16),
+    ],
 )
-def test_against_float64(heads, kv_heads, width, window, at):
+def test_against_float64(heads, kv_heads, width, window, at, dtype):
     slots, positions = ints(0, 2, 1)[: len(at)], ints(*at)
-    q = randn(len(at), heads, width, dtype=BF16)
-    assert_as_good(run, q, *caches(3, 160, kv_heads, width), slots, positions, width**-0.5, window)
+    q, cache = randn(len(at), heads, width, dtype=dtype), caches(3, 160, kv_heads, width, dtype=dtype)
+    assert_as_good(run, q, *cache, slots, positions, width**-0.5, window)
 
 
 def test_segments_are_combined_in_order_whoever_computes_them(monkeypatch):
@@ -115,18 +122,18 @@ def test_more_tokens_than_the_workspace_holds(monkeypatch):
 class Step:
     """Random inputs of a decode step, run fused or in two kernels."""
 
-    def __init__(self, heads, kv_heads, width, positions, capacity, norm="once", stale=float("nan")):
-        device = ints(0).device
+    def __init__(self, heads, kv_heads, width, positions, capacity, norm="once", stale=float("nan"), dtype=BF16):
+        device, self.dtype = ints(0).device, dtype
         self.heads, self.kv_heads, self.width, self.capacity = heads, kv_heads, width, capacity
         count = len(positions)
-        self.qkv = randn(count, (heads + 2 * kv_heads) * width, dtype=BF16)
-        self.q_norm, self.k_norm = (randn(n * width, dtype=BF16) if norm else None for n in (heads, kv_heads))
+        self.qkv = randn(count, (heads + 2 * kv_heads) * width, dtype=dtype)
+        self.q_norm, self.k_norm = (randn(n * width, dtype=dtype) if norm else None for n in (heads, kv_heads))
         self.rounding = norm or "once"
         turns = torch.rand(capacity, width // 2, device=device) * 6.3
         self.cos, self.sin = turns.cos(), turns.sin()
         self.positions = ints(*positions)
         self.slots = torch.arange(count, 0, -1, dtype=torch.int32, device=device)
-        self.caches = caches(count + 1, capacity, kv_heads, width)
+        self.caches = caches(count + 1, capacity, kv_heads, width, dtype=dtype)
         for cache in self.caches:
             for slot, position in zip(self.slots.tolist(), positions, strict=True):
                 cache[slot, position:] = stale
@@ -138,7 +145,7 @@ class Step:
         """out [T, Hq D], and the caches after the step."""
         k_cache, v_cache = (cache.clone() for cache in pools or self.caches)
         qkv = self.qkv[tokens]
-        out, workspace = poisoned(len(qkv), self.heads * self.width, dtype=BF16), self.workspace(len(qkv))
+        out, workspace = poisoned(len(qkv), self.heads * self.width, dtype=self.dtype), self.workspace(len(qkv))
         self.decode(qkv, k_cache, v_cache, self.slots[tokens], self.positions[tokens], window, out, workspace, table)
         assert_counters_are_zero(workspace, len(qkv), self.heads, self.kv_heads, self.width, self.capacity)
         return out, k_cache, v_cache
@@ -151,12 +158,12 @@ class Step:
 
     def in_two(self, window=0):
         k_cache, v_cache = (cache.clone() for cache in self.caches)
-        q = poisoned(len(self.qkv), self.heads, self.width, dtype=BF16)
+        q = poisoned(len(self.qkv), self.heads, self.width, dtype=self.dtype)
         rope_write(
             self.qkv, self.q_norm, self.k_norm, 1e-6, self.rounding, self.cos, self.sin, k_cache, v_cache, self.slots,
             self.positions, q,
         )  # fmt: skip
-        out, workspace = poisoned(*q.shape, dtype=BF16), self.workspace(len(q))
+        out, workspace = poisoned(*q.shape, dtype=self.dtype), self.workspace(len(q))
         flash.attention(q, k_cache, v_cache, self.slots, self.positions, 0.125, window, out, workspace)
         return out.flatten(1), k_cache, v_cache
 
@@ -168,17 +175,19 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "width", "norm", "window", "positions"),
+    ("heads", "kv_heads", "width", "norm", "window", "positions", "dtype"),
     [
-        (2, 2, 64, "once", 0, (0, 129)),
-        (1, 1, 128, "twice", 0, (128,)),
-        (4, 1, 64, None, 60, (127, 130)),
-        (9, 1, 128, "once", 0, (17,)),
-        (24, 4, 64, "once", 4, (3,)),
+        (2, 2, 64, "once", 0, (0, 129), BF16),
+        (1, 1, 128, "twice", 0, (128,), BF16),
+        (4, 1, 64, None, 60, (127, 130), BF16),
+        (9, 1, 128, "once", 0, (17,), BF16),
+        (24, 4, 64, "once", 4, (3,), BF16),
+        (4, 1, 64, None, 60, (127, 130), F16),
+        (9, 1, 128, "once", 0, (17,), F16),
     ],
 )
-def test_decode_is_rope_write_and_attention(heads, kv_heads, width, norm, window, positions):
-    step = Step(heads, kv_heads, width, positions, 136, norm)
+def test_decode_is_rope_write_and_attention(heads, kv_heads, width, norm, window, positions, dtype):
+    step = Step(heads, kv_heads, width, positions, 136, norm, dtype=dtype)
     assert_same(step.fused(window=window), step.in_two(window))
 
 
@@ -187,8 +196,8 @@ def test_decode_over_segments():
     assert_same(step.fused(), step.in_two())
 
 
-def test_decode_alone_paged_and_again():
-    step = Step(2, 1, 64, (140, 9, 16), 160)
+def test_decode_alone_paged_and_again(half):
+    step = Step(2, 1, 64, (140, 9, 16), 160, dtype=half)
     expected = step.fused()
     assert_same(step.fused(), expected)
     one = step.fused(slice(1, 2))
@@ -213,7 +222,8 @@ def test_refusals():
 
     given = good
     refused(ValueError, "q has head dimension 32: 64 or 128", q=randn(1, 2, 32, dtype=BF16))
-    refused(TypeError, "q is torch.float32", q=randn(1, 2, 64))
+    refused(TypeError, "q is torch.float32: torch.bfloat16 or torch.float16 needed", q=randn(1, 2, 64))
+    refused(TypeError, "out is torch.bfloat16: torch.float16 needed", q=randn(1, 2, 64, dtype=F16))
     refused(TypeError, "v_cache is torch.float32", v_cache=randn(1, 8, 1, 64))
     refused(ValueError, "k_cache has head dimension 128: 64", k_cache=caches(1, 8, 1, 128)[0])
     many = randn(1, 17, 64, dtype=BF16)
@@ -242,8 +252,8 @@ def test_refusals():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kv_heads", [4, 8, 32])
-def test_large_shapes(kv_heads):
-    step = Step(32, kv_heads, 128, (4000, 127, 1535), 4096, "once", 0.0)
+def test_large_shapes(half, kv_heads):
+    step = Step(32, kv_heads, 128, (4000, 127, 1535), 4096, "once", 0.0, half)
     order = torch.randperm(4 * 256, device=step.qkv.device)
     pools = [paged(cache, 16, order) for cache in step.caches]
     for window in (0, 1000):
@@ -255,7 +265,7 @@ def test_large_shapes(kv_heads):
             assert torch.equal(step.fused(slice(token, token + 1), window)[0], fused[0][token : token + 1])
         out, *_ = step.fused(window=window, table=order.view(4, -1).int(), pools=pools)
         assert torch.equal(out, fused[0])
-    q, (k_cache, v_cache) = randn(400, 32, 128, dtype=BF16), caches(2, 1000, kv_heads, 128)
+    q, (k_cache, v_cache) = randn(400, 32, 128, dtype=half), caches(2, 1000, kv_heads, 128, dtype=half)
     positions = torch.arange(400, dtype=torch.int32, device=q.device) + 300
     slots = torch.ones_like(positions)
     out = assert_as_good(run_unchecked, q, k_cache, v_cache, slots, positions, 128**-0.5, 0)

@@ -6,7 +6,7 @@ from kernels.attention import flash, prefill, reference
 from kernels.attention.prefill import Tiling
 from kernels.cuda import SIMULATED
 
-BF16 = torch.bfloat16
+BF16, F16 = torch.bfloat16, torch.float16
 DEVICE = ints(0).device
 HAS_WGMMA = SIMULATED or torch.cuda.get_device_capability()[0] == 9
 WGMMA = pytest.mark.skipif(not HAS_WGMMA, reason="wgmma is sm_90a's")
@@ -37,16 +37,16 @@ def tokens_of(runs):
     return ints(*slots), ints(*positions)
 
 
-def caches(*shape):
+def caches(*shape, dtype=BF16):
     """k_cache and v_cache, head-major."""
     slots, capacity, heads, width = shape
-    k, v = (randn(slots, heads, capacity, width, dtype=BF16).transpose(1, 2) for _ in range(2))
+    k, v = (randn(slots, heads, capacity, width, dtype=dtype).transpose(1, 2) for _ in range(2))
     return k, v
 
 
 def run(tiling, runs, q, k_cache, v_cache, scale=0.2, window=0, table=None):
     plan = prefill.plan(runs, q.shape[2], DEVICE, tiling)
-    out = poisoned(*q.shape, dtype=BF16)
+    out = poisoned(*q.shape, dtype=q.dtype)
     prefill.attention(q, k_cache, v_cache, plan, scale, window, out, table, tiling)
     assert not plan.tiles[0].any()
     return out
@@ -57,7 +57,7 @@ def assert_as_flash(out, runs, q, k_cache, v_cache, scale=0.2, window=0):
     some = torch.arange(0, len(q), max(1, len(q) // 5) if SIMULATED else 1, device=DEVICE)
     q, (slots, positions) = q[some], (given[some] for given in tokens_of(runs))
     workspace = torch.zeros(flash.workspace_size(len(q), q.shape[1], q.shape[2], k_cache.shape[1]), device=DEVICE)
-    expected = poisoned(*q.shape, dtype=BF16)
+    expected = poisoned(*q.shape, dtype=q.dtype)
     flash.attention(q, k_cache, v_cache, slots, positions, scale, window, expected, workspace)
     assert torch.equal(out[some], expected)
 
@@ -71,27 +71,37 @@ def assert_as_good(tiling, runs, q, k_cache, v_cache, scale, window):
 
 
 @both
-@pytest.mark.parametrize("count", [1, 17, on_gpu(63), on_gpu(64), 65, on_gpu(127), on_gpu(128), 129])
-def test_lengths(tiling, count):
-    q, cache, runs = randn(count, 1, 64, dtype=BF16), caches(1, 136, 1, 64), [(count, 0, 0)]
+@pytest.mark.parametrize(
+    ("count", "dtype"),
+    [
+        *((count, BF16) for count in (1, 17, 65, 129)),
+        *(pytest.param(count, BF16, marks=pytest.mark.gpu) for count in (63, 64, 127, 128)),
+        (17, F16),
+        *(pytest.param(count, F16, marks=pytest.mark.gpu) for count in (65, 129)),
+    ],
+)
+def test_lengths(tiling, count, dtype):
+    q, cache, runs = randn(count, 1, 64, dtype=dtype), caches(1, 136, 1, 64, dtype=dtype), [(count, 0, 0)]
     out = assert_as_good(tiling, runs, q, *cache, 0.125, 0)
     assert_as_flash(out, runs, q, *cache, 0.125)
 
 
 @both
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "width", "window", "runs"),
+    ("heads", "kv_heads", "width", "window", "runs", "dtype"),
     [
-        (3, 1, 128, 0, [(2, 1, 130), (3, 0, 0), (1, 2, 15)]),
-        pytest.param(2, 2, 64, 0, [(20, 2, 120), (1, 1, 127)], marks=pytest.mark.gpu),
-        (16, 1, 64, 0, [(2, 0, 63)]),
-        (2, 1, 128, 20, [(10, 0, 125), (1, 1, 5)]),
-        (1, 1, 64, 3, [(5, 2, 126), (7, 1, 0)]),
+        (3, 1, 128, 0, [(2, 1, 130), (3, 0, 0), (1, 2, 15)], BF16),
+        pytest.param(2, 2, 64, 0, [(20, 2, 120), (1, 1, 127)], BF16, marks=pytest.mark.gpu),
+        (16, 1, 64, 0, [(2, 0, 63)], BF16),
+        (2, 1, 128, 20, [(10, 0, 125), (1, 1, 5)], BF16),
+        (1, 1, 64, 3, [(5, 2, 126), (7, 1, 0)], BF16),
+        (2, 1, 128, 20, [(10, 0, 125), (1, 1, 5)], F16),
+        (1, 1, 64, 0, [(5, 2, 126), (7, 1, 0)], F16),
     ],
 )
-def test_runs_at_any_position(tiling, heads, kv_heads, width, window, runs):
-    q = randn(sum(count for count, _, _ in runs), heads, width, dtype=BF16)
-    cache = caches(3, 144, kv_heads, width)
+def test_runs_at_any_position(tiling, heads, kv_heads, width, window, runs, dtype):
+    q = randn(sum(count for count, _, _ in runs), heads, width, dtype=dtype)
+    cache = caches(3, 144, kv_heads, width, dtype=dtype)
     out = assert_as_good(tiling, runs, q, *cache, width**-0.5, window)
     assert_as_flash(out, runs, q, *cache, width**-0.5, window)
 
@@ -196,7 +206,8 @@ def test_refusals():
             prefill.attention(**(good | changed))
 
     refused(ValueError, "q has head dimension 32: 64 or 128", q=randn(1, 2, 32, dtype=BF16))
-    refused(TypeError, "q is torch.float32", q=randn(1, 2, 64))
+    refused(TypeError, "q is torch.float32: torch.bfloat16 or torch.float16 needed", q=randn(1, 2, 64))
+    refused(TypeError, "out is torch.bfloat16: torch.float16 needed", q=randn(1, 2, 64, dtype=F16))
     refused(TypeError, "v_cache is torch.float32", v_cache=randn(1, 8, 1, 64))
     refused(ValueError, "k_cache has head dimension 128: 64", k_cache=caches(1, 8, 1, 128)[0])
     many = randn(1, 17, 64, dtype=BF16)
@@ -211,9 +222,9 @@ def test_refusals():
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [513, 1000, 4096, 16384])
 @pytest.mark.parametrize("kv_heads", [2, 8])
-def test_long_sequences(length, kv_heads):
-    cache = caches(2, length, kv_heads, 128)
-    q, runs = randn(length, 8, 128, dtype=BF16), [(length, 1, 0)]
+def test_long_sequences(half, length, kv_heads):
+    cache = caches(2, length, kv_heads, 128, dtype=half)
+    q, runs = randn(length, 8, 128, dtype=half), [(length, 1, 0)]
     chosen, arch, _ = prefill._choice(128, 0)
     for tiling in (chosen, Tiling.of_warps(128, arch)):
         whole = run(tiling, runs, q, *cache)

@@ -95,8 +95,10 @@ def test_kv_write_touches_its_places_only(dtype, fused):
 
 def test_refusals_name_the_argument():
     x = randn(2, 4)
-    with pytest.raises(TypeError, match=r"swiglu: gate_up is torch.float16: torch.bfloat16 or torch.float32 needed"):
-        swiglu.swiglu(x.half(), x)
+    with pytest.raises(
+        TypeError, match=r"swiglu: gate_up is torch.float64: torch.bfloat16, torch.float16 or torch.float32 needed"
+    ):
+        swiglu.swiglu(x.double(), x)
     with pytest.raises(ValueError, match=r"residual.add: out has shape \(2, 3\): \(2, 4\) needed"):
         residual.add(x, x, randn(2, 3))
     with pytest.raises(ValueError, match=r"residual.add: y is not contiguous"):

@@ -4,12 +4,13 @@ import pytest
 import torch
 from kernel_numerics import DEVICE, assert_as_good_as_torch, poisoned, randn
 
+from kernels.check import HALVES
 from kernels.cuda import SIMULATED
 from kernels.launch import ARCHITECTURES, LIMITS, architecture_of, tensor_map
 from kernels.linear import reference, streamed, tiled
 from kernels.linear.streamed import Tiling
 
-BF16 = torch.bfloat16
+BF16, F16 = torch.bfloat16, torch.float16
 HAS_BULK = SIMULATED or torch.cuda.get_device_capability()[0] >= 9
 COPIES = [
     pytest.param("bulk", marks=pytest.mark.skipif(not HAS_BULK, reason="bulk copies need sm_90")),
@@ -32,7 +33,7 @@ HAS_WGMMA = SIMULATED or torch.cuda.get_device_capability()[0] == 9
 def run(tiling, x, weight, gated=False, blocks=2):
     """The product by a tiling of the test's choice, on few blocks, so that each takes several turns."""
     (count, depth), rows = x.shape, weight.shape[0]
-    out = poisoned(count, rows // 2 if gated else rows, dtype=BF16)
+    out = poisoned(count, rows // 2 if gated else rows, dtype=x.dtype)
     sources = [weight, x]
     if tiling.copy == "bulk":
         sources = [
@@ -41,7 +42,7 @@ def run(tiling, x, weight, gated=False, blocks=2):
         ]
     grid = (min(blocks, -(-rows // (8 * tiling.groups))), -(-count // tiling.tokens))
     arch = "sm_90a" if SIMULATED else architecture_of(torch.cuda.get_device_capability())
-    streamed.streamed(tiling, gated, arch).launch(grid, *sources, out, count, rows, depth)
+    streamed.streamed(HALVES[x.dtype], tiling, gated, arch).launch(grid, *sources, out, count, rows, depth)
     return out
 
 
@@ -51,10 +52,13 @@ def swiglu(gate_up):
 
 
 @pytest.mark.parametrize("copy", COPIES)
-@pytest.mark.parametrize(("tokens", "count"), [(8, 3), (16, 11), (32, 20), (64, 70), (128, 40)])
+@pytest.mark.parametrize(
+    ("tokens", "count", "dtype"),
+    [(8, 3, BF16), (16, 11, BF16), (32, 20, BF16), (64, 70, BF16), (128, 40, BF16), (8, 3, F16), (16, 11, F16)],
+)
 @pytest.mark.parametrize("gated", [False, True])
-def test_against_float64(tokens, count, gated, copy):
-    x, weight = randn(count, 128, dtype=BF16), randn(80, 128, dtype=BF16, scale=0.1)
+def test_against_float64(tokens, count, dtype, gated, copy):
+    x, weight = randn(count, 128, dtype=dtype), randn(80, 128, dtype=dtype, scale=0.1)
     out = run(replace(TILINGS[tokens], copy=copy), x, weight, gated)
     ours, exact = reference(x, weight), reference(x.double(), weight.double())
     if gated:
@@ -75,11 +79,11 @@ def test_tilings_change_no_bit():
 
 
 @pytest.mark.skipif(not HAS_WGMMA, reason="wgmma is sm_90a's")
-@pytest.mark.parametrize("tiling", GROUPED)
+@pytest.mark.parametrize(("tiling", "dtype"), [*((tiling, BF16) for tiling in GROUPED), (GROUPED[1], F16)])
 @pytest.mark.parametrize("gated", [False, True])
-def test_warpgroups_change_no_bit(tiling, gated):
+def test_warpgroups_change_no_bit(tiling, dtype, gated):
     # The simulator adds 16 products in one rounding, whatever the instruction; a GPU has its own way in both.
-    x, weight = randn(tiling.tokens + 9, 256, dtype=BF16), randn(80, 256, dtype=BF16)
+    x, weight = randn(tiling.tokens + 9, 256, dtype=dtype), randn(80, 256, dtype=dtype)
     expected = run(replace(TILINGS[16], copy="async"), x, weight, gated)
     assert torch.equal(run(tiling, x, weight, gated), expected)
 
@@ -143,13 +147,27 @@ def test_weights_of_few_rows_are_halved():
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_launchers(count):
-    x, weight = randn(count, 128, dtype=BF16), randn(48, 128, dtype=BF16, scale=0.1)
+def test_launchers(half, count):
+    x, weight = randn(count, 128, dtype=half), randn(48, 128, dtype=half, scale=0.1)
     exact = reference(x.double(), weight.double())
-    out = streamed.linear(x, weight, poisoned(count, 48, dtype=BF16))
+    out = streamed.linear(x, weight, poisoned(count, 48, dtype=half))
     assert_as_good_as_torch(out, reference(x, weight), exact)
-    out = streamed.linear_swiglu(x, weight, poisoned(count, 24, dtype=BF16))
+    assert torch.equal(streamed.linear(x[-1:], weight, poisoned(1, 48, dtype=half)), out[-1:])
+    out = streamed.linear_swiglu(x, weight, poisoned(count, 24, dtype=half))
     assert_as_good_as_torch(out, swiglu(reference(x, weight)), swiglu(exact))
+    assert torch.equal(streamed.linear_swiglu(x[-1:], weight, poisoned(1, 24, dtype=half)), out[-1:])
+
+
+def test_products_beyond_fp16_are_infinite():
+    """As torch's: only what is written is fp16, gate and up are not."""
+    x = torch.full((1, 64), 32.0, dtype=F16, device=DEVICE)
+    weight = torch.ones(16, 64, dtype=F16, device=DEVICE)
+    assert (streamed.linear_swiglu(x, weight, poisoned(1, 8, dtype=F16)) == float("inf")).all()
+    weight[8:] = -0.001
+    assert (streamed.linear_swiglu(x * 40, weight, poisoned(1, 8, dtype=F16)) == float("-inf")).all()
+    weight[8:] = 2.0**-20
+    out = streamed.linear_swiglu(x * 40, weight, poisoned(1, 8, dtype=F16))  # the gate alone is 81920
+    assert torch.allclose(out, torch.full_like(out, 81920 * 81920 * 2.0**-20), rtol=1e-3)
 
 
 # (rows, depth, gated) of OLMo-2 1B, 7B, 13B, Llama 3 8B and the bundled model.
@@ -184,8 +202,10 @@ def test_refusals():
         streamed.linear_swiglu(x, randn(8, 64, dtype=BF16), randn(2, 4, dtype=BF16))
     with pytest.raises(ValueError, match=r"linear: out has shape \(2, 8\): \(2, 16\) needed"):
         streamed.linear(x, randn(16, 64, dtype=BF16), randn(2, 8, dtype=BF16))
-    with pytest.raises(TypeError, match=r"linear: x is torch.float32: torch.bfloat16 needed"):
+    with pytest.raises(TypeError, match=r"linear: x is torch.float32: torch.bfloat16 or torch.float16 needed"):
         streamed.linear(x.float(), randn(16, 64, dtype=BF16), randn(2, 16, dtype=BF16))
+    with pytest.raises(TypeError, match=r"linear: weight is torch.bfloat16: torch.float16 needed"):
+        streamed.linear(x.half(), randn(16, 64, dtype=BF16), randn(2, 16, dtype=F16))
 
 
 @pytest.mark.gpu
@@ -214,16 +234,16 @@ def test_no_stage_is_filled_before_it_is_read(rows, depth, gated, count):
 @pytest.mark.parametrize(
     ("rows", "depth", "gated"), [(4096, 11008, False), (22016, 4096, True), (100352, 2048, False), (2048, 8192, False)]
 )
-def test_real_shapes(rows, depth, gated):
-    x, weight = randn(256, depth, dtype=BF16), randn(rows, depth, dtype=BF16, scale=0.02)
+def test_real_shapes(half, rows, depth, gated):
+    x, weight = randn(256, depth, dtype=half), randn(rows, depth, dtype=half, scale=0.02)
     launch = streamed.linear_swiglu if gated else streamed.linear
     columns = rows // 2 if gated else rows
-    whole = launch(x, weight, poisoned(256, columns, dtype=BF16))
+    whole = launch(x, weight, poisoned(256, columns, dtype=half))
     ours, exact = reference(x, weight), reference(x.double(), weight.double())
     assert_as_good_as_torch(whole, swiglu(ours) if gated else ours, swiglu(exact) if gated else exact)
     for count in (1, 2, 7, 8, 16, 17, 32, 64, 65, 128):
         begin = 256 - count
-        part = launch(x[begin:].contiguous(), weight, poisoned(count, columns, dtype=BF16))
+        part = launch(x[begin:].contiguous(), weight, poisoned(count, columns, dtype=half))
         assert torch.equal(part, whole[begin:]), count
     for _ in range(20):
-        assert torch.equal(launch(x[:1].contiguous(), weight, poisoned(1, columns, dtype=BF16)), whole[:1])
+        assert torch.equal(launch(x[:1].contiguous(), weight, poisoned(1, columns, dtype=half)), whole[:1])

@@ -10,7 +10,7 @@ from kernels.launch import ARCHITECTURES, LIMITS, Kernel, architecture_of, kerne
 from kernels.linear import reference, streamed, tiled
 from kernels.linear.tiled import Tiling
 
-BF16 = torch.bfloat16
+BF16, F16 = torch.bfloat16, torch.float16
 ARCH = "sm_90a" if SIMULATED else architecture_of(torch.cuda.get_device_capability())
 # Small enough for the simulator; two blocks, so that one of "wgmma" has several tiles.
 TILINGS = {
@@ -26,7 +26,7 @@ KINDS = [pytest.param(name, marks=HOPPER if tiling.multiply == "wgmma" else ()) 
 
 
 def run(tiling, x, weight, gated=False, multiprocessors=2):
-    out = poisoned(len(x), len(weight) // 2 if gated else len(weight), dtype=BF16)
+    out = poisoned(len(x), len(weight) // 2 if gated else len(weight), dtype=x.dtype)
     tiled.launch(tiling, x, weight, out, gated, (ARCH, multiprocessors))
     return out
 
@@ -37,12 +37,15 @@ def swiglu(gate_up):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("count", "gated"), [(70, False), (33, True), (1, False), (130, True)])
-def test_against_float64_and_streamed(kind, count, gated):
+@pytest.mark.parametrize(
+    ("count", "gated", "dtype"),
+    [(70, False, BF16), (33, True, BF16), (1, False, BF16), (130, True, BF16), (33, True, F16), (1, False, F16)],
+)
+def test_against_float64_and_streamed(kind, count, gated, dtype):
     tiling = TILINGS[kind]
     if gated and kind == "down":
         tiling = replace(tiling, rows=96)
-    x, weight = randn(count, 192, dtype=BF16), randn(112, 192, dtype=BF16, scale=0.1)
+    x, weight = randn(count, 192, dtype=dtype), randn(112, 192, dtype=dtype, scale=0.1)
     out = run(tiling, x, weight, gated)
     ours, exact = reference(x, weight), reference(x.double(), weight.double())
     if gated:
@@ -74,7 +77,7 @@ def test_halves_are_summed_apart(kind):
     assert out[0, 0] == 0 and out[0, 1] == 1
     decode = streamed.Tiling(16, 2, 1, 1, boxes=2, stages=3, batch=4, together=2, copy="async", segments=2)
     expected = poisoned(33, 40, dtype=BF16)
-    streamed.streamed(decode, False, ARCH).launch((2, 3), weight, x, expected, 33, 40, 512)
+    streamed.streamed("bf16", decode, False, ARCH).launch((2, 3), weight, x, expected, 33, 40, 512)
     assert torch.equal(out, expected)
 
 
@@ -121,13 +124,13 @@ def test_blocks_that_take_several_tiles(multiprocessors):
 
 
 @pytest.mark.parametrize("count", [1, 17])
-def test_launchers(count):
-    x, weight = randn(count, 128, dtype=BF16), randn(48, 128, dtype=BF16, scale=0.1)
-    out = tiled.linear(x, weight, poisoned(count, 48, dtype=BF16))
+def test_launchers(half, count):
+    x, weight = randn(count, 128, dtype=half), randn(48, 128, dtype=half, scale=0.1)
+    out = tiled.linear(x, weight, poisoned(count, 48, dtype=half))
     assert torch.equal(out, streamed.linear(x, weight, torch.empty_like(out)))
-    out = tiled.linear_swiglu(x, weight, poisoned(count, 24, dtype=BF16))
+    out = tiled.linear_swiglu(x, weight, poisoned(count, 24, dtype=half))
     assert torch.equal(out, streamed.linear_swiglu(x, weight, torch.empty_like(out)))
-    assert tiled.linear(x[:0], weight, poisoned(0, 48, dtype=BF16)).shape == (0, 48)
+    assert tiled.linear(x[:0], weight, poisoned(0, 48, dtype=half)).shape == (0, 48)
 
 
 # (rows, depth) of OLMo-2 1B, 7B, 13B and 32B; of Llama 3 8B and Mistral 7B; of the bundled model and of none.
@@ -180,10 +183,10 @@ def test_choices_fit(arch):
 
 
 def test_catalogue_holds_what_is_chosen():
-    names = {kernel.name for kernel in tiled.catalogue(4096, 4096, False)}
+    names = {kernel.name for kernel in tiled.catalogue("bf16", 4096, 4096, False)}
     for count in range(1, 9000, 61):
         tiling = Tiling.choose(count, 4096, 4096, False, "sm_90a", 132)
-        assert tiled.warpgroups(tiling, False, "sm_90a").name in names
+        assert tiled.warpgroups("bf16", tiling, False, "sm_90a").name in names
 
 
 def test_refusals():
@@ -194,7 +197,7 @@ def test_refusals():
         tiled.linear_swiglu(x, randn(8, 64, dtype=BF16), randn(2, 4, dtype=BF16))
     with pytest.raises(ValueError, match=r"linear: out has shape \(2, 8\): \(2, 16\) needed"):
         tiled.linear(x, randn(16, 64, dtype=BF16), randn(2, 8, dtype=BF16))
-    with pytest.raises(TypeError, match=r"linear: x is torch.float32: torch.bfloat16 needed"):
+    with pytest.raises(TypeError, match=r"linear: x is torch.float32: torch.bfloat16 or torch.float16 needed"):
         tiled.linear(x.float(), randn(16, 64, dtype=BF16), randn(2, 16, dtype=BF16))
 
 
@@ -203,28 +206,28 @@ def test_refusals():
 @pytest.mark.parametrize(
     ("rows", "depth", "gated"), [(4096, 11008, False), (22016, 4096, True), (2064, 1088, False), (2048, 8192, False)]
 )
-def test_real_shapes(rows, depth, gated):
-    x, weight = randn(700, depth, dtype=BF16), randn(rows, depth, dtype=BF16, scale=0.02)
+def test_real_shapes(half, rows, depth, gated):
+    x, weight = randn(700, depth, dtype=half), randn(rows, depth, dtype=half, scale=0.02)
     launch, decode = (getattr(m, "linear_swiglu" if gated else "linear") for m in (tiled, streamed))
     columns = rows // 2 if gated else rows
-    whole = launch(x, weight, poisoned(700, columns, dtype=BF16))
+    whole = launch(x, weight, poisoned(700, columns, dtype=half))
     ours, exact = reference(x, weight), reference(x.double(), weight.double())
     assert_as_good_as_torch(whole, swiglu(ours) if gated else ours, swiglu(exact) if gated else exact)
-    assert torch.equal(whole, decode(x, weight, poisoned(700, columns, dtype=BF16)))
+    assert torch.equal(whole, decode(x, weight, poisoned(700, columns, dtype=half)))
     for count in (1, 17, 127, 128, 129, 300):
         for begin in (0, 700 - count):
             part = x[begin : begin + count].contiguous()
-            out = launch(part, weight, poisoned(count, columns, dtype=BF16))
+            out = launch(part, weight, poisoned(count, columns, dtype=half))
             assert torch.equal(out, whole[begin : begin + count]), (count, begin)
     for _ in range(20):
-        assert torch.equal(launch(x, weight, poisoned(700, columns, dtype=BF16)), whole)
+        assert torch.equal(launch(x, weight, poisoned(700, columns, dtype=half)), whole)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(SIMULATED, reason="too much for the simulator")
 @pytest.mark.parametrize(("gated", "segments"), [(False, 1), (True, 1), (False, 2)])
-def test_every_tiling_has_the_same_bits(gated, segments):
-    x, weight = randn(300, 1280, dtype=BF16), randn(2096, 1280, dtype=BF16, scale=0.05)
+def test_every_tiling_has_the_same_bits(half, gated, segments):
+    x, weight = randn(300, 1280, dtype=half), randn(2096, 1280, dtype=half, scale=0.05)
     every = [*tiled.tilings(ARCH, gated), *(tiled.tilings("sm_80", gated) if ARCH == "sm_90a" else ())]
     every = [replace(tiling, segments=segments) for tiling in every]
     tilings = [tiling for tiling in every if tiling.fits(gated, 1280)]

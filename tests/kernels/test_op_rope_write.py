@@ -30,17 +30,17 @@ def reference(qkv, q_norm, k_norm, rounding, cos, sin, positions, heads, kv_head
     ("heads", "kv_heads", "width", "norm"),
     [(2, 1, 64, "once"), (3, 3, 128, "twice"), (2, 2, 64, None), (84, 2, 64, "once")],
 )
-def test_against_float64(heads, kv_heads, width, norm):
+def test_against_float64(half, heads, kv_heads, width, norm):
     count = 2 if heads > 3 else 3
     rounding = norm or "once"
     cos, sin = angles(40, width)
-    qkv = randn(count, (heads + 2 * kv_heads) * width, dtype=BF16)
-    q_norm, k_norm = (randn(n * width, dtype=BF16) if norm else None for n in (heads, kv_heads))
-    k_cache, v_cache = (poisoned(3, 40, kv_heads, width, dtype=BF16) for _ in range(2))
+    qkv = randn(count, (heads + 2 * kv_heads) * width, dtype=half)
+    q_norm, k_norm = (randn(n * width, dtype=half) if norm else None for n in (heads, kv_heads))
+    k_cache, v_cache = (poisoned(3, 40, kv_heads, width, dtype=half) for _ in range(2))
     slots, positions = ints(2, 0, 2)[:count], ints(0, 39, 7)[:count]
     q = rope_write.rope_write(
         qkv, q_norm, k_norm, 1e-6, rounding, cos, sin, k_cache, v_cache, slots, positions,
-        poisoned(count, heads, width, dtype=BF16),
+        poisoned(count, heads, width, dtype=half),
     )  # fmt: skip
     theirs = reference(qkv, q_norm, k_norm, rounding, cos, sin, positions, heads, kv_heads)
     exact = reference(qkv.double(), q_norm, k_norm, "once", cos, sin, positions, heads, kv_heads)
@@ -55,11 +55,11 @@ def test_against_float64(heads, kv_heads, width, norm):
 
 
 @pytest.mark.parametrize("page", [8, 16])
-def test_pages_and_strides_change_no_bit(page):
+def test_pages_and_strides_change_no_bit(half, page):
     heads, kv_heads, width, capacity = 2, 2, 64, 48
     cos, sin = angles(capacity, width)
-    wide = randn(4, 6 * width + 64, dtype=BF16)
-    q_norm, k_norm = (randn(2 * width, dtype=BF16) for _ in range(2))
+    wide = randn(4, 6 * width + 64, dtype=half)
+    q_norm, k_norm = (randn(2 * width, dtype=half) for _ in range(2))
     slots, positions = ints(1, 0, 1, 1), ints(0, 47, 17, 40)
 
     def run(caches, qkv, q_out, at=slots, table=None):
@@ -67,23 +67,23 @@ def test_pages_and_strides_change_no_bit(page):
             qkv, q_norm, k_norm, 1e-6, "once", cos, sin, caches[0], caches[1], at, positions[: len(qkv)], q_out, table
         )
 
-    flat = [poisoned(2, capacity, kv_heads, width, dtype=BF16) for _ in range(2)]
-    q = run(flat, wide[:, 64:].contiguous(), poisoned(4, heads, width, dtype=BF16))
+    flat = [poisoned(2, capacity, kv_heads, width, dtype=half) for _ in range(2)]
+    q = run(flat, wide[:, 64:].contiguous(), poisoned(4, heads, width, dtype=half))
     # Head-major storage, rows of a wider tensor.
-    turned = [poisoned(2, kv_heads, capacity, width, dtype=BF16).transpose(1, 2) for _ in range(2)]
-    out = poisoned(4, 2 * heads, width, dtype=BF16)
+    turned = [poisoned(2, kv_heads, capacity, width, dtype=half).transpose(1, 2) for _ in range(2)]
+    out = poisoned(4, 2 * heads, width, dtype=half)
     run(turned, wide[:, 64:], out[:, 1:3])
     assert torch.equal(out[:, 1:3], q) and out[:, 0].isnan().all()
     pages = capacity // page
     table = torch.randperm(2 * pages, device=q.device).view(2, pages).int()
-    paged = [poisoned(2 * pages, page, kv_heads, width, dtype=BF16) for _ in range(2)]
-    assert torch.equal(run(paged, wide[:, 64:], poisoned(4, heads, width, dtype=BF16), table=table), q)
+    paged = [poisoned(2 * pages, page, kv_heads, width, dtype=half) for _ in range(2)]
+    assert torch.equal(run(paged, wide[:, 64:], poisoned(4, heads, width, dtype=half), table=table), q)
     place = (slots.long(), positions.long())
     for one, other, third in zip(flat, turned, paged, strict=True):
         gathered = third[table.long()].flatten(1, 2)
         assert torch.equal(one[place], other[place]) and torch.equal(one[place], gathered[place])
     # A token's bits depend on that token alone.
-    alone = run(flat, wide[:1, 64:], poisoned(1, heads, width, dtype=BF16), at=ints(0))
+    alone = run(flat, wide[:1, 64:], poisoned(1, heads, width, dtype=half), at=ints(0))
     assert torch.equal(alone, q[:1]) and torch.equal(flat[0][0, 0], flat[0][1, 0])
 
 
@@ -101,7 +101,8 @@ def test_refusals():
 
     refused(ValueError, "rounding is 'thrice'", rounding="thrice")
     refused(ValueError, r"qkv has shape \(1, 192\): \(1, 256\) needed", qkv=randn(1, 192, dtype=BF16))
-    refused(TypeError, "qkv is torch.float32", qkv=randn(1, 256))
+    refused(TypeError, "qkv is torch.float32: torch.bfloat16 or torch.float16 needed", qkv=randn(1, 256))
+    refused(TypeError, "k_cache is torch.bfloat16: torch.float16 needed", qkv=randn(1, 256, dtype=torch.float16))
     refused(ValueError, "k_norm is None and the other is not", q_norm=randn(128, dtype=BF16))
     refused(
         ValueError, r"k_norm has shape \(128,\): \(64,\) needed",

@@ -9,7 +9,7 @@ from test_op_sampling import FILTERS, draws_that_tell, seed_that_draws, winner
 
 from kernels import sampling
 
-BF16 = torch.bfloat16
+BF16, F16 = torch.bfloat16, torch.float16
 VOCABULARY = 100352
 
 
@@ -56,15 +56,15 @@ def naive_draw(logits, **filters):
 
 
 @pytest.mark.parametrize("width", [8, 2056])
-def test_argmax(width):
-    logits = randn(3, width, dtype=BF16)
+def test_argmax(half, width):
+    logits = randn(3, width, dtype=half)
     assert argmax(logits) == logits.float().argmax(-1).tolist()
 
 
-def test_argmax_of_ties_nan_and_infinities(workspace):
+def test_argmax_of_ties_nan_and_infinities(half, workspace):
     nan, inf = math.nan, math.inf
     rows = [[1, 3, 3, 2], [nan, -1, nan, -2], [nan] * 4, [nan, -inf, -inf, nan], [0, nan, inf, inf], [-0.0, 0, 0, -1]]
-    logits = torch.tensor(rows, dtype=BF16, device=DEVICE).repeat(1, 2)
+    logits = torch.tensor(rows, dtype=half, device=DEVICE).repeat(1, 2)
     expected = [1, 1, -1, 1, 2, 0]
     assert argmax(logits) == expected
     assert draw(logits, workspace, temperature=0.0, top_k=1, top_p=0.1, min_p=0.5) == expected
@@ -77,8 +77,8 @@ def test_ties_across_threads_warps_and_blocks_go_to_the_lowest_token():
     assert argmax(logits) == [5, 9, 700, 2047]
 
 
-def test_draws_are_the_definitions(workspace):
-    logits = randn(3, 40, dtype=BF16)
+def test_draws_are_the_definitions(half, workspace):
+    logits = randn(3, 40, dtype=half)
     seeds, positions = [-5, 2**40 + 3, 2**63 - 1], [5, 2**31 - 1, 3]
     drawn = draw(logits, workspace, temperature=0.8, seeds=seeds, positions=positions)
     for row, token, seed, position in zip(logits, drawn, seeds, positions, strict=True):
@@ -86,9 +86,9 @@ def test_draws_are_the_definitions(workspace):
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_filters_keep_what_transformers_keeps(filters, workspace):
+def test_filters_keep_what_transformers_keeps(half, filters, workspace):
     temperature = 20.0
-    rows, seeds, kept = draws_that_tell(BF16, temperature, filters)
+    rows, seeds, kept = draws_that_tell(half, temperature, filters)
     drawn = draw(rows, workspace, temperature=temperature, seeds=seeds, **filters)
     assert drawn == [winner(kept, seed, 0) for seed in seeds]
 
@@ -101,9 +101,9 @@ MIXED = {
 }
 
 
-def test_rows_with_filters_of_their_own(workspace):
+def test_rows_with_filters_of_their_own(half, workspace):
     """As naive draws them, twice the same, and each row alone as in the batch."""
-    logits, positions = randn(5, 104, dtype=BF16, scale=3.0), list(range(5))
+    logits, positions = randn(5, 104, dtype=half, scale=3.0), list(range(5))
     expected = naive_draw(logits, positions=positions, **MIXED)
     for _ in range(2):
         assert draw(logits, workspace, positions=positions, **MIXED) == expected
@@ -112,21 +112,25 @@ def test_rows_with_filters_of_their_own(workspace):
         assert draw(logits[i : i + 1], workspace, seeds=[i], positions=[i], **alone) == expected[i : i + 1]
 
 
-def test_ties_at_the_floor_are_kept(workspace):
+def test_ties_at_the_floor_are_kept(half, workspace):
     row = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0, -1.0, -1.0, -1.0])
     kept = torch.where(row >= 1, row / 50, -math.inf)
     seeds = [seed_that_draws(token, kept) for token in range(4)]
-    rows = row.to(BF16).to(DEVICE).expand(4, 8).contiguous()
+    rows = row.to(half).to(DEVICE).expand(4, 8).contiguous()
     assert draw(rows, workspace, temperature=50.0, top_k=2, seeds=seeds) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
-def test_nan_and_infinities(filters, workspace):
+@pytest.mark.parametrize(
+    ("filters", "dtype"),
+    [({}, BF16), ({"top_k": 5}, BF16), ({"top_p": 0.9}, BF16), ({"min_p": 0.1}, BF16), ({"top_p": 0.9}, F16)],
+    ids=str,
+)
+def test_nan_and_infinities(filters, dtype, workspace):
     nan, inf = math.nan, math.inf
-    row = torch.tensor([nan, 0.0, -inf, 0.0, nan, 0.0, -inf, -inf], dtype=BF16, device=DEVICE)
+    row = torch.tensor([nan, 0.0, -inf, 0.0, nan, 0.0, -inf, -inf], dtype=dtype, device=DEVICE)
     assert set(draw(row.expand(5, 8).contiguous(), workspace, temperature=2.0, **filters)) <= {1, 3, 5}
     rows = [[nan] * 8, [nan, nan, *[-inf] * 6], [0.0, inf, 1.0, inf, *[nan] * 4]]
-    logits = torch.tensor(rows, dtype=BF16, device=DEVICE)
+    logits = torch.tensor(rows, dtype=dtype, device=DEVICE)
     drawn = draw(logits, workspace, **filters)
     assert drawn == naive_draw(logits, **filters) == [-1, 2, 1]
 
@@ -167,7 +171,9 @@ def test_advance_of_many_rows():
 
 def test_refusals(workspace):
     logits, out = randn(2, 16, dtype=BF16), ints(0, 0)
-    with pytest.raises(TypeError, match=r"argmax_split: logits is torch.float32: torch.bfloat16 needed"):
+    with pytest.raises(
+        TypeError, match=r"argmax_split: logits is torch.float32: torch.bfloat16 or torch.float16 needed"
+    ):
         sampling.argmax_split(logits.float(), out, workspace)
     with pytest.raises(ValueError, match="argmax_split: logits has rows of 12: a multiple of 8 needed"):
         sampling.argmax_split(randn(2, 12, dtype=BF16), out, workspace)
@@ -188,8 +194,8 @@ def test_refusals(workspace):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("count", [1, 8, 64])
-def test_real_vocabulary(count, workspace):
-    logits = (torch.randn(count, VOCABULARY, device=DEVICE) * 3).to(BF16)
+def test_real_vocabulary(half, count, workspace):
+    logits = (torch.randn(count, VOCABULARY, device=DEVICE) * 3).to(half)
     logits[:, 100278:] = -math.inf
     logits[0, :1000] = math.nan
     assert argmax(logits) == sampling.argmax(logits, ints(*[-7] * count)).tolist()

@@ -42,28 +42,50 @@ def bf16_bits(values):
     return (np.where(take, above_bits, low) >> 16).astype(np.uint16)
 
 
-def test_conversions():
-    x = numbers(90)
+def f16_bits(values):
+    """Round to nearest even by the definition, among all f16; 65536 is the neighbour above the greatest one."""
+    bits = np.arange(0x7C01, dtype=np.uint16)
+    known = bits.view(np.float16).astype(np.float64)
+    known[-1] = 65536.0
+    exact = np.abs(values.astype(np.float64))
+    above = np.minimum(np.searchsorted(known, exact), len(known) - 1)
+    below = np.maximum(above - 1, 0)
+    up, down = known[above] - exact, exact - known[below]
+    take = (up < down) | ((up == down) & (bits[above] % 2 == 0)) | (exact >= known[-1])
+    return np.where(take, bits[above], bits[below]) | (np.signbit(values).astype(np.uint16) << 15).astype(np.uint16)
+
+
+HALVES = {"bf16": (torch.bfloat16, bf16_bits), "f16": (torch.float16, f16_bits)}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_conversions(dtype):
+    # For f16: ties of subnormals and normals, the limit of what is finite, and numbers of its range.
+    ties = [2.0**-25, 3 * 2.0**-25, 2.0**-26, 1 + 2.0**-11, 1 + 3 * 2.0**-11, 65519.99, 65520.0, 65504.0, -65520.0]
+    small = np.random.default_rng(1).standard_normal(30) * 2.0 ** np.arange(-26, 4)
+    x = np.concatenate([numbers(90), ties, small]).astype(np.float32)
+    kind, bits_of = HALVES[dtype]
     n = len(x)
-    rounded = torch.zeros(n, dtype=torch.bfloat16, device=DEVICE)
+    rounded = torch.zeros(n, dtype=kind, device=DEVICE)
     widened = torch.zeros(n, device=DEVICE)
     pairs, bits = (torch.zeros(n, dtype=torch.int32, device=DEVICE) for _ in range(2))
-    ptx_kernels.convert().launch((3,), tensor(x), rounded, widened, pairs, bits, n)
-    expected = bf16_bits(x)
+    ptx_kernels.convert(dtype).launch((-(-n // 32),), tensor(x), rounded, widened, pairs, bits, n)
+    expected = bits_of(x)
     assert (rounded.view(torch.int16).cpu().numpy().view(np.uint16) == expected).all()
-    assert torch.equal(rounded.cpu(), torch.from_numpy(x).bfloat16())
-    assert (widened.cpu().numpy() == (expected.astype(np.uint32) << 16).view(np.float32)).all()
+    assert torch.equal(rounded.cpu(), torch.from_numpy(x).to(kind))
+    assert torch.equal(widened.cpu(), torch.from_numpy(expected.view(np.int16)).view(kind).float())
     packed = pairs.cpu().numpy().view(np.uint32)
-    assert (packed & 0xFFFF == expected).all() and (packed >> 16 == bf16_bits(-x)).all()
+    assert (packed & 0xFFFF == expected).all() and (packed >> 16 == bits_of(-x)).all()
     assert (bits.cpu().numpy() == x.view(np.int32)).all()
 
 
-def test_nan_stays_nan_in_bf16():
+@pytest.mark.parametrize("dtype", HALVES)
+def test_nan_stays_nan(dtype):
     x = np.array([np.nan, -np.nan] * 16, np.float32)
-    rounded = torch.zeros(32, dtype=torch.bfloat16, device=DEVICE)
+    rounded = torch.zeros(32, dtype=HALVES[dtype][0], device=DEVICE)
     rest = [torch.zeros(32, device=DEVICE), *(torch.zeros(32, dtype=torch.int32, device=DEVICE) for _ in range(2))]
-    ptx_kernels.convert().launch((1,), tensor(x), rounded, *rest, 32)
-    assert rounded.isnan().all()
+    ptx_kernels.convert(dtype).launch((1,), tensor(x), rounded, *rest, 32)
+    assert rounded.isnan().all() and rest[0].isnan().all()
 
 
 def test_bits_to_float():
@@ -180,10 +202,10 @@ def test_load_matrices(count, transposed):
                 assert got[i, lane, j] == expected
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("dtype", HALVES)
 def test_multiply(dtype):
     rng = np.random.default_rng(0)
-    kind = {"bf16": torch.bfloat16, "f16": torch.float16}[dtype]
+    kind = HALVES[dtype][0]
     # Small integers: every product and sum is exact in any order.
     a, b, c = (rng.integers(-8, 9, shape) for shape in ((16, 16), (16, 8), (16, 8)))
     ta, tb = (torch.from_numpy(m).to(kind).view(torch.int16).numpy().view(np.uint16) for m in (a, b))
@@ -229,9 +251,10 @@ def test_boxes_of_a_tensor_map(row, column):
 
 def test_tensor_maps_refuse_what_cannot_be_copied():
     matrix = torch.zeros(16, 64, dtype=torch.bfloat16, device=DEVICE)
+    assert tensor_map(matrix.half(), 8).shape == (128,)
     for given, rows, message in (
         (matrix.float(), 8, "a torch.float32 tensor"),
-        (matrix.t(), 8, "bf16 \\[R, C\\] needed"),
+        (matrix.t(), 8, "bf16 or fp16 \\[R, C\\] needed"),
         (matrix[:, 1:], 8, "multiples of 16 bytes needed"),
         (matrix, 257, "boxes of 257 rows: 1 to 256 needed"),
     ):
@@ -263,13 +286,14 @@ def test_wide_stores_and_atomics():
 
 
 @pytest.mark.skipif(not (SIMULATED or torch.cuda.get_device_capability()[0] == 9), reason="wgmma is sm_90a's")
-@pytest.mark.parametrize(("n", "source", "b_major"), ptx_kernels.WARPGROUPS)
-def test_warpgroups_multiply(n, source, b_major):
+@pytest.mark.parametrize(("n", "source", "b_major", "dtype"), ptx_kernels.WARPGROUPS)
+def test_warpgroups_multiply(n, source, b_major, dtype):
     generator = torch.Generator().manual_seed(n)
-    left, right = (torch.randint(-9, 10, shape, generator=generator).bfloat16() for shape in ((64, 64), (n, 64)))
+    kind = HALVES[dtype][0]
+    left, right = (torch.randint(-9, 10, shape, generator=generator).to(kind) for shape in ((64, 64), (n, 64)))
     # A map holds no reference: the matrices must live until the kernel has run.
     a, b = left.to(DEVICE), (right if b_major == "k" else right.t().contiguous()).to(DEVICE)
     a_map, b_map = tensor_map(a, 64), tensor_map(b, len(b))
     out = torch.full((64, n), torch.nan, device=DEVICE)
-    ptx_kernels.warpgroup_multiply(n, source, b_major).launch((1,), a_map, b_map, out)
+    ptx_kernels.warpgroup_multiply(n, source, b_major, dtype).launch((1,), a_map, b_map, out)
     assert torch.equal(out.cpu(), 2 * left.float() @ right.float().t())

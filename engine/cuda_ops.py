@@ -186,7 +186,7 @@ class CudaOps(Composed):
     ) -> Any:
         if not self.head_major(dtype, heads, kv_heads, head_dim):
             return None
-        return prefill.plan(runs, head_dim, self.device, into=into)
+        return prefill.plan(runs, head_dim, self.device, into=into, heads=heads)
 
     def attend(
         self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding, cos: Tensor,

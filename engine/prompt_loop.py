@@ -124,7 +124,10 @@ class PromptLoop:
         words[HEAD + size : HEAD + 2 * size] = run.slot
         words[HEAD + 2 * size :] = np.arange(run.position, run.position + size)
         self._sent[: len(words)].copy_(sent, non_blocking=True)
-        self._plans[size] = self.model.plan([run._replace(count=size)], into=self._plans.get(size))
+        if size not in self._plans:
+            # Its memory serves runs at all positions.
+            self._plans[size] = self.model.plan([Run(size, run.slot, self.cache.capacity - size)])
+        self._plans[size] = self.model.plan([run._replace(count=size)], into=self._plans[size])
         return size
 
     def _run(self, size: int, choice: str) -> Tensor:

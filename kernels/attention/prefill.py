@@ -5,6 +5,8 @@ tiles of 128 positions. One warp copies, the others multiply:
 
     multiply "wgmma"    sm_90a: bulk copies by tensor maps; warpgroups of 64 queries, the product with the next keys
                         under way while the last scores become weights. Blocks stay and take one tile after another.
+                        Where that leaves most of the GPU idle, as few queries after a long history do, a tile's
+                        segments are work for several blocks, and the last one of them combines.
     multiply "mma"      sm_80 and later: cp.async, ldmatrix and mma.sync; warps of 16 queries, a tile a block
 
 Order of operations: that of `kernels.attention.flash`, so that a token's result has the same bits whichever computes
@@ -38,6 +40,9 @@ from kernels.rope_write import cache_of
 
 TILE = 128  # positions
 TILES = 4  # of a segment
+SEGMENT = TILE * TILES
+# fp32 elements of partial results at most: 64 MiB.
+PARTIALS = 1 << 24
 PART = 64  # positions of a stage of the ring of "mma"
 # Bytes of keys and values that the blocks at work at a time should share: of an L2 of 50 MB.
 SHARED_KEYS = 24 << 20
@@ -68,7 +73,7 @@ class Tiling:
         row = 2 * head_dim
         totals = self.rows * 2 * row
         if self.multiply == "wgmma":
-            return 1024 + self.rows * row + 2 * self.stages * TILE * row + totals + 128
+            return 1024 + self.rows * row + 2 * self.stages * TILE * row + totals + 192
         return 256 + self.stages * PART * row + totals + 16 * self.stages
 
     @staticmethod
@@ -86,13 +91,23 @@ class Tiling:
 
 
 class Plan(NamedTuple):
-    """What `plan` makes. tiles: i32 [1 + n, 4] on the device: two counters, 0 between launches, and two unused; then
-    of each tile of queries the first one's token, how many they are, the first one's position, and the slot.
-    rows: of a tile at most. positions: that the sequences' last tokens see, together."""
+    """What `plan` makes.
 
-    tiles: torch.Tensor
+    work: i32 [1 + n, 8] on the device: two counters, 0 between launches, how many of the entries are in use, and five
+    unused; then of each entry the tile of queries, by its first one's token, how many they are, the first one's
+    position and the slot; the positions it is to look at, the first and the one after the last; the number of its
+    tile's first partial result, -1 where there are none; and that of the tile.
+    tiles: of queries. rows: of a tile at most. positions: that the sequences' last tokens see, together.
+    partials: f32, of each segment and 16 rows of a tile, for each head: O, m and l as the warp's lanes hold them; and
+    arrived: i32, 0 between launches: how many segments of the rows are there. Both empty where no tile is divided.
+    """
+
+    work: torch.Tensor
+    tiles: int
     rows: int
     positions: int
+    partials: torch.Tensor
+    arrived: torch.Tensor
 
 
 # --- parts of both ---------------------------------------------------------------------------------------------------
@@ -101,9 +116,9 @@ class Plan(NamedTuple):
 
 
 @device_function
-def _tile_of(tiles, item):
-    """First token, count, first position and slot of a tile of queries."""
-    words = ptx.ld_global_v4(tiles, (item + 1) * 4)
+def _tile_of(work, entry):
+    """First token, count, first position and slot of an entry's tile of queries."""
+    words = ptx.ld_global_v4(work, (entry + 1) * 8)
     return int32(words[0]), int32(words[1]), int32(words[2]), int32(words[3])
 
 
@@ -318,7 +333,7 @@ def _staged_writer(dtype: str, head_dim: int):
 
 @kernel_factory
 def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> Kernel:
-    """q, k_cache, v_cache, tiles, table, out, Hq / Hk, pages of a slot, log2 of a page, strides of the cache (slot or
+    """q, k_cache, v_cache, work, table, out, Hq / Hk, pages of a slot, log2 of a page, strides of the cache (slot or
     page, position, head), of q and of out, factor, window; grid (Hq, tiles of queries).
 
     dtype: "bf16" or "f16". paged: whether the cache is.
@@ -452,7 +467,7 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
                     o[c + e] = d4[e]
 
     def attention(
-        q, k_cache, v_cache, tiles, table, out, group, pages, page_bits, slot_stride, position_stride, head_stride,
+        q, k_cache, v_cache, work, table, out, group, pages, page_bits, slot_stride, position_stride, head_stride,
         q_stride, out_stride, factor, window,
     ):  # fmt: skip
         ptx.griddepcontrol_launch_dependents()
@@ -467,7 +482,7 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
         cuda.syncthreads()
         ptx.griddepcontrol_wait()
         head = int64(cuda.blockIdx.x)
-        token, count, position, slot = _tile_of(tiles, int64(cuda.blockIdx.y))
+        token, count, position, slot = _tile_of(work, int64(cuda.blockIdx.y))
         low, limit = int32(0), int32(position + count)
         if window > 0:
             low = max(low, int32(position - window + 1))
@@ -577,12 +592,13 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
 
 
 @kernel_factory
-def warpgroups(dtype: str, head_dim: int, tiling: Tiling) -> Kernel:
+def warpgroups(dtype: str, head_dim: int, tiling: Tiling, divided: bool) -> Kernel:
     """Tensor maps of q [T, Hq D] (boxes of `rows` rows), k_cache and v_cache [S or P, Hk, C or page, D] (boxes of a
-    tile or page); tiles, table, out, tiles of queries, Hq, Hq / Hk, heads that go together, pages of a slot (0: not
-    paged), log2 of a page, stride of out, factor, window; grid (blocks,): at most tiles times Hq.
+    tile or page); work, table, out, partials, arrived, entries, Hq, Hq / Hk, heads that go together, pages of a
+    slot (0: not paged), log2 of a page, stride of out, factor, window; grid (blocks,): at most entries times Hq.
 
-    dtype: "bf16" or "f16".
+    dtype: "bf16" or "f16". divided: whether an entry may be a segment of a tile and fewer entries may be in use; what
+    that takes costs whole tiles 5 %.
     """
     groups, rows, stages = tiling.rows // 64, tiling.rows, tiling.stages
     boxes = head_dim // 64  # of 64 columns
@@ -592,16 +608,19 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling) -> Kernel:
     k_at, v_at = q_bytes, q_bytes + stages * tile_bytes
     totals_at = v_at + stages * tile_bytes
     barriers_at = totals_at + head_dim // 8 * workers * 16
-    # Barriers: queries, keys and values there; queries, keys and values used up. Behind them the tile of queries.
+    # Barriers: queries, keys and values there; queries, keys and values used up. Behind them the entry worked on and,
+    # with `divided`, the next one.
     q_full, k_full, v_full = barriers_at, barriers_at + 8, barriers_at + 8 + 8 * stages
     used = 8 + 16 * stages
     q_used, k_used, v_used = q_full + used, k_full + used, v_full + used
-    tile_at = barriers_at + -(-2 * used // 16) * 16
-    spare_at = tile_at + 16
+    entry_at = barriers_at + -(-2 * used // 16) * 16
+    entry_stride = 32 if divided else 0
+    spare_at = entry_at + 64
     score_words, o_words, p_words = TILE // 2, head_dim // 2, TILE // 4
     steps = head_dim // 16
     keep_total, combine = _totals(o_words, 512)
     own_totals = o_words * 128  # bytes of a warp
+    record = _record(head_dim)
     write, pack = _staged_writer(dtype, head_dim), _packer(dtype)
     by_keys = HALVES[dtype].wgmma(TILE)
     by_values = HALVES[dtype].wgmma(head_dim, "registers", "n")
@@ -737,9 +756,42 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling) -> Kernel:
                 all_largest[h], all_total[h] = largest[h], _row_sum(total[h])
         keep_total(o, totals)
 
+    @device_function
+    def put_partial(partials, at, o, largest, total):
+        """A segment's O, m and l to the place that begins at `at` for this lane."""
+        for i in range(o_words // 4):
+            ptx.st_global_v4(
+                partials, at + 128 * i, ptx.bits_from_f32(o[4 * i]), ptx.bits_from_f32(o[4 * i + 1]),
+                ptx.bits_from_f32(o[4 * i + 2]), ptx.bits_from_f32(o[4 * i + 3]),
+            )  # fmt: skip
+        ptx.st_global_v4(
+            partials, at + 32 * o_words, ptx.bits_from_f32(largest[0]), ptx.bits_from_f32(largest[1]),
+            ptx.bits_from_f32(total[0]), ptx.bits_from_f32(total[1]),
+        )  # fmt: skip
+
+    @device_function
+    def add_partial(partials, at, o, all_largest, all_total, factor):
+        """O, m and l of the segments so far go on by those of the next one."""
+        old = cuda.local.array(2, float32)
+        new = cuda.local.array(2, float32)
+        sums = ptx.ld_global_v4(partials, at + 32 * o_words)
+        for h in range(2):
+            largest = ptx.f32_from_bits(sums[h])
+            value = ptx.max_f32(all_largest[h], largest)
+            pivot = value if value > float32(-math.inf) else float32(0.0)
+            old[h], new[h] = _power(all_largest[h], pivot, factor), _power(largest, pivot, factor)
+            all_largest[h] = value
+            added = ptx.mul_rn_f32(ptx.f32_from_bits(sums[2 + h]), new[h])
+            all_total[h] = ptx.fma_rn_f32(all_total[h], old[h], added)
+        for i in range(o_words // 4):
+            part = ptx.ld_global_v4(partials, at + 128 * i)
+            for e in range(4):
+                added = ptx.mul_rn_f32(ptx.f32_from_bits(part[e]), new[e // 2])
+                o[4 * i + e] = ptx.fma_rn_f32(o[4 * i + e], old[e // 2], added)
+
     def attention(
-        q_map, k_map, v_map, tiles, table, out, tile_count, heads, group_heads, together, pages, page_bits, out_stride,
-        factor, window,
+        q_map, k_map, v_map, work, table, out, partials, arrived, entries, heads, group_heads, together, pages,
+        page_bits, out_stride, factor, window,
     ):  # fmt: skip
         ptx.griddepcontrol_launch_dependents()
         memory = cuda.shared.array(0, uint8)
@@ -755,27 +807,38 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling) -> Kernel:
             give_registers()
             if thread < workers + 32:
                 lane = int32(thread - workers)
-                works = int32(tile_count * heads)
-                work = int32(cuda.blockIdx.x)
+                item = int32(cuda.blockIdx.x)
                 stage, parity, turn = uint32(0), uint32(1), uint32(1)
                 ptx.griddepcontrol_wait()
-                while work < works:
+                used_entries = int32(work[2]) if divided else int32(entries)
+                items = int32(used_entries * heads)
+                while item < items:
                     following = uint32(0)
                     if lane == 0:
-                        following = ptx.atom_add_acq_rel_u32(tiles, 0, uint32(1)) + uint32(cuda.gridDim.x)
+                        following = ptx.atom_add_acq_rel_u32(work, 0, uint32(1)) + uint32(cuda.gridDim.x)
                     # Some heads take all tiles, then the next ones do: their keys and values stay in L2 meanwhile.
-                    at_once = int32(tile_count * together)
-                    head = int32(work // at_once * together + work % together)
-                    token, count, position, slot = _tile_of(tiles, int64(work % at_once // together))
+                    at_once = int32(used_entries * together)
+                    head = int32(item // at_once * together + item % together)
+                    entry = int64(item % at_once // together)
+                    token, count, position, slot = _tile_of(work, entry)
                     low, limit = int32(0), int32(position + count)
+                    if divided:
+                        part = ptx.ld_global_v4(work, (entry + 1) * 8 + 4)
+                        low, limit = int32(part[0]), int32(part[1])
                     if window > 0:
                         low = max(low, int32(position - window + 1))
+                    if divided and low >= limit:
+                        # A segment that no query of the tile sees through its window.
+                        item = int32(ptx.shfl_sync_idx_u32(ptx.FULL_MASK, following, uint32(0)))
+                        continue
                     wait(base + uint32(q_used), turn)
                     turn ^= uint32(1)
                     if lane == 0:
-                        ptx.st_shared_v4(
-                            base + uint32(tile_at), uint32(token), uint32(count), uint32(position), uint32(head)
-                        )
+                        told = base + uint32(entry_at) + uint32(entry_stride) * turn
+                        ptx.st_shared_v4(told, uint32(token), uint32(count), uint32(position), uint32(head))
+                        if divided:
+                            part = ptx.ld_global_v4(work, (entry + 1) * 8 + 4)  # again: there are few registers here
+                            ptx.st_shared_v4(told + uint32(16), uint32(low), uint32(limit), part[2], part[3])
                         ptx.mbarrier_arrive_expect_tx(base + uint32(q_full), uint32(q_bytes))
                         for b in range(boxes):
                             ptx.cp_async_bulk_tensor_2d(
@@ -802,16 +865,18 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling) -> Kernel:
                         if stage == uint32(stages):
                             stage, parity = uint32(0), parity ^ uint32(1)
                         tile += int32(1)
-                    work = int32(ptx.shfl_sync_idx_u32(ptx.FULL_MASK, following, uint32(0)))
+                    item = int32(ptx.shfl_sync_idx_u32(ptx.FULL_MASK, following, uint32(0)))
                 wait(base + uint32(q_used), turn)
+                turn ^= uint32(1)
                 if lane == 0:
                     # A tile of no queries: there is no more work.
-                    ptx.st_shared_v4(base + uint32(tile_at), uint32(0), uint32(0), uint32(0), uint32(0))
+                    told = base + uint32(entry_at) + uint32(entry_stride) * turn
+                    ptx.st_shared_v4(told, uint32(0), uint32(0), uint32(0), uint32(0))
                     ptx.mbarrier_arrive(base + uint32(q_full))
-                    if ptx.atom_add_acq_rel_u32(tiles, 1, uint32(1)) == uint32(cuda.gridDim.x) - uint32(1):
+                    if ptx.atom_add_acq_rel_u32(work, 1, uint32(1)) == uint32(cuda.gridDim.x) - uint32(1):
                         # Every block has drawn its last number.
-                        tiles[0] = int32(0)
-                        tiles[1] = int32(0)
+                        work[0] = int32(0)
+                        work[1] = int32(0)
         else:
             take_registers()
             group, lane = int32(thread >> 7), int32(thread & 31)
@@ -843,11 +908,15 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling) -> Kernel:
             if group == 1:
                 give_turn(group)
             wait(base + uint32(q_full), turn)
-            words = ptx.ld_shared_v4(base + uint32(tile_at))
+            told = base + uint32(entry_at)
+            words = ptx.ld_shared_v4(told)
             token, count, position, head = int32(words[0]), int32(words[1]), int32(words[2]), int32(words[3])
             while count > 0:
                 low, limit = int32(0), int32(position + count)
-                if window > 0:
+                if divided:
+                    words = ptx.ld_shared_v4(told + uint32(16))
+                    low, limit = int32(words[0]), int32(words[1])
+                elif window > 0:
                     low = max(low, int32(position - window + 1))
                 tile, last_tile = int32(low >> 7), int32(int32(limit - 1) >> 7)
                 own = int32(position + group * 64)  # of the warpgroup's first query
@@ -949,15 +1018,52 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling) -> Kernel:
                 else:
                     for h in range(2):
                         all_largest[h], all_total[h] = largest[h], _row_sum(total[h])
-                place = int64(token) * out_stride + head * head_dim
-                write(out, o, all_total, place, out_stride, int32(row & ~15), count, own_place, lane)
+                warp_row, complete = int32(row & ~15), True
+                if divided:
+                    # Anew, so that no registers keep these meanwhile.
+                    words = ptx.ld_shared_v4(told)
+                    token, count, position, head = int32(words[0]), int32(words[1]), int32(words[2]), int32(words[3])
+                    words = ptx.ld_shared_v4(told + uint32(16))
+                    limit, number, tile_number = int32(words[1]), int32(words[2]), int32(words[3])
+                    seen = int32(0)
+                    if window > 0:
+                        seen = max(seen, int32(position - window + 1))
+                    segment, last_segment = int32(seen // SEGMENT), int32(int32(position + count - 1) // SEGMENT)
+                    others = uint32(last_segment - segment)
+                    if number >= 0 and others > 0 and warp_row < count:
+                        # Of this warp's 16 rows the one that puts the last segment's result there combines them all.
+                        at = int64(number) + warp_row // 16
+                        step = int64(int32(count + 15) // 16) * heads * record
+                        at = (at * heads + head) * record + lane * 4
+                        put_partial(partials, at + (limit - 1) // SEGMENT * step, o, all_largest, all_total)
+                        ptx.bar_warp_sync()
+                        before = uint32(0)
+                        if lane == 0:
+                            mine = (int64(tile_number) * (rows // 16) + warp_row // 16) * heads + head
+                            before = ptx.atom_add_acq_rel_u32(arrived, mine, uint32(1))
+                            if before == others:
+                                arrived[mine] = int32(0)
+                        complete = ptx.shfl_sync_idx_u32(ptx.FULL_MASK, before, uint32(0)) == others
+                        ptx.bar_warp_sync()
+                        if complete:
+                            for h in range(2):
+                                all_largest[h], all_total[h] = float32(-math.inf), float32(0.0)
+                            for i in range(o_words):
+                                o[i] = float32(0.0)
+                            while segment <= last_segment:
+                                add_partial(partials, at + segment * step, o, all_largest, all_total, factor)
+                                segment += int32(1)
+                if complete:
+                    place = int64(token) * out_stride + head * head_dim
+                    write(out, o, all_total, place, out_stride, warp_row, count, own_place, lane)
                 turn ^= uint32(1)
                 wait(base + uint32(q_full), turn)
-                words = ptx.ld_shared_v4(base + uint32(tile_at))
+                told = base + uint32(entry_at) + uint32(entry_stride) * turn
+                words = ptx.ld_shared_v4(told)
                 token, count, position, head = int32(words[0]), int32(words[1]), int32(words[2]), int32(words[3])
 
-    name = f"attention_prefill_{tiling.name}_d{head_dim}{HALVES[dtype].suffix}"
-    kinds = ("u8*", "u8*", "u8*", "i32*", "i32*", f"{dtype}*", *("i32",) * 6, "i64", "f32", "i32")
+    name = f"attention_prefill_{tiling.name}_{'divided_' if divided else ''}d{head_dim}{HALVES[dtype].suffix}"
+    kinds = ("u8*", "u8*", "u8*", "i32*", "i32*", f"{dtype}*", "f32*", "i32*", *("i32",) * 6, "i64", "f32", "i32")
     return Kernel(
         name, attention, kinds, tiling.threads, dynamic_shared=tiling.shared(head_dim), blocks_per_sm=1,
         options=LaunchOptions(programmatic=True), architectures=("sm_90a",),
@@ -974,7 +1080,7 @@ def catalogue(dtype: str, head_dims: Iterable[int] = (128,), paged: Iterable[boo
         for arch in LIMITS:
             tiling = Tiling.choose(head_dim, arch)
             if tiling.multiply == "wgmma":
-                kernels.append(warpgroups(dtype, head_dim, tiling))
+                kernels += [warpgroups(dtype, head_dim, tiling, divided) for divided in (False, True)]
             else:
                 kernels += [warps(dtype, head_dim, each, tiling, arch) for each in paged]
     return kernels
@@ -995,29 +1101,66 @@ def plan(
     device: torch.device,
     tiling: Tiling | None = None,
     into: Plan | None = None,
+    heads: int = 0,
 ) -> Plan:
     """How `attention` divides a packed list of tokens: made once for all layers of a pass.
 
     runs: of each sequence in the list how many tokens it has, its slot, and its first token's position; the tokens of a
     run are at consecutive positions. tiling: of `attention` (default: the device's). into: an earlier plan of as many
-    tiles, whose `tiles` are filled in place of new ones, for launches enqueued later, and which is returned.
-    Raises RuntimeError where `into` has another number of tiles.
+    tiles, which is filled in place for launches enqueued later, and returned; its work is divided as far as its memory
+    reaches, which the runs it was made of have set. heads: query heads, for which tiles may be divided (0: none is).
+    Raises ValueError where `into` has another number of tiles.
     """
-    if tiling is None:
-        tiling, *_ = _choice(head_dim, device.index or 0)
+    chosen, _, multiprocessors = _choice(head_dim, device.index or 0)
+    tiling = tiling or chosen
     begin, positions, tiles = 0, 0, []
     for count, slot, position in runs:
         for row in range(0, count, tiling.rows):
             tiles.append((begin + row, min(tiling.rows, count - row), position + row, slot))
         begin += count
         positions += position + count
+    if into is not None and len(tiles) != into.tiles:
+        raise ValueError(f"plan: runs of {len(tiles)} tiles for a plan of {into.tiles}: as many needed")
     # The longest first: the last ones to be done are short.
     tiles.sort(key=lambda tile: -tile[1] - tile[2])
-    packed = torch.tensor([(0, 0, 0, 0), *tiles], dtype=torch.int32, pin_memory=device.type == "cuda")
+    entries, partials = _divided(tiles)
     if into is not None:
-        into.tiles.copy_(packed, non_blocking=True)
+        divided = 0 < partials <= len(into.partials) and len(entries) < len(into.work)
+    else:
+        few = tiling.multiply == "wgmma" and 2 * len(tiles) * heads <= multiprocessors
+        divided = few and 0 < partials * heads * _record(head_dim) <= PARTIALS
+    if not divided:
+        entries = [(*tile, 0, tile[1] + tile[2], -1, number) for number, tile in enumerate(tiles)]
+    head = (0, 0, len(entries), 0, 0, 0, 0, 0)
+    packed = torch.tensor([head, *entries], dtype=torch.int32, pin_memory=device.type == "cuda")
+    if into is not None:
+        into.work[: len(packed)].copy_(packed, non_blocking=True)
         return into
-    return Plan(packed.to(device, non_blocking=True), tiling.rows, positions)
+    kept = (partials, len(tiles)) if divided else (0, 0)
+    return Plan(
+        packed.to(device, non_blocking=True), len(tiles), tiling.rows, positions,
+        torch.empty((kept[0], heads, _record(head_dim)), device=device),
+        torch.zeros((kept[1], tiling.rows // 16, heads), dtype=torch.int32, device=device),
+    )  # fmt: skip
+
+
+def _divided(tiles: list[tuple[int, int, int, int]]) -> tuple[list[tuple[int, ...]], int]:
+    """An entry for each segment of each tile; and how many partial results those of more than one segment lead to."""
+    entries: list[tuple[int, ...]] = []
+    partials = 0
+    for number, (token, count, position, slot) in enumerate(tiles):
+        end = position + count
+        segments = range(0, end, SEGMENT)
+        first = partials if len(segments) > 1 else -1
+        entries += [(token, count, position, slot, at, min(end, at + SEGMENT), first, number) for at in segments]
+        if len(segments) > 1:
+            partials += len(segments) * -(-count // 16)
+    return entries, partials
+
+
+def _record(head_dim: int) -> int:
+    """fp32 elements of a warp's partial result: for each lane O, m and l of two rows."""
+    return 32 * (head_dim // 2 + 4)
 
 
 def attention(
@@ -1062,21 +1205,24 @@ def attention(
         raise ValueError(f"attention: plan has tiles of {plan.rows} queries: {tiling.rows} needed")
     if not count:
         return out
-    tiles, group, factor = len(plan.tiles) - 1, heads // kv_heads, scale * math.log2(math.e)
-    entries = plan.tiles if table is None else table
+    group, factor = heads // kv_heads, scale * math.log2(math.e)
+    pages_of = plan.work if table is None else table
     if tiling.multiply == "wgmma":
+        if len(plan.partials) and plan.partials.shape[1] != heads:
+            raise ValueError(f"attention: plan is for {plan.partials.shape[1]} heads and q has {heads}")
         together = _together(plan.positions * width * 4, heads, group)
+        entries = len(plan.work) - 1
         box = TILE if table is None else 1 << cache.page_bits
         maps = [kept_tensor_map(q.flatten(1), tiling.rows)]
         maps += [kept_tensor_map(given.transpose(1, 2), box) for given in (k_cache, v_cache)]
-        warpgroups(dtype, width, tiling).launch(
-            (min(tiles * heads, multiprocessors),), *maps, plan.tiles, entries, out,
-            tiles, heads, group, together, 0 if table is None else cache.pages,
+        warpgroups(dtype, width, tiling, len(plan.partials) > 0).launch(
+            (min(entries * heads, multiprocessors),), *maps, plan.work, pages_of, out,
+            plan.partials, plan.arrived, entries, heads, group, together, 0 if table is None else cache.pages,
             7 if table is None else cache.page_bits, out.stride(0), factor, window,
         )  # fmt: skip
     else:
         warps(dtype, width, table is not None, tiling, arch).launch(
-            (heads, tiles), q, k_cache, v_cache, plan.tiles, entries, out, group, cache.pages, cache.page_bits,
+            (heads, plan.tiles), q, k_cache, v_cache, plan.work, pages_of, out, group, cache.pages, cache.page_bits,
             cache.slot_stride, cache.position_stride, cache.head_stride, q.stride(0), out.stride(0), factor, window,
         )  # fmt: skip
     return out

@@ -45,11 +45,18 @@ def caches(*shape, dtype=BF16):
 
 
 def run(tiling, runs, q, k_cache, v_cache, scale=0.2, window=0, table=None):
-    plan = prefill.plan(runs, q.shape[2], DEVICE, tiling)
-    out = poisoned(*q.shape, dtype=q.dtype)
-    prefill.attention(q, k_cache, v_cache, plan, scale, window, out, table, tiling)
-    assert not plan.tiles[0].any()
-    return out
+    """With whole tiles and, where `plan` divides them, with their segments on blocks of their own."""
+    outs = []
+    for heads in (0, q.shape[1]):
+        plan = prefill.plan(runs, q.shape[2], DEVICE, tiling, heads=heads)
+        if outs and not len(plan.partials):
+            break
+        plan.partials.fill_(float("nan"))
+        outs.append(poisoned(*q.shape, dtype=q.dtype))
+        prefill.attention(q, k_cache, v_cache, plan, scale, window, outs[-1], table, tiling)
+        assert not plan.work[0, :2].any() and not plan.arrived.any()
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    return outs[0]
 
 
 def assert_as_flash(out, runs, q, k_cache, v_cache, scale=0.2, window=0):
@@ -177,15 +184,51 @@ def test_heads_go_together_as_far_as_l2_reaches(tiling, monkeypatch):
 
 def test_a_plan_has_the_longest_tiles_first():
     plan = prefill.plan([(70, 3, 0), (0, 1, 5), (2, 2, 1000)], 64, DEVICE, Tiling("mma", 32, 2))
-    assert plan.tiles.tolist() == [[0] * 4, [70, 2, 1000, 2], [64, 6, 64, 3], [32, 32, 32, 3], [0, 32, 0, 3]]
-    assert (plan.rows, plan.positions) == (32, 1077)
-    tiles = plan.tiles
-    tiles[0] = 1
+    head = [0, 0, 4, 0, 0, 0, 0, 0]
+    assert plan.work.tolist() == [
+        head, [70, 2, 1000, 2, 0, 1002, -1, 0], [64, 6, 64, 3, 0, 70, -1, 1], [32, 32, 32, 3, 0, 64, -1, 2],
+        [0, 32, 0, 3, 0, 32, -1, 3],
+    ]  # fmt: skip
+    assert (plan.tiles, plan.rows, plan.positions, len(plan.partials)) == (4, 32, 1077, 0)
+    work = plan.work
     again = prefill.plan([(70, 1, 8), (0, 1, 5), (2, 2, 0)], 64, DEVICE, Tiling("mma", 32, 2), into=plan)
-    assert again is plan and plan.tiles is tiles
-    assert tiles.tolist() == [[0] * 4, [64, 6, 72, 1], [32, 32, 40, 1], [0, 32, 8, 1], [70, 2, 0, 2]]
-    with pytest.raises(RuntimeError):
+    assert again is plan and plan.work is work
+    assert work.tolist() == [
+        head, [64, 6, 72, 1, 0, 78, -1, 0], [32, 32, 40, 1, 0, 72, -1, 1], [0, 32, 8, 1, 0, 40, -1, 2],
+        [70, 2, 0, 2, 0, 2, -1, 3],
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="runs of 3 tiles for a plan of 4"):
         prefill.plan([(70, 1, 8)], 64, DEVICE, Tiling("mma", 32, 2), into=plan)
+
+
+def test_a_plan_divides_the_tiles_of_few_queries(monkeypatch):
+    monkeypatch.setattr(prefill, "_choice", lambda *_: (Tiling("wgmma", 128, 2), "sm_90a", 132))
+    plan = prefill.plan([(40, 5, 1500)], 128, DEVICE, heads=32)
+    assert plan.work.tolist() == [
+        [0, 0, 4, 0, 0, 0, 0, 0], [0, 40, 1500, 5, 0, 512, 0, 0], [0, 40, 1500, 5, 512, 1024, 0, 0],
+        [0, 40, 1500, 5, 1024, 1536, 0, 0], [0, 40, 1500, 5, 1536, 1540, 0, 0],
+    ]  # fmt: skip
+    assert plan.partials.shape == (4 * 3, 32, 32 * 68) and plan.arrived.shape == (1, 8, 32)
+    # Shorter ones take less of its memory, and longer ones, which it has none for, stay whole.
+    assert prefill.plan([(40, 5, 600)], 128, DEVICE, into=plan).work[:2].tolist() == [
+        [0, 0, 2, 0, 0, 0, 0, 0], [0, 40, 600, 5, 0, 512, 0, 0]
+    ]  # fmt: skip
+    prefill.plan([(40, 5, 9)], 128, DEVICE, into=plan)
+    assert plan.work[:2].tolist() == [[0, 0, 1, 0, 0, 0, 0, 0], [0, 40, 9, 5, 0, 49, -1, 0]]
+    prefill.plan([(40, 5, 2500)], 128, DEVICE, into=plan)
+    assert plan.work[:2].tolist() == [[0, 0, 1, 0, 0, 0, 0, 0], [0, 40, 2500, 5, 0, 2540, -1, 0]]
+    # Where there are tiles for half of the multiprocessors, and where the results would take too much, none is divided.
+    assert not len(prefill.plan([(300, 5, 1500)], 128, DEVICE, heads=32).partials)
+    assert not len(prefill.plan([(128, 5, 40000)], 128, DEVICE, heads=32).partials)
+
+
+@WGMMA
+@pytest.mark.parametrize("window", [0, 400])
+def test_segments_of_a_tile_on_blocks_of_their_own(window, monkeypatch):
+    monkeypatch.setattr(prefill, "_choice", lambda *_: (TILINGS["wgmma"], "sm_90a", 132))
+    cache, q, runs = caches(2, 1100, 1, 64), randn(17, 1, 64, dtype=BF16), [(17, 1, 1015)]
+    assert len(prefill.plan(runs, 64, DEVICE, heads=1).partials) == 2 * 3
+    assert_as_flash(run(None, runs, q, *cache, window=window), runs, q, *cache, window=window)
 
 
 def test_nothing_to_do():

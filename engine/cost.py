@@ -41,7 +41,8 @@ class Ceilings:
 
 
 def matrix_parameters(config: ModelConfig) -> int:
-    """Weights of the layers' matrix products: each token takes 2 operations with each of them."""
+    """Weights of the layers' matrix products: each token takes 2 operations with each of them, but one without logits
+    needs no more than keys and values of the last layer."""
     attention = (2 * config.q_size + 2 * config.kv_size) * config.hidden_size
     return config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
 
@@ -89,17 +90,20 @@ def step_cost(
     total = sum(tokens)
     cached = kv_bytes_per_token(config, dtype) // config.num_hidden_layers
     moved = scores = 0
+    last = config.num_hidden_layers - 1
     for layer in range(config.num_hidden_layers):
         window = config.window(layer)
         for new, context in zip(tokens, contexts, strict=True):
             first = max(0, context - new - window + 1) if window else 0  # earliest key that any new token sees
             moved += (context - first + new) * cached
-            scores += _keys_seen(context, window) - _keys_seen(context - new, window)
+            scores += _keys_seen(context, window) - _keys_seen(context - (1 if layer == last else new), window)
     head = config.vocab_size * config.hidden_size
+    # Of the last layer, for tokens without logits: the query's projection and all that follows attention.
+    unasked = (2 * config.q_size + 3 * config.intermediate_size) * config.hidden_size * (total - len(tokens))
     return StepCost(
         weight_bytes=weight_bytes(config, dtype) + total * config.hidden_size * _size(dtype),
         kv_bytes=moved,
-        flops=2 * (total * matrix_parameters(config) + len(tokens) * head) + 4 * config.q_size * scores,
+        flops=2 * (total * matrix_parameters(config) - unasked + len(tokens) * head) + 4 * config.q_size * scores,
     )
 
 

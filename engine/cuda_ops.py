@@ -18,6 +18,7 @@ from kernels.linear import streamed, tiled
 
 FLASH_WIDTHS = (64, 128)  # elements of a head
 FLASH_GROUP = 16  # query heads that share a KV head, at most
+FEW = 16  # one in so many tokens, of those that attention is asked for
 
 
 class CudaOps(Composed):
@@ -191,26 +192,31 @@ class CudaOps(Composed):
     def attend(
         self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding, cos: Tensor,
         sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float, window: int,
-        single: bool, plan: Any = None, table: Tensor | None = None, decodes: int = 0,
+        single: bool, plan: Any = None, table: Tensor | None = None, decodes: int = 0, rows: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         projected = (qkv, q_norm, k_norm, eps, rounding, cos, sin, k_cache, v_cache, slots, positions)
         count, (kv_heads, width) = qkv.shape[0], k_cache.shape[2:]
         heads = qkv.shape[1] // width - 2 * kv_heads
         if not self.head_major(qkv.dtype, heads, kv_heads, width):
-            return super().attend(*projected, scale, window, single, table=table)
+            return super().attend(*projected, scale, window, single, table=table, rows=rows)
         out = qkv.new_empty((count, heads * width))
         if single:
             workspace = self._attention_workspace(count, heads, width, k_cache, table)
-            return flash.decode(*projected, scale, window, out, workspace, table)
+            flash.decode(*projected, scale, window, out, workspace, table)
+            return out if rows is None else out.index_select(0, rows)
         q = rope_write.rope_write(*projected, out.view(count, heads, width), table)
-        if plan is None:
+        # One by one a few tokens take less time than all do in tiles.
+        few = rows is not None and FEW * len(rows) <= count
+        if rows is not None and (few or plan is None):
+            q, slots, positions = (x.index_select(0, rows) for x in (q, slots, positions))
+        if few or plan is None:
             return self.attention(q, k_cache, v_cache, slots, positions, scale, window, table=table).flatten(1)
         out = torch.empty_like(q)
         if decodes:
             own = slots[:decodes], positions[:decodes]
             self.attention(q[:decodes], k_cache, v_cache, *own, scale, window, out[:decodes], table)
         prefill.attention(q[decodes:], k_cache, v_cache, plan, scale, window, out[decodes:], table)
-        return out.flatten(1)
+        return out.flatten(1) if rows is None else out.flatten(1).index_select(0, rows)
 
     def repetition_penalty(self, logits: Tensor, seen: Tensor, penalty: Tensor) -> None:
         sampling.repetition_penalty(logits, seen, penalty)

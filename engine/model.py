@@ -115,16 +115,22 @@ class Model:
             see(name, y if added is None else added)
             return both
 
+        rows = None
         for index, layer in enumerate(layers):
-            y = self._attention(index, layer, y, slots, positions, cache, single, plan, decodes)
+            if index == len(layers) - 1 and not observe:
+                # Nobody asks what other tokens come to after their keys and values.
+                rows = logits_at
+            y = self._attention(index, layer, y, slots, positions, cache, single, plan, decodes, rows)
+            if rows is not None:
+                x = x.index_select(0, rows)
+                if not len(x):
+                    return x.new_empty((0, self.config.vocab_size))
             x, y = add(f"layers.{index}.attention", x, y, norms[2 * index])
             y = ops.linear(ops.linear_swiglu(y, layer.gate_up), layer.down)
             x, y = add(f"layers.{index}.mlp", x, y, norms[2 * index + 1])
             see(f"layers.{index}", x)
-        if logits_at is not None:
+        if observe and logits_at is not None:
             y = y.index_select(0, logits_at)
-            if not len(y):
-                return y.new_empty((0, self.config.vocab_size))
         if not pre:
             y = self._norm(y, weights.norm)
         see("norm", y)
@@ -174,12 +180,13 @@ class Model:
         single: bool,
         plan: Any,
         decodes: int,
+        rows: Tensor | None,
     ) -> Tensor:
         config, ops = self.config, self.ops
         qkv = ops.linear(x, layer.qkv)
         out = ops.attend(
             qkv, layer.q_norm, layer.k_norm, config.rms_norm_eps, config.norm_rounding, *self.tables[index],
             cache.k[index], cache.v[index], slots, positions, self.scale, config.window(index), single,
-            plan, cache.table, decodes,
+            plan, cache.table, decodes, rows,
         )  # fmt: skip
         return ops.linear(out, layer.o)

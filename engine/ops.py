@@ -126,13 +126,13 @@ class Ops(Protocol):
     def attend(
         self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding, cos: Tensor,
         sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float, window: int,
-        single: bool, plan: Any = None, table: Tensor | None = None, decodes: int = 0,
+        single: bool, plan: Any = None, table: Tensor | None = None, decodes: int = 0, rows: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Everything between two projections: q and k norms where given, rotation, cache write, attention.
 
-        qkv [T, (Hq + 2Hk) D], which may be overwritten -> [T, Hq D]. single: no slot occurs twice. decodes: of the
-        first so many tokens no two share a slot. plan: of the runs of the others, where the caller knows them. None of
-        these changes a bit.
+        qkv [T, (Hq + 2Hk) D], which may be overwritten -> [T, Hq D], or [n, Hq D] of the tokens int [n] in `rows`.
+        single: no slot occurs twice. decodes: of the first so many tokens no two share a slot. plan: of the runs of
+        the others, where the caller knows them. None of these changes a bit.
         """
         ...
 
@@ -162,6 +162,7 @@ class Composed:
         self: Ops, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding,
         cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float,
         window: int, single: bool, plan: Any = None, table: Tensor | None = None, decodes: int = 0,
+        rows: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         kv_heads, width = k_cache.shape[2:]
         kv_size = kv_heads * width
@@ -172,6 +173,8 @@ class Composed:
         q, k, v = (x.view(x.shape[0], -1, width) for x in (q, k, v))
         self.rope(q, k, cos, sin, positions)
         self.kv_write(k, v, k_cache, v_cache, slots, positions, table)
+        if rows is not None:
+            q, slots, positions = (x.index_select(0, rows) for x in (q, slots, positions))
         return self.attention(q, k_cache, v_cache, slots, positions, scale, window, table=table).flatten(1)
 
 

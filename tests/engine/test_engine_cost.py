@@ -55,7 +55,9 @@ def test_decode_and_prefill():
     assert decode.bytes == decode.weight_bytes + decode.kv_bytes
 
     prefill = step_cost(config, "bfloat16", tokens=[512], contexts=[512])
-    assert prefill.flops == 2 * (512 * matrix_parameters(config) + 100352 * 4096) + 4 * 4096 * 32 * 512 * 513 // 2
+    # The last layer is computed for the last token, but for the keys and values.
+    products = 512 * matrix_parameters(config) - 511 * (2 * 4096 + 3 * 11008) * 4096 + 100352 * 4096
+    assert prefill.flops == 2 * products + 4 * 4096 * (31 * 512 * 513 // 2 + 512)
     assert step_cost(config, "bfloat16", tokens=1024, contexts=[512, 512]).flops == 2 * prefill.flops
     assert (
         step_cost(config, "float32", tokens=[1], contexts=[9]).bytes == 2 * step_cost(config, "bfloat16", 1, [9]).bytes
@@ -66,8 +68,10 @@ def test_chunks_of_a_prefill_add_up_to_it():
     config = RELEASED["1B"][0]
     whole = step_cost(config, "bfloat16", [1000], [1000])
     parts = [step_cost(config, "bfloat16", [250], [context]) for context in (250, 500, 750, 1000)]
-    head = 2 * config.vocab_size * config.hidden_size
-    assert sum(part.flops - head for part in parts) == whole.flops - head
+    # What a token with logits takes beside the others: the head, and of the last layer all but keys and values.
+    products = config.vocab_size * 2048 + (2 * 2048 + 3 * 8192) * 2048
+    logits = [2 * products + 4 * 2048 * context for context in (250, 500, 750)]
+    assert sum(part.flops for part in parts) == whole.flops + sum(logits)
 
 
 def test_window_bounds_what_is_read():
@@ -83,8 +87,8 @@ def test_window_bounds_what_is_read():
         assert near.kv_bytes == (min(context, 100) + 1) * per_token
         assert far.flops - near.flops == 4 * 256 * 2 * max(0, context - 100)
     pairs = sum(min(position + 1, 100) for position in range(300))
-    base = step_cost(windowed, "bfloat16", [300], [300]).flops - 4 * 256 * 2 * pairs
-    assert base == 2 * (300 * matrix_parameters(windowed) + 100352 * 256)
+    base = step_cost(windowed, "bfloat16", [300], [300]).flops - 4 * 256 * (pairs + 100)
+    assert base == 2 * (300 * matrix_parameters(windowed) - 299 * (2 * 256 + 3 * 512) * 256 + 100352 * 256)
 
 
 def test_tied_embedding_is_read_once():

@@ -122,8 +122,9 @@ def test_fast_versions_of_decode_and_prefill_are_equal(fields: dict, dtype: torc
 
 
 @pytest.mark.parametrize("kind", ["decode", "runs", "mixed"])
-def test_attention_over_pages_equals_contiguous(kind: str):
-    """A token in each of two slots, or the next two of one, over pages in any order among others of NaN."""
+def test_attention_over_pages_equals_contiguous(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """A token in each of two slots, or the next two of one, over pages in any order among others of NaN; some or none
+    of them alone."""
     single, runs = kind == "decode", [Run(2, 1, 9)]
     ops, heads, dim = cuda_ops(attention="flash"), 2, 64
     generator = torch.Generator().manual_seed(0)
@@ -139,15 +140,20 @@ def test_attention_over_pages_equals_contiguous(kind: str):
     angles = torch.rand(16, dim // 2, generator=generator).to(DEVICE)
     projected = noise(2, (heads + 2) * dim)
     plan = ops.plan(runs, torch.bfloat16, heads, 1, dim) if kind == "runs" else None
-    results = []
-    for cache, pages in ((rows, None), (pool, table)):
-        results.append(
-            ops.attend(
-                projected.clone(), None, None, 0.0, "once", angles.cos(), angles.sin(), cache[0], cache[1], slots,
-                positions, 0.125, 0, single, plan, pages,
-            )
+
+    def attend(cache: torch.Tensor, pages: torch.Tensor | None, wanted: list[int] | None = None) -> torch.Tensor:
+        return ops.attend(
+            projected.clone(), None, None, 0.0, "once", angles.cos(), angles.sin(), cache[0], cache[1], slots,
+            positions, 0.125, 0, single, plan, pages,
+            rows=None if wanted is None else torch.tensor(wanted, dtype=torch.int32, device=DEVICE),
         )  # fmt: skip
+
+    results = [attend(rows, None), attend(pool, table)]
     assert torch.equal(*results) and results[0].isfinite().all()
+    for few in (1, 16):
+        monkeypatch.setattr("engine.cuda_ops.FEW", few)
+        assert torch.equal(attend(pool, table, [1]), results[0][1:])
+        assert attend(rows, None, []).shape == (0, heads * dim)
     assert torch.equal(pool[:, order].view_as(rows), rows) and pool[:, [1, 5]].isnan().all()
 
 

@@ -154,10 +154,14 @@ class AsyncLLM:
         name = f"request-{next(self._numbers)}" if id is None else id
         self._submitted += params.n
         try:
-            ids = await self._loop.run_in_executor(
-                self._encoder, self.llm.token_ids, prompt, "the prompt", add_special_tokens
-            )
-            self._check_open()
+            if isinstance(prompt, str):
+                ids = await self._loop.run_in_executor(
+                    self._encoder, self.llm.token_ids, prompt, "the prompt", add_special_tokens
+                )
+                self._check_open()
+            else:
+                # At once: of many requests that come together the first is the engine's before the others are read.
+                ids = self.llm.token_ids(prompt, "the prompt")
             self.llm.check(ids, params, "the prompt")
             lives = self.llm.requests(ids, params, name, priority, timeout, session=session)
             for live in lives:

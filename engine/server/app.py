@@ -274,15 +274,12 @@ class Service:
         if self.draining:
             raise self.unavailable()
         self.check_model(body.model)
+        with _refusing():
+            job = await (self.chat(body, request) if isinstance(body, ChatRequest) else self.completion(body, request))
+        if body.stream:
+            return EventStream(job)
 
         async def work() -> Response:
-            with _refusing():
-                if isinstance(body, ChatRequest):
-                    job = await self.chat(body, request)
-                else:
-                    job = await self.completion(body, request)
-            if body.stream:
-                return EventStream(job)
             try:
                 return _json(await answers.whole(job))
             except EngineDead:

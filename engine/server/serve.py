@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import socket
@@ -157,8 +158,15 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{listener.getsockname()[1]}"
         log.info("serving", extra={"url": url, "models": settings.models, "max_model_len": llm.max_model_len})
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once the server has ended
-            server.run([listener])
+        # What is loaded by now stays, and is a great many objects: the garbage collector, which would stop every thread
+        # for a tenth of a second and more to look at them all, just when many requests come, leaves them out.
+        gc.collect()
+        gc.freeze()
+        try:
+            with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once the server has ended
+                server.run([listener])
+        finally:
+            gc.unfreeze()
         if engine.failure is not None:
             raise RuntimeError("the engine has failed") from engine.failure
 

@@ -37,6 +37,19 @@ async def read(stream: Stream) -> tuple[list[Update], list[Completion]]:
     return updates, [update.completion for update in updates if update.completion]
 
 
+def test_token_ids_are_submitted_at_once(path: Path):
+    """Before anybody else's turn: of many that come together the first is the engine's before the others are read."""
+
+    async def work() -> None:
+        async with AsyncLLM(make_llm(path)) as engine:
+            with pytest.raises(StopIteration) as ended:
+                engine.submit([5, 6], LONG).send(None)
+            async with ended.value.value as stream:
+                assert stream.prompt_token_ids == [5, 6]
+
+    run(work())
+
+
 def test_equals_offline_generation(path: Path):
     llm = make_llm(path, max_batch=3, kv_tokens=400)
     prompts = ["the quick", "def main", [5, 6, 7], "x", list(range(10, 40))] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import signal
@@ -367,9 +368,12 @@ def test_a_warning_where_anyone_may_ask(capfd: pytest.CaptureFixture[str], monke
     import engine.server.serve as serving
 
     monkeypatch.setattr(serving, "AsyncLLM", lambda llm, max_waiting: FakeEngine())
-    monkeypatch.setattr(serving.Server, "run", lambda self, sockets: None)
+    frozen: list[int] = []
+    monkeypatch.setattr(serving.Server, "run", lambda self, sockets: frozen.append(gc.get_freeze_count()))
     serving.serve(fake_llm(), serving.Settings(("m",)), host="0.0.0.0", port=0)
     assert "no API key" in capfd.readouterr().err
+    # Meanwhile the garbage collector leaves out what was there.
+    assert frozen[0] > 1000 and not gc.get_freeze_count()
     serving.serve(fake_llm(), serving.Settings(("m",), api_key="k"), host="0.0.0.0", port=0)
     serving.serve(fake_llm(), serving.Settings(("m",)), host="localhost", port=0)
     assert "no API key" not in capfd.readouterr().err

@@ -17,7 +17,7 @@ __all__ = ["catalogue"]
 def catalogue(dtypes: Sequence[str] = ("bf16", "f16", "f32"), head_dims: Sequence[int] = (128,)) -> list[Kernel]:
     """Every kernel of these dtypes ("bf16", "f16", "f32") and attention head dimensions, each once.
 
-    Of kernels made for a shape those of OLMo-2 7B. Of "f16" one of each fast operation: they differ from those of
+    Of kernels made for a shape those of OLMo-2 7B, and some of 1B. Of "f16" one of each fast operation: they differ from those of
     "bf16" in nothing but conversions and the products' type.
     """
     from kernels import add_norm, embedding, kv_write, residual, rms_norm, rope, rope_write, sampling, swiglu
@@ -49,6 +49,9 @@ def catalogue(dtypes: Sequence[str] = ("bf16", "f16", "f32"), head_dims: Sequenc
             *streamed.catalogue("bf16", 22016, 4096, gated=True),
             *tiled.catalogue("bf16", 12288, 4096, gated=False, tokens=(2048,)),
             *tiled.catalogue("bf16", 22016, 4096, gated=True, tokens=(2048,)),
+            # Of OLMo-2 1B what sums K in two halves.
+            *streamed.catalogue("bf16", 2048, 8192, gated=False, tokens=(1,)),
+            *tiled.catalogue("bf16", 2048, 8192, gated=False, tokens=(2048,)),
             *(add_norm.fused("bf16", 2, kind, False) for kind in ("post", "pre", "norm")),
             *(rope_write.fast("bf16", head_dim, "once", False) for head_dim in head_dims),
             *(flash.flash("bf16", head_dim, 1, "once", paged) for head_dim in head_dims for paged in (False, True)),

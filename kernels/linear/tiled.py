@@ -41,7 +41,7 @@ TILE = 2000
 # Tokens from which clusters gain: a product as long as that runs at the power limit.
 SHARING = 2048
 # fp32 sums of a thread at most, where K has several segments.
-SUMS = 160
+SUMS = 128
 
 
 @dataclass(frozen=True)

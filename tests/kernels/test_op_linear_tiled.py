@@ -182,6 +182,13 @@ def test_choices_fit(arch):
                     assert 1 <= tiling.group(count, rows, multiprocessors) <= down
 
 
+def test_registers_hold_the_sums_of_two_segments():
+    """With 160 rows a thread would have 160 sums, which the assembler spills."""
+    wide, fitting = (replace(Tiling.of_warpgroups(rows), segments=2) for rows in (160, 128))
+    assert fitting.fits(False, 8192) and not wide.fits(False, 8192)
+    assert replace(wide, segments=1).fits(False, 8192)
+
+
 def test_catalogue_holds_what_is_chosen():
     names = {kernel.name for kernel in tiled.catalogue("bf16", 4096, 4096, False)}
     for count in range(1, 9000, 61):

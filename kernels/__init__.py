@@ -17,8 +17,8 @@ __all__ = ["catalogue"]
 def catalogue(dtypes: Sequence[str] = ("bf16", "f16", "f32"), head_dims: Sequence[int] = (128,)) -> list[Kernel]:
     """Every kernel of these dtypes ("bf16", "f16", "f32") and attention head dimensions, each once.
 
-    Of kernels made for a shape those of OLMo-2 7B, and some of 1B. Of "f16" one of each fast operation: they differ from those of
-    "bf16" in nothing but conversions and the products' type.
+    Of kernels made for a shape those of OLMo-2 7B, and some of 1B. Of "f16" one of each fast operation: they differ
+    from those of "bf16" in nothing but conversions and the products' type.
     """
     from kernels import add_norm, embedding, kv_write, residual, rms_norm, rope, rope_write, sampling, swiglu
     from kernels.attention import flash, prefill

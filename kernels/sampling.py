@@ -598,7 +598,7 @@ def split_floor(dtype: str) -> Kernel:
                 workspace[base + HEAD + thread] = 0
 
     kinds = (f"{dtype}*", "f32*", "i32*", "f32*", "f32*", "i32*", "i32")
-    return Kernel(f"sample_floor_split_{dtype}", floor, kinds, SPLIT_THREADS, blocks_per_sm=1, options=PROGRAMMATIC)
+    return Kernel(f"sample_floor_split_{dtype}", floor, kinds, SPLIT_THREADS, blocks_per_sm=4, options=PROGRAMMATIC)
 
 
 @kernel_factory

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.ops import Composed, Placement, Rounding, Run
+from engine.ops import Composed, Placement, Rounding, Run, of_rows
 from kernels import add_norm, embedding, kv_write, residual, rms_norm, rope, rope_write, sampling, swiglu
 from kernels.attention import flash, prefill
 from kernels.attention import naive as naive_attention
@@ -18,7 +18,7 @@ from kernels.linear import streamed, tiled
 
 FLASH_WIDTHS = (64, 128)  # elements of a head
 FLASH_GROUP = 16  # query heads that share a KV head, at most
-FEW = 16  # one in so many tokens, of those that attention is asked for
+FEW = 16  # attention for up to one in so many tokens is computed for them one by one
 
 
 class CudaOps(Composed):
@@ -203,20 +203,18 @@ class CudaOps(Composed):
         if single:
             workspace = self._attention_workspace(count, heads, width, k_cache, table)
             flash.decode(*projected, scale, window, out, workspace, table)
-            return out if rows is None else out.index_select(0, rows)
+            return of_rows(out, rows)
         q = rope_write.rope_write(*projected, out.view(count, heads, width), table)
         # One by one a few tokens take less time than all do in tiles.
-        few = rows is not None and FEW * len(rows) <= count
-        if rows is not None and (few or plan is None):
-            q, slots, positions = (x.index_select(0, rows) for x in (q, slots, positions))
-        if few or plan is None:
+        if plan is None or (rows is not None and FEW * len(rows) <= count):
+            q, slots, positions = (of_rows(x, rows) for x in (q, slots, positions))
             return self.attention(q, k_cache, v_cache, slots, positions, scale, window, table=table).flatten(1)
         out = torch.empty_like(q)
         if decodes:
             own = slots[:decodes], positions[:decodes]
             self.attention(q[:decodes], k_cache, v_cache, *own, scale, window, out[:decodes], table)
         prefill.attention(q[decodes:], k_cache, v_cache, plan, scale, window, out[decodes:], table)
-        return out.flatten(1) if rows is None else out.flatten(1).index_select(0, rows)
+        return of_rows(out.flatten(1), rows)
 
     def repetition_penalty(self, logits: Tensor, seen: Tensor, penalty: Tensor) -> None:
         sampling.repetition_penalty(logits, seen, penalty)

@@ -146,22 +146,14 @@ class PagedCache(KVCache):
             self._held[slot] = pages
         if not places:
             return
-        # From pinned memory a copy does not wait for the GPU.
-        pinned = self.table.is_cuda
-        flat = self.table.view(-1)
-        if len(pages_of) == 1:
-            # One sequence's entries lie next to each other: a copy alone, which a cached prompt is waiting for.
-            sent = torch.tensor(entries, dtype=torch.int32, pin_memory=pinned)
-            flat[places[0] : places[0] + len(places)].copy_(sent, non_blocking=True)
-            return
-        # One copy of both, places as int64.
+        # One copy of both, places as int64: from pinned memory it does not wait for the GPU.
         split = 2 * len(places)
-        packed = torch.empty(split + len(places), dtype=torch.int32, pin_memory=pinned)
+        packed = torch.empty(split + len(places), dtype=torch.int32, pin_memory=self.table.is_cuda)
         words = packed.numpy()
         words[:split].view(np.int64)[:] = places
         words[split:] = entries
         sent = packed.to(self.table.device, non_blocking=True)
-        flat.index_copy_(0, sent[:split].view(torch.int64), sent[split:])
+        self.table.view(-1).index_copy_(0, sent[:split].view(torch.int64), sent[split:])
 
     @torch.inference_mode()
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from engine.config import ModelConfig, Rope
 from engine.kv_cache import PAGE_SIZE, ContiguousCache, KVCache, PagedCache
-from engine.ops import Ops, Run
+from engine.ops import Ops, Run, of_rows
 from engine.weights import LayerWeights, Weights
 
 Observe = Callable[[str, Tensor], None]
@@ -115,22 +115,16 @@ class Model:
             see(name, y if added is None else added)
             return both
 
-        rows = None
         for index, layer in enumerate(layers):
-            if index == len(layers) - 1 and not observe:
-                # Nobody asks what other tokens come to after their keys and values.
-                rows = logits_at
+            # In the last layer nobody asks what other tokens come to after their keys and values.
+            rows = logits_at if index == len(layers) - 1 and not observe else None
             y = self._attention(index, layer, y, slots, positions, cache, single, plan, decodes, rows)
-            if rows is not None:
-                x = x.index_select(0, rows)
-                if not len(x):
-                    return x.new_empty((0, self.config.vocab_size))
-            x, y = add(f"layers.{index}.attention", x, y, norms[2 * index])
+            x, y = add(f"layers.{index}.attention", of_rows(x, rows), y, norms[2 * index])
             y = ops.linear(ops.linear_swiglu(y, layer.gate_up), layer.down)
             x, y = add(f"layers.{index}.mlp", x, y, norms[2 * index + 1])
             see(f"layers.{index}", x)
-        if observe and logits_at is not None:
-            y = y.index_select(0, logits_at)
+        if observe:
+            y = of_rows(y, logits_at)
         if not pre:
             y = self._norm(y, weights.norm)
         see("norm", y)

@@ -173,9 +173,13 @@ class Composed:
         q, k, v = (x.view(x.shape[0], -1, width) for x in (q, k, v))
         self.rope(q, k, cos, sin, positions)
         self.kv_write(k, v, k_cache, v_cache, slots, positions, table)
-        if rows is not None:
-            q, slots, positions = (x.index_select(0, rows) for x in (q, slots, positions))
+        q, slots, positions = (of_rows(x, rows) for x in (q, slots, positions))
         return self.attention(q, k_cache, v_cache, slots, positions, scale, window, table=table).flatten(1)
+
+
+def of_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """x's rows at the int indices `rows`, in their order; None is all."""
+    return x if rows is None else x.index_select(0, rows)
 
 
 def _blocks(x: Tensor) -> Tensor:

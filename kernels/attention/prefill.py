@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from kernels import check, ptx
+from kernels.attention.flash import SEGMENT, TILE
 from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint8, uint32, uint64
 from kernels.device import HALVES, LEAST, LEAST_DIVISOR, MOST, MOST_DIVISOR, quotient
 from kernels.launch import (
@@ -38,9 +39,7 @@ from kernels.launch import (
 )
 from kernels.rope_write import cache_of
 
-TILE = 128  # positions
-TILES = 4  # of a segment
-SEGMENT = TILE * TILES
+TILES = SEGMENT // TILE  # of positions, of a segment
 # fp32 elements of partial results at most: 64 MiB.
 PARTIALS = 1 << 24
 PART = 64  # positions of a stage of the ring of "mma"
@@ -123,6 +122,14 @@ def _tile_of(work, entry):
 
 
 @device_function
+def _earliest(position, window, begin):
+    """The first position from `begin` on that the token at `position` sees."""
+    if window > 0:
+        return max(int32(begin), int32(position - window + 1))
+    return int32(begin)
+
+
+@device_function
 def _mask(score, position, first, window, count, column):
     """-inf for what rows do not see of the tile that begins at position `first`.
 
@@ -199,6 +206,16 @@ def _row_sum(value):
     return ptx.add_rn_f32(value, ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, value, uint32(2)))
 
 
+@device_function
+def _join(all_largest, largest, old, new, factor, h):
+    """Row h's largest of a segment becomes that of the segments up to it; old and new are what O and l so far and the
+    segment's are to be multiplied with."""
+    value = ptx.max_f32(all_largest[h], largest)
+    pivot = value if value > float32(-math.inf) else float32(0.0)
+    old[h], new[h] = _power(all_largest[h], pivot, factor), _power(largest, pivot, factor)
+    all_largest[h] = value
+
+
 def _totals(words: int, stride: int):
     """Functions that keep the running total of a thread's `words` elements of O in shared memory, 16 bytes at `at` and
     the next ones `stride` bytes on."""
@@ -217,10 +234,7 @@ def _totals(words: int, stride: int):
         old = cuda.local.array(2, float32)
         new = cuda.local.array(2, float32)
         for h in range(2):
-            value = ptx.max_f32(all_largest[h], largest[h])
-            pivot = value if value > float32(-math.inf) else float32(0.0)
-            old[h], new[h] = _power(all_largest[h], pivot, factor), _power(largest[h], pivot, factor)
-            all_largest[h] = value
+            _join(all_largest, largest[h], old, new, factor, h)
             all_total[h] = ptx.fma_rn_f32(all_total[h], old[h], ptx.mul_rn_f32(_row_sum(total[h]), new[h]))
         for i in range(words // 4):
             held = ptx.ld_shared_v4(at + uint32(i * stride))
@@ -483,9 +497,7 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
         ptx.griddepcontrol_wait()
         head = int64(cuda.blockIdx.x)
         token, count, position, slot = _tile_of(work, int64(cuda.blockIdx.y))
-        low, limit = int32(0), int32(position + count)
-        if window > 0:
-            low = max(low, int32(position - window + 1))
+        low, limit = _earliest(position, window, 0), int32(position + count)
         tile = int32(low >> 7)
         turn = int32(0)
         table_row = int32(slot * pages)
@@ -776,11 +788,7 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling, divided: bool) -> Kern
         new = cuda.local.array(2, float32)
         sums = ptx.ld_global_v4(partials, at + 32 * o_words)
         for h in range(2):
-            largest = ptx.f32_from_bits(sums[h])
-            value = ptx.max_f32(all_largest[h], largest)
-            pivot = value if value > float32(-math.inf) else float32(0.0)
-            old[h], new[h] = _power(all_largest[h], pivot, factor), _power(largest, pivot, factor)
-            all_largest[h] = value
+            _join(all_largest, ptx.f32_from_bits(sums[h]), old, new, factor, h)
             added = ptx.mul_rn_f32(ptx.f32_from_bits(sums[2 + h]), new[h])
             all_total[h] = ptx.fma_rn_f32(all_total[h], old[h], added)
         for i in range(o_words // 4):
@@ -825,8 +833,7 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling, divided: bool) -> Kern
                     if divided:
                         part = ptx.ld_global_v4(work, (entry + 1) * 8 + 4)
                         low, limit = int32(part[0]), int32(part[1])
-                    if window > 0:
-                        low = max(low, int32(position - window + 1))
+                    low = _earliest(position, window, low)
                     if divided and low >= limit:
                         # A segment that no query of the tile sees through its window.
                         item = int32(ptx.shfl_sync_idx_u32(ptx.FULL_MASK, following, uint32(0)))
@@ -912,12 +919,10 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling, divided: bool) -> Kern
             words = ptx.ld_shared_v4(told)
             token, count, position, head = int32(words[0]), int32(words[1]), int32(words[2]), int32(words[3])
             while count > 0:
-                low, limit = int32(0), int32(position + count)
+                low, limit = _earliest(position, window, 0), int32(position + count)
                 if divided:
                     words = ptx.ld_shared_v4(told + uint32(16))
                     low, limit = int32(words[0]), int32(words[1])
-                elif window > 0:
-                    low = max(low, int32(position - window + 1))
                 tile, last_tile = int32(low >> 7), int32(int32(limit - 1) >> 7)
                 own = int32(position + group * 64)  # of the warpgroup's first query
                 for h in range(2):
@@ -1025,10 +1030,8 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling, divided: bool) -> Kern
                     token, count, position, head = int32(words[0]), int32(words[1]), int32(words[2]), int32(words[3])
                     words = ptx.ld_shared_v4(told + uint32(16))
                     limit, number, tile_number = int32(words[1]), int32(words[2]), int32(words[3])
-                    seen = int32(0)
-                    if window > 0:
-                        seen = max(seen, int32(position - window + 1))
-                    segment, last_segment = int32(seen // SEGMENT), int32(int32(position + count - 1) // SEGMENT)
+                    segment = int32(_earliest(position, window, 0) // SEGMENT)
+                    last_segment = int32(int32(position + count - 1) // SEGMENT)
                     others = uint32(last_segment - segment)
                     if number >= 0 and others > 0 and warp_row < count:
                         # Of this warp's 16 rows the one that puts the last segment's result there combines them all.
@@ -1123,24 +1126,23 @@ def plan(
         raise ValueError(f"plan: runs of {len(tiles)} tiles for a plan of {into.tiles}: as many needed")
     # The longest first: the last ones to be done are short.
     tiles.sort(key=lambda tile: -tile[1] - tile[2])
-    entries, partials = _divided(tiles)
+    most = 0  # partial results that there may be
     if into is not None:
-        divided = 0 < partials <= len(into.partials) and len(entries) < len(into.work)
-    else:
-        few = tiling.multiply == "wgmma" and 2 * len(tiles) * heads <= multiprocessors
-        divided = few and 0 < partials * heads * _record(head_dim) <= PARTIALS
-    if not divided:
-        entries = [(*tile, 0, tile[1] + tile[2], -1, number) for number, tile in enumerate(tiles)]
+        most = len(into.partials)
+    elif tiling.multiply == "wgmma" and 0 < 2 * len(tiles) * heads <= multiprocessors:
+        most = PARTIALS // (heads * _record(head_dim))
+    entries, partials = _divided(tiles) if most else ([], 0)
+    if not 0 < partials <= most or (into is not None and len(entries) >= len(into.work)):
+        entries, partials = [(*tile, 0, tile[1] + tile[2], -1, number) for number, tile in enumerate(tiles)], 0
     head = (0, 0, len(entries), 0, 0, 0, 0, 0)
     packed = torch.tensor([head, *entries], dtype=torch.int32, pin_memory=device.type == "cuda")
     if into is not None:
         into.work[: len(packed)].copy_(packed, non_blocking=True)
         return into
-    kept = (partials, len(tiles)) if divided else (0, 0)
     return Plan(
         packed.to(device, non_blocking=True), len(tiles), tiling.rows, positions,
-        torch.empty((kept[0], heads, _record(head_dim)), device=device),
-        torch.zeros((kept[1], tiling.rows // 16, heads), dtype=torch.int32, device=device),
+        torch.empty((partials, heads, _record(head_dim)), device=device),
+        torch.zeros((len(tiles) if partials else 0, tiling.rows // 16, heads), dtype=torch.int32, device=device),
     )  # fmt: skip
 
 

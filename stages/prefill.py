@@ -6,6 +6,7 @@ One prompt at a time, of random tokens, in pieces as the engine takes them, unti
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 LENGTHS, PRODUCTS, ATTENTION = "prompt_lengths", "prompt_products", "prompt_attention"
 SUITES = (LENGTHS, PRODUCTS, ATTENTION)
-TOKENS = (128, 512, 1024, 2048, 4000)
+TOKENS = (128, 512, 1024, 2048, 4000, 8192, 16384, 32768)
 PRODUCT_TOKENS = (128, 512, 2048, 4096, 8192)
 PRODUCT_NAMES = ("qkv", "o", "gate_up", "down")
 # Sequences, tokens of each: one alone, and as many as make 16,384 tokens.
@@ -27,6 +28,7 @@ ATTENTION_SIZES = (
     (1, 512), (1, 1024), (1, 2048), (1, 4096), (32, 512), (16, 1024), (8, 2048), (4, 4096), (2, 8192), (1, 16384),
 )  # fmt: skip
 PEERS = {"cudnn": "CUDNN_ATTENTION", "flash_attention_2": "FLASH_ATTENTION"}
+PORTABLE = "portable"  # our attention as GPUs without an implementation of their own run it
 BEYOND_L2 = 256 << 20  # bytes of weights that a product goes through in turn
 # suite -> metric -> unit, better
 METRICS: dict[str, dict[str, tuple[str, str]]] = {
@@ -56,7 +58,7 @@ def list_cases(suite: str) -> list[dict[str, Any]]:
     return [
         {"case": f"{batch} x {tokens} tokens", "batch": batch, "prompt_tokens": tokens} | other
         for batch, tokens in ATTENTION_SIZES
-        for other in ({}, *({"backend": peer} for peer in PEERS))
+        for other in ({}, *({"backend": name} for name in (PORTABLE, *PEERS)))
     ]
 
 
@@ -84,9 +86,11 @@ def bench(
     from engine.latency import TooLarge
 
     for case in list_cases(suite):
+        note = None
         try:
             if suite == LENGTHS:
-                found = time_prompt(model, workload, ceilings, chunk, graph, case["prompt_tokens"])
+                longer, note = stretch(model, case["prompt_tokens"])
+                found = time_prompt(longer, workload, ceilings, chunk, graph, case["prompt_tokens"])
             elif suite == PRODUCTS:
                 found = time_product(model, workload, ceilings, **case)
             else:
@@ -96,7 +100,30 @@ def bench(
             continue
         for metric, (samples, limit, kind) in found.items():
             shared: dict[str, Any] = knobs | case | units(suite, metric)
-            rows.add(value=None, samples=samples, limit=limit, limit_kind=kind, **shared)
+            rows.add(value=None, samples=samples, limit=limit, limit_kind=kind, note=note, **shared)
+
+
+def stretch(model: Model, tokens: int) -> tuple[Model, str | None]:
+    """The model with linear RoPE scaling (arXiv:2306.15595) to `tokens` positions, and a note that says so; as it is
+    where it has them, and where its attention reads a whole row of scores, which so many take minutes for."""
+    from engine.model import Model as Made
+    from engine.ops import Run
+
+    config = model.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    runs = [Run(1, 0, 0)]
+    if (
+        tokens <= model.max_positions
+        or model.ops.plan(runs, model.weights.dtype, heads, kv_heads, config.head_dim) is None
+    ):
+        return model, None
+    factor = tokens / config.max_position_embeddings
+    ropes = {
+        name: dataclasses.replace(rope, type="linear", factor=factor)
+        for name, rope in (("rope", config.rope), ("sliding_rope", config.sliding_rope))
+    }
+    longer = dataclasses.replace(config, max_position_embeddings=tokens, **ropes)
+    return Made(longer, model.weights, model.ops), f"beyond the model's positions: RoPE scaled by {factor:g}"
 
 
 Found = dict[str, tuple[list[float], float | None, str | None]]  # metric: samples, limit, kind of limit
@@ -188,27 +215,33 @@ def time_attention(
 
     keys, values = (random(batch, kv_heads, prompt_tokens, width) for _ in range(2))
     scale, flops = width**-0.5, 2.0 * batch * heads * prompt_tokens * (prompt_tokens + 1) * width
-    if backend is None:
-        plan = model.ops.plan([Run(prompt_tokens, slot, 0) for slot in range(batch)], dtype, heads, kv_heads, width)
+    if backend in (None, PORTABLE):
+        from kernels.attention import prefill
+        from kernels.launch import machine_of
+
+        runs = [Run(prompt_tokens, slot, 0) for slot in range(batch)]
+        plan, tiling = model.ops.plan(runs, dtype, heads, kv_heads, width), None
         if plan is None:
             raise TooLarge("this engine has no kernel for the prompts' attention alone")
-        from kernels.attention import prefill
-
+        if backend == PORTABLE:
+            tiling = prefill.Tiling.of_warps(width, machine_of(device.index or 0)[0])
+            plan = prefill.plan(runs, width, device, tiling)
         q = random(batch * prompt_tokens, heads, width)
         cache, out = (keys.transpose(1, 2), values.transpose(1, 2)), torch.empty_like(q)
-        return rated([lambda: prefill.attention(q, *cache, plan, scale, 0, out)], flops, workload, ceilings, device)
+        run: Callable[[], Any] = lambda: prefill.attention(q, *cache, plan, scale, 0, out, None, tiling)  # noqa: E731
+        return rated([run], flops, workload, ceilings, device)
     query = random(batch, heads, prompt_tokens, width)
     shared = {"is_causal": True, "scale": scale, "enable_gqa": heads != kv_heads}
 
-    def run() -> Any:
+    def run_torch() -> Any:
         with sdpa_kernel(getattr(SDPBackend, PEERS[backend])):
             return scaled_dot_product_attention(query, keys, values, **shared)
 
     try:
-        run()
+        run_torch()
     except RuntimeError as error:
         raise TooLarge(f"torch on {device.type}: {str(error).partition(chr(10))[0]}") from None
-    return rated([run], flops, workload, ceilings, device)
+    return rated([run_torch], flops, workload, ceilings, device)
 
 
 def rated(

@@ -42,7 +42,8 @@ from kernels.rope_write import cache_of
 TILES = SEGMENT // TILE  # of positions, of a segment
 # fp32 elements of partial results at most: 64 MiB.
 PARTIALS = 1 << 24
-PART = 64  # positions of a stage of the ring of "mma"
+HALF = TILE // 2
+MOST_REGISTERS = 255  # of a thread
 # Bytes of keys and values that the blocks at work at a time should share: of an L2 of 50 MB.
 SHARED_KEYS = 24 << 20
 
@@ -50,16 +51,17 @@ SHARED_KEYS = 24 << 20
 @dataclass(frozen=True)
 class Tiling:
     """How a block works. rows: queries of a tile, 64 a warpgroup ("wgmma") or 16 a warp ("mma") that multiplies.
-    stages: "wgmma": tiles of keys, and as many of values, that are on their way at a time; "mma": parts of PART
-    positions."""
+    stages: "wgmma": tiles of keys, and as many of values, that are on their way at a time; "mma": parts of a tile, each
+    of `part` positions, a half or all of them."""
 
     multiply: str
     rows: int
     stages: int
+    part: int = TILE
 
     @property
     def name(self) -> str:
-        return f"{self.multiply}_r{self.rows}_s{self.stages}"
+        return f"{self.multiply}_r{self.rows}_s{self.stages}" + (f"_p{self.part}" if self.multiply == "mma" else "")
 
     @property
     def threads(self) -> int:
@@ -73,7 +75,7 @@ class Tiling:
         totals = self.rows * 2 * row
         if self.multiply == "wgmma":
             return 1024 + self.rows * row + 2 * self.stages * TILE * row + totals + 192
-        return 256 + self.stages * PART * row + totals + 16 * self.stages
+        return 256 + self.stages * self.part * row + totals + 16 * self.stages
 
     @staticmethod
     def choose(head_dim: int, arch: str) -> Tiling:
@@ -84,9 +86,12 @@ class Tiling:
 
     @staticmethod
     def of_warps(head_dim: int, arch: str) -> Tiling:
-        """The way of every architecture: as many stages as memory has room for."""
-        tilings = [Tiling("mma", 128, stages) for stages in (4, 2)]
-        return next(tiling for tiling in tilings if tiling.shared(head_dim) <= LIMITS[arch].shared_block)
+        """The way of every architecture: eight warps a multiprocessor, in two blocks where memory has room for two."""
+        limits, two = LIMITS[arch], Tiling("mma", 64, 2)
+        if limits.blocks_per_sm(two.threads, MOST_REGISTERS, two.shared(head_dim)) > 1:
+            return two
+        tilings = [Tiling("mma", 128, stages, HALF) for stages in (4, 2)]
+        return next(tiling for tiling in tilings if tiling.shared(head_dim) <= limits.shared_block)
 
 
 class Plan(NamedTuple):
@@ -348,15 +353,17 @@ def _staged_writer(dtype: str, head_dim: int):
 @kernel_factory
 def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> Kernel:
     """q, k_cache, v_cache, work, table, out, Hq / Hk, pages of a slot, log2 of a page, strides of the cache (slot or
-    page, position, head), of q and of out, factor, window; grid (Hq, tiles of queries).
+    page, position, head), of q and of out, factor, window; grid (heads that go together, tiles of queries, the rest).
 
     dtype: "bf16" or "f16". paged: whether the cache is.
     """
-    workers, stages = tiling.rows // 16, tiling.stages
+    workers, stages, part_rows = tiling.rows // 16, tiling.stages, tiling.part
     threads = tiling.threads
-    ahead = stages // 2  # parts that are on their way while one is worked on
+    parts = 2 * TILE // part_rows  # of a tile: its keys, then its values
+    halves = part_rows == HALF
     row_bytes, chunks = 2 * head_dim, head_dim // 8  # 16-byte chunks of a row
-    stage_bytes = PART * row_bytes
+    ahead = stages // 2  # parts that are on their way while one is worked on
+    stage_bytes = part_rows * row_bytes
     steps, columns = head_dim // 16, head_dim // 8
     copied_rows = threads // chunks  # that the block copies at a time
     totals_at = stages * stage_bytes
@@ -368,11 +375,16 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
     mma = HALVES[dtype].mma
     waits = ptx.mbarrier_try_wait if has_dependent_launch(arch) else ptx.mbarrier_test_wait
 
-    # Parts 0, 1 of a tile are its keys, 2, 3 its values; turn counts tiles. With two stages each is used twice a tile.
+    @device_function
+    def place_of(half):
+        """Where in the ring half a tile's keys are (0, 1) or its values (2, 3)."""
+        return half * HALF // part_rows % stages * stage_bytes + half * HALF % part_rows * row_bytes
+
+    # turn counts tiles. A stage is used once or twice a tile.
     @device_function
     def wait(barrier, part, turn, before):
         """For the stage of a part, or with `before` for that of the part ahead of it in the same place."""
-        parity = uint32((turn + before) & 1) if stages == 4 else uint32(part // 2 ^ before)
+        parity = uint32((turn + before) & 1) if stages == parts else uint32(part // stages ^ before)
         while waits(barrier + uint32(8 * (part % stages)), parity) == 0:
             pass
 
@@ -382,6 +394,36 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
         if lane == 0:
             ptx.mbarrier_arrive(ring + uint32(empty_at + 8 * (part % stages)))
 
+    def copier(checked):
+        @device_function
+        def copy_half(
+            place, first, begin, end, cache, base, table, table_row, page_bits, slot_stride, position_stride, thread
+        ):
+            """Start copying HALF positions from `first` on; with `checked` rows outside begin … end - 1 become 0."""
+            chunk, row = thread % chunks, thread // chunks
+            at = base + chunk * 8 + (first + row) * position_stride
+            place += uint32(row * row_bytes)
+            for i in range(HALF // copied_rows):
+                here = int32(row + i * copied_rows)
+                to = place + uint32((chunk ^ (here & 7)) * 16) + uint32(i * copied_rows * row_bytes)
+                size = uint32(16)
+                if checked:
+                    size = uint32(16) if begin <= here < end else uint32(0)
+                if paged:
+                    position = int32(first + here)
+                    page = int64(0)
+                    if not checked or begin <= here < end:
+                        page = int64(table[int32(table_row + (position >> page_bits))])
+                    within = position & ((int64(1) << page_bits) - 1)
+                    at = base + chunk * 8 + page * slot_stride + within * position_stride
+                ptx.cp_async_cg_16_zfill(to, cache, at, size)
+                if not paged:
+                    at += copied_rows * position_stride
+
+        return copy_half
+
+    copy_checked, copy_whole = copier(True), copier(False)
+
     @device_function
     def copy(
         part, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits, slot_stride, position_stride,
@@ -389,88 +431,76 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
     ):  # fmt: skip
         """Start copying a part of a tile once its stage is free; rows outside low … limit - 1 become 0."""
         wait(ring + uint32(empty_at), part, turn, 1)
-        cache = k_cache if part < 2 else v_cache
-        chunk, row = thread % chunks, thread // chunks
-        first = int32(tile * TILE + part % 2 * PART)
-        begin, end = int32(low - first), int32(limit - first)
-        at = base + chunk * 8 + (first + row) * position_stride
-        for i in range(PART // copied_rows):
-            here = int32(row + i * copied_rows)
-            place = part % stages * stage_bytes + i * copied_rows * row_bytes
-            place = ring + uint32(row * row_bytes + ((chunk ^ (here & 7)) * 16)) + uint32(place)
-            inside = begin <= here < end
-            if paged:
-                position = int32(first + here)
-                page = int64(0)
-                if inside:
-                    page = int64(table[int32(table_row + (position >> page_bits))])
-                within = position & ((int64(1) << page_bits) - 1)
-                at = base + chunk * 8 + page * slot_stride + within * position_stride
-            size = uint32(16) if inside else uint32(0)
-            ptx.cp_async_cg_16_zfill(place, cache, at, size)
-            if not paged:
-                at += copied_rows * position_stride
+        cache = k_cache if part < parts // 2 else v_cache
+        for half in range(part * part_rows // HALF, (part + 1) * part_rows // HALF):
+            first = int32(tile * TILE + half % 2 * HALF)
+            place = ring + uint32(place_of(half))
+            if first >= low and first + HALF <= limit:
+                copy_whole(place, first, 0, 0, cache, base, table, table_row, page_bits, slot_stride, position_stride,
+                           thread)  # fmt: skip
+            else:
+                copy_checked(place, first, int32(low - first), int32(limit - first), cache, base, table, table_row,
+                             page_bits, slot_stride, position_stride, thread)  # fmt: skip
         ptx.cp_async_mbarrier_arrive(ring + uint32(full_at + 8 * (part % stages)))
 
     @device_function
-    def advance(
+    def copy_ahead(
         part, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits, slot_stride,
         position_stride, ring, thread,
     ):  # fmt: skip
-        """Start copying the part that lies `ahead` of this one, and wait for this one."""
-        following = (part + ahead) // 4
+        """Start copying the part that lies `ahead` of this one."""
+        following = (part + ahead) // parts
         if int32((tile + following) * TILE) < limit:
             copy(
-                (part + ahead) % 4, turn + following, tile + following, low, limit, k_cache, v_cache, base, table,
+                (part + ahead) % parts, turn + following, tile + following, low, limit, k_cache, v_cache, base, table,
                 table_row, page_bits, slot_stride, position_stride, ring, thread,
             )  # fmt: skip
-        wait(ring + uint32(full_at), part, turn, 0)
 
     # The steps are written out: as loops they are too long for the compiler to unroll.
     @device_function
-    def multiply_keys(score, queries, at, part):
-        """at: where the lane's row of the first part's first matrices begins."""
-        two_key_steps(score, queries, at, part, 0)
-        two_key_steps(score, queries, at, part, 1)
+    def multiply_keys(score, queries, at, half):
+        """at: where the lane's row of the first half's first matrices begins."""
+        two_key_steps(score, queries, at, half, 0)
+        two_key_steps(score, queries, at, half, 1)
         if steps > 4:
-            two_key_steps(score, queries, at, part, 2)
-            two_key_steps(score, queries, at, part, 3)
+            two_key_steps(score, queries, at, half, 2)
+            two_key_steps(score, queries, at, half, 3)
 
     @device_function
-    def two_key_steps(score, queries, at, part, s):
+    def two_key_steps(score, queries, at, half, s):
         b = cuda.local.array(16, uint32)
         for n in range(2):
             for i in range(4):
-                place = part % stages * stage_bytes + (n * 4 + i) * 8 * row_bytes
+                place = place_of(half) + (n * 4 + i) * 8 * row_bytes
                 got = ptx.ldmatrix_x4((at ^ uint32(64 * s)) + uint32(place))
                 for e in range(4):
                     b[4 * i + e] = got[e]
-            for half in range(2):
-                a = 4 * (2 * s + half)
+            for k in range(2):
+                a = 4 * (2 * s + k)
                 for i in range(4):
-                    c = 4 * (part * 8 + n * 4 + i)
+                    c = 4 * (half * 8 + n * 4 + i)
                     d4 = mma(
                         queries[a], queries[a + 1], queries[a + 2], queries[a + 3],
-                        b[4 * i + 2 * half], b[4 * i + 2 * half + 1],
+                        b[4 * i + 2 * k], b[4 * i + 2 * k + 1],
                         score[c], score[c + 1], score[c + 2], score[c + 3],
                     )  # fmt: skip
                     for e in range(4):
                         score[c + e] = d4[e]
 
     @device_function
-    def multiply_values(o, p, at, part):
-        value_step(o, p, at, part, 0)
-        value_step(o, p, at, part, 1)
-        value_step(o, p, at, part, 2)
-        value_step(o, p, at, part, 3)
+    def multiply_values(o, p, at, half):
+        value_step(o, p, at, half, 0)
+        value_step(o, p, at, half, 1)
+        value_step(o, p, at, half, 2)
+        value_step(o, p, at, half, 3)
 
     @device_function
-    def value_step(o, p, at, part, s):
+    def value_step(o, p, at, half, s):
         b = cuda.local.array(8, uint32)
-        a = 4 * (part % 2 * 4 + s)
+        a = 4 * (half % 2 * 4 + s)
         for n in range(columns // 4):
             for i in range(2):
-                place = part % stages * stage_bytes + s * 16 * row_bytes
+                place = place_of(half) + s * 16 * row_bytes
                 got = ptx.ldmatrix_x4_trans((at ^ uint32(64 * n + 32 * i)) + uint32(place))
                 for e in range(4):
                     b[4 * i + e] = got[e]
@@ -495,13 +525,14 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
                 ptx.mbarrier_init(ring + uint32(empty_at + 8 * s), uint32(workers))
         cuda.syncthreads()
         ptx.griddepcontrol_wait()
-        head = int64(cuda.blockIdx.x)
+        # Some heads take all tiles, then the next ones do: their keys and values stay in L2 meanwhile.
+        head = int32(cuda.blockIdx.z * cuda.gridDim.x + cuda.blockIdx.x)
         token, count, position, slot = _tile_of(work, int64(cuda.blockIdx.y))
         low, limit = _earliest(position, window, 0), int32(position + count)
         tile = int32(low >> 7)
         turn = int32(0)
         table_row = int32(slot * pages)
-        base = head // group * head_stride
+        base = int32(head // group) * head_stride
         if not paged:
             base += int64(slot) * slot_stride
         for part in range(ahead):
@@ -541,19 +572,26 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
         seen = int32(max(own - window + 1, 0)) if window > 0 else int32(0)
         while int32(tile * TILE) < limit:
             # Halves of the tile that no row of the warp sees are waited for and no more.
-            first, middle, end = int32(tile * TILE), int32(tile * TILE + PART), int32(tile * TILE + TILE)
+            first, middle, end = int32(tile * TILE), int32(tile * TILE + HALF), int32(tile * TILE + TILE)
             for i in range(score_words):
                 score[i] = float32(0.0)
-            advance(0, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
-                    slot_stride, position_stride, ring, thread)  # fmt: skip
+            if halves:
+                copy_ahead(0, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
+                           slot_stride, position_stride, ring, thread)  # fmt: skip
+            wait(ring + uint32(full_at), 0, turn, 0)
             if first < seen_end and middle > seen:
                 multiply_keys(score, queries, k_at, 0)
-            release(ring, 0, lane)
-            advance(1, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
-                    slot_stride, position_stride, ring, thread)  # fmt: skip
+            if halves:
+                release(ring, 0, lane)
+                copy_ahead(1, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
+                           slot_stride, position_stride, ring, thread)  # fmt: skip
+                wait(ring + uint32(full_at), 1, turn, 0)
             if middle < seen_end and end > seen:
                 multiply_keys(score, queries, k_at, 1)
-            release(ring, 1, lane)
+            release(ring, parts // 2 - 1, lane)
+            if not halves:  # not before: the stage is free once all warps are done with the last tile's values
+                copy_ahead(0, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
+                           slot_stride, position_stride, ring, thread)  # fmt: skip
             if end > own + 1 or (window > 0 and first < own + 16 - window):
                 _mask(score, int32(position + row), first, window, int32(count - row), column)
             _peak(score, largest, alpha, shift, factor, 0)
@@ -563,16 +601,19 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
             pack(p, score)
             for i in range(o_words):
                 o[i] = ptx.mul_rn_f32(o[i], alpha[i // 2 & 1])
-            advance(2, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
-                    slot_stride, position_stride, ring, thread)  # fmt: skip
+            copy_ahead(parts // 2, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
+                       slot_stride, position_stride, ring, thread)  # fmt: skip
+            wait(ring + uint32(full_at), parts // 2, turn, 0)
             if first < seen_end and middle > seen:
                 multiply_values(o, p, v_at, 2)
-            release(ring, 2, lane)
-            advance(3, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
-                    slot_stride, position_stride, ring, thread)  # fmt: skip
+            if halves:
+                release(ring, 2, lane)
+                copy_ahead(3, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
+                           slot_stride, position_stride, ring, thread)  # fmt: skip
+                wait(ring + uint32(full_at), 3, turn, 0)
             if middle < seen_end and end > seen:
                 multiply_values(o, p, v_at, 3)
-            release(ring, 3, lane)
+            release(ring, parts - 1, lane)
             tile += int32(1)
             turn += int32(1)
             more = int32(tile * TILE) < limit
@@ -594,7 +635,7 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
     name = f"attention_prefill_{tiling.name}_{'paged_' if paged else ''}d{head_dim}{HALVES[dtype].suffix}_{arch}"
     kinds = (*(f"{dtype}*",) * 3, "i32*", "i32*", f"{dtype}*", *("i32",) * 3, *("i64",) * 5, "f32", "i32")
     return Kernel(
-        name, attention, kinds, tiling.threads, dynamic_shared=tiling.shared(head_dim), blocks_per_sm=1,
+        name, attention, kinds, threads, dynamic_shared=tiling.shared(head_dim), blocks_per_sm=256 // threads,
         options=LaunchOptions(programmatic=True),
         architectures=(arch,),
     )  # fmt: skip
@@ -1093,7 +1134,7 @@ def catalogue(dtype: str, head_dims: Iterable[int] = (128,), paged: Iterable[boo
 def _choice(head_dim: int, index: int) -> tuple[Tiling, str, int]:
     """Tiling, architecture and multiprocessors of a device; the simulator's has few threads."""
     if SIMULATED:
-        return Tiling("mma", 32, 4), "sm_80", 2
+        return Tiling("mma", 32, 2), "sm_80", 2
     arch, multiprocessors = machine_of(index)
     return Tiling.choose(head_dim, arch), arch, multiprocessors
 
@@ -1209,10 +1250,10 @@ def attention(
         return out
     group, factor = heads // kv_heads, scale * math.log2(math.e)
     pages_of = plan.work if table is None else table
+    together = _together(plan.positions * width * 4, heads, group)
     if tiling.multiply == "wgmma":
         if len(plan.partials) and plan.partials.shape[1] != heads:
             raise ValueError(f"attention: plan is for {plan.partials.shape[1]} heads and q has {heads}")
-        together = _together(plan.positions * width * 4, heads, group)
         entries = len(plan.work) - 1
         box = TILE if table is None else 1 << cache.page_bits
         maps = [kept_tensor_map(q.flatten(1), tiling.rows)]
@@ -1224,8 +1265,9 @@ def attention(
         )  # fmt: skip
     else:
         warps(dtype, width, table is not None, tiling, arch).launch(
-            (heads, plan.tiles), q, k_cache, v_cache, plan.work, pages_of, out, group, cache.pages, cache.page_bits,
-            cache.slot_stride, cache.position_stride, cache.head_stride, q.stride(0), out.stride(0), factor, window,
+            (together, plan.tiles, heads // together), q, k_cache, v_cache, plan.work, pages_of, out, group,
+            cache.pages, cache.page_bits, cache.slot_stride, cache.position_stride, cache.head_stride, q.stride(0),
+            out.stride(0), factor, window,
         )  # fmt: skip
     return out
 

@@ -27,7 +27,7 @@ def test_without_a_gpu_every_row_says_so(monkeypatch: pytest.MonkeyPatch):
     ours = frame[frame.suite.isin(prefill.SUITES)]
     assert len(ours) == sum(len(prefill.list_cases(suite)) * len(prefill.METRICS[suite]) for suite in prefill.SUITES)
     assert set(ours.status) == {"not_measured"} and set(ours.note) == {"no GPU on this host"}
-    assert set(ours.backend) == {"cuda", "torch", *prefill.PEERS} and ours.value.isna().all()
+    assert set(ours.backend) == {"cuda", "torch", prefill.PORTABLE, *prefill.PEERS} and ours.value.isna().all()
 
 
 def test_lengths_are_measured_beside_their_limit(monkeypatch: pytest.MonkeyPatch):
@@ -49,6 +49,23 @@ def test_lengths_are_measured_beside_their_limit(monkeypatch: pytest.MonkeyPatch
     assert {row["status"] for row in long} == {"not_measured"} and "4000 positions" in long[0]["note"]
 
 
+def test_a_prompt_beyond_the_models_positions_has_its_rope_scaled():
+    class WithAPlan(ReferenceOps):
+        def plan(self, *args, **kwargs):
+            return ()
+
+    weights = random_weights(CONFIG, "cpu", torch.float32, 0)
+    model = Model(CONFIG, weights, WithAPlan())
+    most = CONFIG.max_position_embeddings
+    assert prefill.stretch(model, most) == (model, None)
+    longer, note = prefill.stretch(model, 8 * most)
+    assert note == "beyond the model's positions: RoPE scaled by 8" and longer.max_positions == 8 * most
+    assert longer.weights is weights and longer.config.rope.theta == CONFIG.rope.theta
+    for stretched, own in zip(longer.tables[0], model.tables[0], strict=True):
+        assert torch.equal(stretched[::8], own)
+    assert prefill.stretch(Model(CONFIG, weights, ReferenceOps()), 8 * most)[1] is None
+
+
 def test_products_and_attention_beside_torch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prefill, "PRODUCT_TOKENS", (8,))
     monkeypatch.setattr(prefill, "ATTENTION_SIZES", ((2, 16),))
@@ -63,6 +80,7 @@ def test_products_and_attention_beside_torch(monkeypatch: pytest.MonkeyPatch):
     attention = {row["backend"]: row for row in rows.rows if row["suite"] == prefill.ATTENTION}
     assert attention["flash_attention_2"]["value"] > 0  # torch has one for the CPU too
     assert "no kernel for the prompts' attention" in attention["cuda"]["note"]
+    assert "no kernel for the prompts' attention" in attention[prefill.PORTABLE]["note"]
     assert attention["cudnn"]["status"] == "not_measured" and attention["cudnn"]["note"].startswith("torch on cpu")
 
 

@@ -301,7 +301,12 @@ async def run(server: Server, requests: Sequence[Request], clients: int | None =
     with progress(len(requests), "requests", lambda: ended):
         async with server.connect() as client:
             begin = time.perf_counter()
-            outcomes = await asyncio.gather(*(one(*pair) for pair in enumerate(requests)))
+            tasks = []
+            for pair in enumerate(requests):
+                tasks.append(asyncio.create_task(one(*pair)))
+                # Where all are due at once the first is sent before the last one's connection is opened.
+                await asyncio.sleep(0)
+            outcomes = await asyncio.gather(*tasks)
             seconds = time.perf_counter() - begin
     return Result(list(outcomes), list(requests), seconds, late_ms)
 

@@ -90,7 +90,7 @@ class Tiling:
         limits, two = LIMITS[arch], Tiling("mma", 64, 2)
         if limits.blocks_per_sm(two.threads, MOST_REGISTERS, two.shared(head_dim)) > 1:
             return two
-        tilings = [Tiling("mma", 128, stages, HALF) for stages in (4, 2)]
+        tilings = [Tiling("mma", 128, 2, part) for part in (TILE, HALF)]
         return next(tiling for tiling in tilings if tiling.shared(head_dim) <= limits.shared_block)
 
 

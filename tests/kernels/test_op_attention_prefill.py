@@ -12,9 +12,8 @@ HAS_WGMMA = SIMULATED or torch.cuda.get_device_capability()[0] == 9
 WGMMA = pytest.mark.skipif(not HAS_WGMMA, reason="wgmma is sm_90a's")
 # Few warps, for the simulator's sake.
 TILINGS = {
-    "mma": Tiling("mma", 32, 4, 64),
+    "mma": Tiling("mma", 32, 2),
     "mma, a small ring": Tiling("mma", 16, 2, 64),
-    "mma, whole tiles": Tiling("mma", 16, 2),
     "wgmma": Tiling("wgmma", 128, 2),
 }
 

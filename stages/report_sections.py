@@ -54,9 +54,9 @@ from stages.report_parts import (
 from stages.report_weeks import compare_section, done_weeks, make_series, plan_section
 
 PREFILL_SUITES = {
-    "prompt_lengths": "prompts by length",
+    "prompt_lengths": "prompts by length, beyond the model's positions with its RoPE scaled to them",
     "prompt_products": "a prompt's matrix products, and torch's (cuBLAS)",
-    "prompt_attention": "a prompt's attention, and torch's by cuDNN and FlashAttention-2",
+    "prompt_attention": "a prompt's attention, by wgmma and portable, and torch's by cuDNN and FlashAttention-2",
 }
 DECODE_SUITES = {
     "decode_step": "decode steps",

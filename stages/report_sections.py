@@ -188,7 +188,7 @@ def glance_table(inputs: Inputs, runs: Sequence[str]) -> Table | None:
     note = (
         "Batch 1. Prompt: tokens, of TTFT / of TPOT and output. Many at once: output of the suite throughput in the "
         "latest week that has it. Under a figure: its share of the limit measured on that machine. HF: transformers on "
-        "the same machine (w01)."
+        "the same machine (w01); recorded until November 2026: its first runs, which are not warm (docs/decisions.md)."
     )
     return Table(columns, lines, note=note) if lines else None
 

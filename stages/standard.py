@@ -152,9 +152,17 @@ class Budget:
 
 
 def measure_case(
-    generate: Generate, case: Case, workload: Workload, vocab_size: int, device: str, budget: Budget
+    generate: Generate,
+    case: Case,
+    workload: Workload,
+    vocab_size: int,
+    device: str,
+    budget: Budget,
+    rehearse: bool = False,
 ) -> Latency:
     """Warm up, then the case's runs, each with other random prompts.
+
+    rehearse: warm up by a whole run, as what makes plans for lengths that it has not seen needs it.
 
     Raises TooSlow instead of running a case that would take more than the budget's ceiling.
     """
@@ -172,7 +180,11 @@ def measure_case(
         if repeat and time.perf_counter() - begin > budget.case_seconds / 4:
             break
         # Two tokens reach every code path of a run: one prefill, one decode step.
-        generate(random_prompts(case, vocab_size, 1_000 + repeat), min(2, case.new_tokens))
+        generate(
+            random_prompts(case, vocab_size, 1_000 + repeat), case.new_tokens if rehearse else min(2, case.new_tokens)
+        )
+    if rehearse:
+        begin = time.perf_counter()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     for repeat in range(workload.repeats):

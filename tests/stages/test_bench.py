@@ -109,6 +109,9 @@ def test_repeats_stop_at_the_budget_and_slow_cases_are_not_run(monkeypatch: pyte
     with pytest.raises(TooSlow, match="about 81 s"):
         measure_case(generate, Case(DECODE, 8, 100, 11), workload, 320, "cpu", budget)
     assert len(calls) == 3
+    calls.clear()
+    latency = measure_case(generate, Case(DECODE, 1, 10, 11), workload, 320, "cpu", budget, rehearse=True)
+    assert set(calls) == {(1, 10, 11)} and len(calls) == 3 and len(latency.e2e_ms) == 2
 
 
 def test_weeks_without_a_forward_pass_have_rows_without_values(here: Path):

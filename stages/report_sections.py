@@ -144,13 +144,16 @@ def find_glance(inputs: Inputs, run: str) -> Glance | None:
 
 
 def against_baseline(inputs: Inputs, row: Row | None) -> float | None:
-    """How many times as fast as Hugging Face in the same case on the same host; None where there is no such row."""
+    """How many times as fast as Hugging Face in the same case on the same host; None where there is no such row, or
+    one of a single run on a GPU: until the baseline's warm-up was a whole run that was one which was not warm."""
     same = ("suite", "case", "metric", "dtype", "batch", "prompt_tokens", "new_tokens", "tensor_parallel")
     same += ("gpu", "driver", "cuda")
     if row is None or row.week == BASELINE:
         return None
     for other in inputs.speed(row.run):
         if other.week == BASELINE and other.value and all(getattr(other, name) == getattr(row, name) for name in same):
+            if other.gpu != "cpu" and other.samples is not None and len(other.samples) == 1:
+                return None
             return row.value / other.value if row.better == "higher" else other.value / row.value
     return None
 
@@ -188,7 +191,7 @@ def glance_table(inputs: Inputs, runs: Sequence[str]) -> Table | None:
     note = (
         "Batch 1. Prompt: tokens, of TTFT / of TPOT and output. Many at once: output of the suite throughput in the "
         "latest week that has it. Under a figure: its share of the limit measured on that machine. HF: transformers on "
-        "the same machine (w01); recorded until November 2026: its first runs, which are not warm (docs/decisions.md)."
+        "the same machine (w01)."
     )
     return Table(columns, lines, note=note) if lines else None
 

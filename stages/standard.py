@@ -162,7 +162,7 @@ def measure_case(
 ) -> Latency:
     """Warm up, then the case's runs, each with other random prompts.
 
-    rehearse: warm up by a whole run, as what makes plans for lengths that it has not seen needs it.
+    rehearse: warm up by a whole run, as what makes plans for lengths that it has not seen needs it; then two at least.
 
     Raises TooSlow instead of running a case that would take more than the budget's ceiling.
     """
@@ -188,7 +188,7 @@ def measure_case(
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     for repeat in range(workload.repeats):
-        if repeat and time.perf_counter() - begin + budget.estimate(case) > budget.case_seconds:
+        if repeat > rehearse and time.perf_counter() - begin + budget.estimate(case) > budget.case_seconds:
             break
         seconds = generate(random_prompts(case, vocab_size, repeat), case.new_tokens)
         latency.record(case, seconds)

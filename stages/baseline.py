@@ -171,7 +171,9 @@ def main(run: Run, gpu: Gpu, model: Model, workload: Workload) -> None:
             with Sampler() as sampler:
                 try:
                     # cuDNN makes a plan of attention for every length that is new to it.
-                    latency = measure_case(generate, case, workload, config.vocab_size, device, budget, use_cuda)
+                    latency = measure_case(
+                        generate, case, workload, config.vocab_size, device, budget, rehearse=use_cuda
+                    )  # fmt: skip
                 except TooSlow as reason:
                     add_missing(rows, case, str(reason), **knobs)
                     continue

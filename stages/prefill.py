@@ -110,19 +110,16 @@ def stretch(model: Model, tokens: int) -> tuple[Model, str | None]:
     from engine.ops import Run
 
     config = model.config
+    if tokens <= model.max_positions:
+        return model, None
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    runs = [Run(1, 0, 0)]
-    if (
-        tokens <= model.max_positions
-        or model.ops.plan(runs, model.weights.dtype, heads, kv_heads, config.head_dim) is None
-    ):
+    if model.ops.plan([Run(1, 0, 0)], model.weights.dtype, heads, kv_heads, config.head_dim) is None:
         return model, None
     factor = tokens / config.max_position_embeddings
-    ropes = {
-        name: dataclasses.replace(rope, type="linear", factor=factor)
-        for name, rope in (("rope", config.rope), ("sliding_rope", config.sliding_rope))
-    }
-    longer = dataclasses.replace(config, max_position_embeddings=tokens, **ropes)
+    rope, sliding = (
+        dataclasses.replace(given, type="linear", factor=factor) for given in (config.rope, config.sliding_rope)
+    )
+    longer = dataclasses.replace(config, max_position_embeddings=tokens, rope=rope, sliding_rope=sliding)
     return Made(longer, model.weights, model.ops), f"beyond the model's positions: RoPE scaled by {factor:g}"
 
 

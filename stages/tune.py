@@ -3,7 +3,8 @@
     python -m stages.tune olmo2_7b [olmo2_13b_instruct ...] [--tokens 512 2048 ...]
 
 For each projection of the models (files of conf/model/) and number of tokens, all tilings and torch's product (cuBLAS)
-run in turn, as CUDA graphs on random numbers, so that a card that warms up does so for all. What is found replaces the
+run in turn, as CUDA graphs on random numbers, each for a while before it is timed: a card at its power limit, as in a
+long prefill, has other favourites than one that has just begun. What is found replaces the
 lines of the same weight, tokens and kind of GPU in kernels/linear/tilings.csv, which `kernels.linear.tiled` chooses
 from. 128 tokens the streamed version multiplies as well: a line says that a tiling was faster.
 """
@@ -33,7 +34,8 @@ TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 ROWS = range(32, 257, 8)  # weight rows of a tile
 # Tilings of a shape that are built and timed: those that the model of clock cycles thinks best.
 CANDIDATES = 20
-REPEATS = 5
+REPEATS = 2
+SECONDS = 0.15  # of each before it is timed, and as many again
 GAIN = 1.01  # over the streamed version, from which on the tiled one is taken
 BEYOND_L2 = 120 << 20  # bytes of weights that a product goes through in turn
 FLOPS = 5e11  # of a graph, about
@@ -85,20 +87,26 @@ def list_candidates(tokens: int, shape: Shape, multiprocessors: int) -> list[Til
     return sorted(fitting, key=lambda tiling: tiling.clocks(tokens, rows, depth, multiprocessors))[:CANDIDATES]
 
 
-def time_in_turn(runs: Mapping[Any, Callable[[], None]], repeats: int) -> dict[Any, float]:
-    """Milliseconds of each run on the GPU: the median over rounds in which each runs once, after one to warm up."""
+def time_in_turn(runs: Mapping[Any, Callable[[], None]], repeats: int, seconds: float) -> dict[Any, float]:
+    """Milliseconds of each run on the GPU, under load: the median over rounds in which each goes on for `seconds`, and
+    then for as long again, which is timed."""
     import torch
 
-    samples: dict[Any, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+    def timed(run: Callable[[], None], times: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(times):
             run()
-            end.record()
-            end.synchronize()
-            if turn:
-                samples[name].append(start.elapsed_time(end))
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / times
+
+    times = {name: max(1, round(1e3 * seconds / timed(run, 1))) for name, run in runs.items()}
+    samples: dict[Any, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            timed(run, times[name])
+            samples[name].append(timed(run, times[name]))
     return {name: statistics.median(found) for name, found in samples.items()}
 
 
@@ -134,7 +142,7 @@ def measure(tokens: int, shape: Shape, candidates: Sequence[Tiling], machine: tu
         runs["streamed"] = graph(lambda matrix: product(x, matrix, out))
     for tiling in candidates:
         runs[tiling] = graph(lambda matrix, tiling=tiling: tiled.launch(tiling, x, matrix, out, gated, machine))
-    return {name: calls * flops / (spent / 1e3) for name, spent in time_in_turn(runs, REPEATS).items()}
+    return {name: calls * flops / (spent / 1e3) for name, spent in time_in_turn(runs, REPEATS, SECONDS).items()}
 
 
 def line_of(

@@ -7,7 +7,8 @@ tiles of 128 positions. One warp copies, the others multiply:
                         under way while the last scores become weights. Blocks stay and take one tile after another.
                         Where that leaves most of the GPU idle, as few queries after a long history do, a tile's
                         segments are work for several blocks, and the last one of them combines.
-    multiply "mma"      sm_80 and later: cp.async, ldmatrix and mma.sync; warps of 16 queries, a tile a block
+    multiply "mma"      sm_80 and later: cp.async, ldmatrix and mma.sync; warps of 16 queries, a tile a block. A quarter
+                        of a tile's scores become weights beside the product of the quarter before with values.
 
 Order of operations: that of `kernels.attention.flash`, so that a token's result has the same bits whichever computes
 it. A tile of positions that a query does not see at all is an identity here (weights 0, alpha 1), and so is a segment
@@ -43,7 +44,6 @@ TILES = SEGMENT // TILE  # of positions, of a segment
 # fp32 elements of partial results at most: 64 MiB.
 PARTIALS = 1 << 24
 HALF = TILE // 2
-MOST_REGISTERS = 255  # of a thread
 # Bytes of keys and values that the blocks at work at a time should share: of an L2 of 50 MB.
 SHARED_KEYS = 24 << 20
 
@@ -51,8 +51,8 @@ SHARED_KEYS = 24 << 20
 @dataclass(frozen=True)
 class Tiling:
     """How a block works. rows: queries of a tile, 64 a warpgroup ("wgmma") or 16 a warp ("mma") that multiplies.
-    stages: "wgmma": tiles of keys, and as many of values, that are on their way at a time; "mma": parts of a tile, each
-    of `part` positions, a half or all of them."""
+    stages: that there is room for: "wgmma": tiles of keys, and as many of values; "mma": parts of `part` positions, a
+    half or all of a tile's keys or values, a power of two."""
 
     multiply: str
     rows: int
@@ -86,12 +86,9 @@ class Tiling:
 
     @staticmethod
     def of_warps(head_dim: int, arch: str) -> Tiling:
-        """The way of every architecture: eight warps a multiprocessor, in two blocks where memory has room for two."""
-        limits, two = LIMITS[arch], Tiling("mma", 64, 2)
-        if limits.blocks_per_sm(two.threads, MOST_REGISTERS, two.shared(head_dim)) > 1:
-            return two
-        tilings = [Tiling("mma", 128, 2, part) for part in (TILE, HALF)]
-        return next(tiling for tiling in tilings if tiling.shared(head_dim) <= limits.shared_block)
+        """The way of every architecture: with room for the next tile beside this one, else for this, else for half."""
+        tilings = [Tiling("mma", 128, stages, part) for stages, part in ((4, TILE), (2, TILE), (2, HALF))]
+        return next(tiling for tiling in tilings if tiling.shared(head_dim) <= LIMITS[arch].shared_block)
 
 
 class Plan(NamedTuple):
@@ -135,34 +132,46 @@ def _earliest(position, window, begin):
 
 
 @device_function
-def _mask(score, position, first, window, count, column):
-    """-inf for what rows do not see of the tile that begins at position `first`.
+def _mask(score, position, first, window, count, column, begin, end):
+    """-inf for what rows do not see of the positions 8 begin … 8 end - 1 of the tile that begins at position `first`.
 
     position: of row h = 0. count: rows from there on; later ones are taken as the last.
     """
     for h in range(2):
-        high = position + min(int32(8 * h), count - int32(1)) - first
-        low = int32(0)
-        if window > 0:
-            low = high - window + int32(1)
-        for i in range(TILE // 8):
+        high = int32(position + min(int32(8 * h), count - int32(1)) - first - column)
+        for i in range(begin, end):
             for e in range(2):
-                here = int32(8 * i + e) + column
-                if here < low or here > high:
+                if int32(8 * i + e) > high:
                     score[4 * i + 2 * h + e] = float32(-math.inf)
+        if window > 0:
+            low = int32(high - window + int32(1))
+            for i in range(begin, end):
+                for e in range(2):
+                    if int32(8 * i + e) < low:
+                        score[4 * i + 2 * h + e] = float32(-math.inf)
 
 
 @device_function
-def _peak(score, largest, alpha, shift, factor, h):
-    """A row's largest goes on by a tile's scores; alpha is what O and total are to be multiplied with, and score times
-    factor plus shift are the exponents of the tile's weights."""
-    value = largest[h]
-    for g in range(4):
+def _peak_eight(score, peak, h, i):
+    """A row's largest so far goes on by its scores of the positions 8 i …."""
+    peak[h] = ptx.max_f32(peak[h], ptx.max_f32(score[4 * i + 2 * h], score[4 * i + 2 * h + 1]))
+
+
+@device_function
+def _peak(score, peak, begin, h):
+    """A row's largest so far goes on by its scores from the positions 32 begin … of a tile on."""
+    for g in range(begin, 4):
         most = ptx.max_f32(score[16 * g + 2 * h], score[16 * g + 2 * h + 1])
         for i in range(4 * g + 1, 4 * g + 4):
             most = ptx.max_f32(most, ptx.max_f32(score[4 * i + 2 * h], score[4 * i + 2 * h + 1]))
-        value = ptx.max_f32(value, most)
-    value = ptx.max_f32(value, ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, value, uint32(1)))
+        peak[h] = ptx.max_f32(peak[h], most)
+
+
+@device_function
+def _turn_to(peak, largest, alpha, shift, factor, h):
+    """A row's largest becomes that of its four lanes; alpha is what O and total are to be multiplied with, and score
+    times factor plus shift are the exponents of the tile's weights."""
+    value = ptx.max_f32(peak[h], ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, peak[h], uint32(1)))
     value = ptx.max_f32(value, ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, value, uint32(2)))
     # Where a row has seen nothing yet, any number but -inf makes its weights 0.
     pivot = value if value > float32(-math.inf) else float32(0.0)
@@ -172,17 +181,23 @@ def _peak(score, largest, alpha, shift, factor, h):
 
 
 @device_function
-def _weigh(score, total, alpha, shift, factor, h):
+def _weigh_eight(score, part, shift, factor, h, i):
+    """A row's scores of the positions 8 i … become weights; part, the sum of 32 positions', goes on by them."""
+    c = 4 * i + 2 * h
+    first = ptx.ex2_approx_f32(ptx.fma_rn_f32(score[c], factor, shift[h]))
+    second = ptx.ex2_approx_f32(ptx.fma_rn_f32(score[c + 1], factor, shift[h]))
+    score[c], score[c + 1] = first, second
+    part[h] = ptx.add_rn_f32(first if i % 4 == 0 else ptx.add_rn_f32(part[h], first), second)
+
+
+@device_function
+def _weigh(score, part, total, alpha, shift, factor, h):
     """A row's scores of a tile become weights, and its total goes on."""
     added = float32(0.0)
     for g in range(4):
-        part = float32(0.0)
         for i in range(4 * g, 4 * g + 4):
-            first = ptx.ex2_approx_f32(ptx.fma_rn_f32(score[4 * i + 2 * h], factor, shift[h]))
-            second = ptx.ex2_approx_f32(ptx.fma_rn_f32(score[4 * i + 2 * h + 1], factor, shift[h]))
-            score[4 * i + 2 * h], score[4 * i + 2 * h + 1] = first, second
-            part = ptx.add_rn_f32(first if i == 4 * g else ptx.add_rn_f32(part, first), second)
-        added = part if g == 0 else ptx.add_rn_f32(added, part)
+            _weigh_eight(score, part, shift, factor, h, i)
+        added = part[h] if g == 0 else ptx.add_rn_f32(added, part[h])
     total[h] = ptx.fma_rn_f32(total[h], alpha[h], added)
 
 
@@ -281,34 +296,6 @@ def _divider(dtype: str, head_dim: int):
 
 def _writer(dtype: str, head_dim: int):
     divides, by_reciprocal, by_division = _divider(dtype, head_dim)
-
-    def writing(pair):
-        @device_function
-        def write(out, o, total, inverse, h, at):
-            for i in range(head_dim // 8):
-                ptx.st_global_b32(out, at + 8 * i, pair(o, total, inverse, h, i))
-
-        return write
-
-    write_common, write_any = writing(by_reciprocal), writing(by_division)
-
-    @device_function
-    def write(out, o, total, place, stride, row, count, column):
-        """O / l of rows row, row + 8 (of `count`) to out, where the head of row 0 begins at `place`."""
-        for h in range(2):
-            if row + 8 * h < count:
-                at = place + (row + 8 * h) * stride + column
-                inverse = ptx.div_rn_f32(float32(1.0), total[h])
-                if divides(o, total, h):
-                    write_common(out, o, total, inverse, h, at)
-                else:
-                    write_any(out, o, total, inverse, h, at)
-
-    return write
-
-
-def _staged_writer(dtype: str, head_dim: int):
-    divides, by_reciprocal, by_division = _divider(dtype, head_dim)
     # Rows lie apart so that no two accesses of a warp meet in a bank.
     pitch, chunks = 2 * head_dim + 16, head_dim // 8
     together = 32 // chunks  # rows that the warp writes at a time
@@ -353,57 +340,58 @@ def _staged_writer(dtype: str, head_dim: int):
 @kernel_factory
 def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> Kernel:
     """q, k_cache, v_cache, work, table, out, Hq / Hk, pages of a slot, log2 of a page, strides of the cache (slot or
-    page, position, head), of q and of out, factor, window; grid (heads that go together, tiles of queries, the rest).
+    page, head), of q and of out, factor, window; grid (heads that go together, tiles of queries, the rest).
 
     dtype: "bf16" or "f16". paged: whether the cache is.
     """
-    workers, stages, part_rows = tiling.rows // 16, tiling.stages, tiling.part
-    threads = tiling.threads
+    workers, threads, stages, part_rows = tiling.rows // 16, tiling.threads, tiling.stages, tiling.part
     parts = 2 * TILE // part_rows  # of a tile: its keys, then its values
+    last_stage, stage_bits = stages - 1, stages.bit_length() - 1  # stages are a power of two
+    ahead = stages // 2  # parts that are on their way while one is worked on
     halves = part_rows == HALF
     row_bytes, chunks = 2 * head_dim, head_dim // 8  # 16-byte chunks of a row
-    ahead = stages // 2  # parts that are on their way while one is worked on
     stage_bytes = part_rows * row_bytes
     steps, columns = head_dim // 16, head_dim // 8
     copied_rows = threads // chunks  # that the block copies at a time
     totals_at = stages * stage_bytes
     full_at = totals_at + head_dim // 8 * threads * 16
     empty_at = full_at + 8 * stages
-    score_words, o_words, q_words, p_words = TILE // 2, head_dim // 2, head_dim // 4, TILE // 4
-    keep_total, combine = _totals(o_words, threads * 16)
-    write, pack = _writer(dtype, head_dim), _packer(dtype)
-    mma = HALVES[dtype].mma
+    score_words, o_words, q_words = TILE // 2, head_dim // 2, head_dim // 4
+    keep_total, combine = _totals(o_words, 512)
+    own_totals = o_words * 128  # bytes of a warp
+    write, rounded_pair = _writer(dtype, head_dim), HALVES[dtype].pack
+    mma, all_landed = HALVES[dtype].mma, ptx.cp_async_wait_group(0)
     waits = ptx.mbarrier_try_wait if has_dependent_launch(arch) else ptx.mbarrier_test_wait
+    weighed = 16 // columns  # times eight positions of a row, beside the product of 32 columns
 
+    # Parts are numbered from the block's first one on; turn counts tiles.
     @device_function
-    def place_of(half):
+    def place_of(half, turn):
         """Where in the ring half a tile's keys are (0, 1) or its values (2, 3)."""
-        return half * HALF // part_rows % stages * stage_bytes + half * HALF % part_rows * row_bytes
+        number = turn * parts + half * HALF // part_rows
+        return uint32((number & last_stage) * stage_bytes) + uint32(half * HALF % part_rows * row_bytes)
 
-    # turn counts tiles. A stage is used once or twice a tile.
     @device_function
-    def wait(barrier, part, turn, before):
+    def wait(barrier, number, before):
         """For the stage of a part, or with `before` for that of the part ahead of it in the same place."""
-        parity = uint32((turn + before) & 1) if stages == parts else uint32(part // stages ^ before)
-        while waits(barrier + uint32(8 * (part % stages)), parity) == 0:
+        parity = uint32(number >> stage_bits & 1 ^ before)
+        while waits(barrier + uint32(8 * (number & last_stage)), parity) == 0:
             pass
 
     @device_function
-    def release(ring, part, lane):
+    def release(ring, number, lane):
         ptx.bar_warp_sync()
         if lane == 0:
-            ptx.mbarrier_arrive(ring + uint32(empty_at + 8 * (part % stages)))
+            ptx.mbarrier_arrive(ring + uint32(empty_at) + uint32(8 * (number & last_stage)))
 
     def copier(checked):
         @device_function
-        def copy_half(
-            place, first, begin, end, cache, base, table, table_row, page_bits, slot_stride, position_stride, thread
-        ):
-            """Start copying HALF positions from `first` on; with `checked` rows outside begin … end - 1 become 0."""
+        def copy_part(place, first, begin, end, cache, base, table, table_row, page_bits, slot_stride, thread):
+            """Start copying the positions from `first` on; with `checked` rows outside begin … end - 1 become 0."""
             chunk, row = thread % chunks, thread // chunks
-            at = base + chunk * 8 + (first + row) * position_stride
+            at = base + chunk * 8 + (first + row) * head_dim
             place += uint32(row * row_bytes)
-            for i in range(HALF // copied_rows):
+            for i in range(part_rows // copied_rows):
                 here = int32(row + i * copied_rows)
                 to = place + uint32((chunk ^ (here & 7)) * 16) + uint32(i * copied_rows * row_bytes)
                 size = uint32(16)
@@ -415,119 +403,130 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
                     if not checked or begin <= here < end:
                         page = int64(table[int32(table_row + (position >> page_bits))])
                     within = position & ((int64(1) << page_bits) - 1)
-                    at = base + chunk * 8 + page * slot_stride + within * position_stride
-                ptx.cp_async_cg_16_zfill(to, cache, at, size)
-                if not paged:
-                    at += copied_rows * position_stride
+                    ptx.cp_async_cg_16_zfill(to, cache, base + chunk * 8 + page * slot_stride + within * head_dim, size)
+                else:
+                    ptx.cp_async_cg_16_zfill(to, cache, at + i * copied_rows * head_dim, size)
 
-        return copy_half
+        return copy_part
 
     copy_checked, copy_whole = copier(True), copier(False)
 
     @device_function
     def copy(
-        part, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits, slot_stride, position_stride,
-        ring, thread,
-    ):  # fmt: skip
+        part, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits, slot_stride, ring, thread
+    ):
         """Start copying a part of a tile once its stage is free; rows outside low … limit - 1 become 0."""
-        wait(ring + uint32(empty_at), part, turn, 1)
+        number = int32(turn * parts + part)
+        wait(ring + uint32(empty_at), number, 1)
         cache = k_cache if part < parts // 2 else v_cache
-        for half in range(part * part_rows // HALF, (part + 1) * part_rows // HALF):
-            first = int32(tile * TILE + half % 2 * HALF)
-            place = ring + uint32(place_of(half))
-            if first >= low and first + HALF <= limit:
-                copy_whole(place, first, 0, 0, cache, base, table, table_row, page_bits, slot_stride, position_stride,
-                           thread)  # fmt: skip
-            else:
-                copy_checked(place, first, int32(low - first), int32(limit - first), cache, base, table, table_row,
-                             page_bits, slot_stride, position_stride, thread)  # fmt: skip
-        ptx.cp_async_mbarrier_arrive(ring + uint32(full_at + 8 * (part % stages)))
+        first = int32(tile * TILE + part * part_rows % TILE)
+        place = ring + uint32((number & last_stage) * stage_bytes)
+        if first >= low and first + part_rows <= limit:
+            copy_whole(place, first, 0, 0, cache, base, table, table_row, page_bits, slot_stride, thread)
+        else:
+            begin, end = int32(low - first), int32(limit - first)
+            copy_checked(place, first, begin, end, cache, base, table, table_row, page_bits, slot_stride, thread)
+        ptx.cp_async_mbarrier_arrive(ring + uint32(full_at) + uint32(8 * (number & last_stage)))
 
     @device_function
     def copy_ahead(
-        part, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits, slot_stride,
-        position_stride, ring, thread,
-    ):  # fmt: skip
+        part, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits, slot_stride, ring, thread
+    ):
         """Start copying the part that lies `ahead` of this one."""
         following = (part + ahead) // parts
         if int32((tile + following) * TILE) < limit:
             copy(
                 (part + ahead) % parts, turn + following, tile + following, low, limit, k_cache, v_cache, base, table,
-                table_row, page_bits, slot_stride, position_stride, ring, thread,
+                table_row, page_bits, slot_stride, ring, thread,
             )  # fmt: skip
 
     # The steps are written out: as loops they are too long for the compiler to unroll.
     @device_function
-    def multiply_keys(score, queries, at, half):
-        """at: where the lane's row of the first half's first matrices begins."""
-        two_key_steps(score, queries, at, half, 0)
-        two_key_steps(score, queries, at, half, 1)
+    def multiply_keys(score, peak, queries, at, half, beside):
+        """at: where the lane's row of the half's first matrices begins. beside: go on with the rows' largest meanwhile,
+        by the first half's scores."""
+        two_key_steps(score, peak, queries, at, half, beside, 0)
+        two_key_steps(score, peak, queries, at, half, beside, 1)
         if steps > 4:
-            two_key_steps(score, queries, at, half, 2)
-            two_key_steps(score, queries, at, half, 3)
+            two_key_steps(score, peak, queries, at, half, beside, 2)
+            two_key_steps(score, peak, queries, at, half, beside, 3)
 
     @device_function
-    def two_key_steps(score, queries, at, half, s):
+    def two_key_steps(score, peak, queries, at, half, beside, s):
         b = cuda.local.array(16, uint32)
-        for n in range(2):
+        for k in range(2):
             for i in range(4):
-                place = place_of(half) + (n * 4 + i) * 8 * row_bytes
-                got = ptx.ldmatrix_x4((at ^ uint32(64 * s)) + uint32(place))
+                got = ptx.ldmatrix_x4((at ^ uint32(64 * s + 32 * k)) + uint32(i * 16 * row_bytes))
                 for e in range(4):
                     b[4 * i + e] = got[e]
-            for k in range(2):
-                a = 4 * (2 * s + k)
-                for i in range(4):
-                    c = 4 * (half * 8 + n * 4 + i)
-                    d4 = mma(
-                        queries[a], queries[a + 1], queries[a + 2], queries[a + 3],
-                        b[4 * i + 2 * k], b[4 * i + 2 * k + 1],
-                        score[c], score[c + 1], score[c + 2], score[c + 3],
-                    )  # fmt: skip
-                    for e in range(4):
-                        score[c + e] = d4[e]
+            a = 4 * (2 * s + k)
+            for i in range(8):  # sums that do not wait for each other
+                c = 4 * (half * 8 + i)
+                d4 = mma(
+                    queries[a], queries[a + 1], queries[a + 2], queries[a + 3], b[2 * i], b[2 * i + 1],
+                    score[c], score[c + 1], score[c + 2], score[c + 3],
+                )  # fmt: skip
+                for e in range(4):
+                    score[c + e] = d4[e]
+            if beside:
+                for i in range(8 // steps):
+                    for h in range(2):
+                        _peak_eight(score, peak, h, (2 * s + k) * (8 // steps) + i)
 
     @device_function
-    def multiply_values(o, p, at, half):
-        value_step(o, p, at, half, 0)
-        value_step(o, p, at, half, 1)
-        value_step(o, p, at, half, 2)
-        value_step(o, p, at, half, 3)
-
-    @device_function
-    def value_step(o, p, at, half, s):
+    def value_step(o, score, sums, alpha, shift, factor, at, s, following):
+        """O goes on by 16 positions, whose weights are there; meanwhile half of the 32 positions `following`, where
+        that is not 0, are weighed. With the first step O is multiplied with alpha."""
         b = cuda.local.array(8, uint32)
-        a = 4 * (half % 2 * 4 + s)
+        p = cuda.local.array(4, uint32)
+        for i in range(4):
+            p[i] = rounded_pair(score[8 * s + 2 * i + 1], score[8 * s + 2 * i])
         for n in range(columns // 4):
             for i in range(2):
-                place = place_of(half) + s * 16 * row_bytes
-                got = ptx.ldmatrix_x4_trans((at ^ uint32(64 * n + 32 * i)) + uint32(place))
+                got = ptx.ldmatrix_x4_trans((at ^ uint32(64 * n + 32 * i)) + uint32(s % 4 * 16 * row_bytes))
                 for e in range(4):
                     b[4 * i + e] = got[e]
             for i in range(4):
                 c = 4 * (4 * n + i)
-                d4 = mma(p[a], p[a + 1], p[a + 2], p[a + 3], b[2 * i], b[2 * i + 1], o[c], o[c + 1], o[c + 2], o[c + 3])
+                if s == 0:
+                    for e in range(4):
+                        o[c + e] = ptx.mul_rn_f32(o[c + e], alpha[e // 2])
+                d4 = mma(p[0], p[1], p[2], p[3], b[2 * i], b[2 * i + 1], o[c], o[c + 1], o[c + 2], o[c + 3])
                 for e in range(4):
                     o[c + e] = d4[e]
+            if following:
+                for i in range(weighed):
+                    item = (s % 2 * (columns // 4) + n) * weighed + i
+                    _weigh_eight(score, sums, shift, factor, item % 2, 4 * following + item // 2)
+
+    @device_function
+    def two_value_steps(o, score, sums, added, alpha, shift, factor, at, g):
+        """O goes on by 32 positions and `added` by the weights of the 32 after them."""
+        following = (g + 1) % 4
+        value_step(o, score, sums, alpha, shift, factor, at, 2 * g, following)
+        value_step(o, score, sums, alpha, shift, factor, at, 2 * g + 1, following)
+        if following:
+            for h in range(2):
+                added[h] = ptx.add_rn_f32(added[h], sums[h])
 
     def attention(
-        q, k_cache, v_cache, work, table, out, group, pages, page_bits, slot_stride, position_stride, head_stride,
-        q_stride, out_stride, factor, window,
+        q, k_cache, v_cache, work, table, out, group, pages, page_bits, slot_stride, head_stride, q_stride, out_stride,
+        factor, window,
     ):  # fmt: skip
         ptx.griddepcontrol_launch_dependents()
         memory = cuda.shared.array(0, uint8)
         ring = (ptx.shared_address(memory) + uint32(255)) & uint32(0xFFFFFF00)
         thread = int32(cuda.threadIdx.x)
         warp, lane = int32(thread >> 5), int32(thread & 31)
+        ptx.griddepcontrol_wait()
+        # Some heads take all tiles, then the next ones do: their keys and values stay in L2 meanwhile.
+        head = int32(cuda.blockIdx.z * cuda.gridDim.x + cuda.blockIdx.x)
+        token, count, position, slot = _tile_of(work, int64(cuda.blockIdx.y))
         if thread == 0:
             for s in range(stages):
                 ptx.mbarrier_init(ring + uint32(full_at + 8 * s), uint32(threads))
                 ptx.mbarrier_init(ring + uint32(empty_at + 8 * s), uint32(workers))
         cuda.syncthreads()
-        ptx.griddepcontrol_wait()
-        # Some heads take all tiles, then the next ones do: their keys and values stay in L2 meanwhile.
-        head = int32(cuda.blockIdx.z * cuda.gridDim.x + cuda.blockIdx.x)
-        token, count, position, slot = _tile_of(work, int64(cuda.blockIdx.y))
         low, limit = _earliest(position, window, 0), int32(position + count)
         tile = int32(low >> 7)
         turn = int32(0)
@@ -535,85 +534,119 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
         base = int32(head // group) * head_stride
         if not paged:
             base += int64(slot) * slot_stride
+        # The warp's queries come by way of the place of its totals.
+        own_place = ring + uint32(totals_at) + uint32(warp * own_totals)
+        for i in range(chunks // 2):
+            here, chunk = int32((lane + 32 * i) // chunks), int32(lane % chunks)
+            from_row = q_stride * (token + min(int32(warp * 16 + here), count - 1)) + head * head_dim
+            to = own_place + uint32(here * row_bytes + (chunk ^ (here & 7)) * 16)
+            ptx.cp_async_cg_16_zfill(to, q, from_row + chunk * 8, uint32(16))
+        ptx.cp_async_commit_group()
         for part in range(ahead):
             copy(
-                part, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits, slot_stride,
-                position_stride, ring, thread,
+                part, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits, slot_stride, ring,
+                thread,
             )  # fmt: skip
 
         r8, matrix, column = int32(lane & 7), int32(lane >> 3), int32((lane & 3) * 2)
-        k_at = ring + uint32(r8 * row_bytes + (matrix ^ r8) * 16)
+        k_at = ring + uint32((r8 + (matrix >> 1) * 8) * row_bytes + ((matrix & 1) ^ r8) * 16)
         v_at = ring + uint32((r8 + (matrix & 1) * 8) * row_bytes + ((matrix >> 1) ^ r8) * 16)
+        q_at = own_place + uint32((r8 + (matrix & 1) * 8) * row_bytes + ((matrix >> 1) ^ r8) * 16)
         row = int32(warp * 16 + (lane >> 2))
         queries = cuda.local.array(q_words, uint32)
         score = cuda.local.array(score_words, float32)
         o = cuda.local.array(o_words, float32)
-        p = cuda.local.array(p_words, uint32)
         largest = cuda.local.array(2, float32)
         total = cuda.local.array(2, float32)
         alpha = cuda.local.array(2, float32)
         shift = cuda.local.array(2, float32)
+        peak = cuda.local.array(2, float32)
+        sums = cuda.local.array(2, float32)
+        added = cuda.local.array(2, float32)
         all_largest = cuda.local.array(2, float32)
         all_total = cuda.local.array(2, float32)
         for h in range(2):
-            from_row = q_stride * (token + min(row + 8 * h, count - 1)) + head * head_dim + column
-            for s in range(steps):
-                for e in range(2):
-                    queries[4 * s + 2 * e + h] = ptx.ld_global_b32(q, from_row + 16 * s + 8 * e)
             largest[h], total[h] = float32(-math.inf), float32(0.0)
             all_largest[h], all_total[h] = float32(-math.inf), float32(0.0)
         for i in range(o_words):
             o[i] = float32(0.0)
-        totals = ring + uint32(totals_at) + uint32(thread * 16)
+        totals = own_place + uint32(lane * 16)
         kept = False
+        all_landed()
+        ptx.bar_warp_sync()
+        for s in range(steps):
+            got = ptx.ldmatrix_x4(q_at ^ uint32(32 * s))
+            for e in range(4):
+                queries[4 * s + e] = got[e]
         # Of the warp's rows the first one's position, and what any of them sees: nothing, where there are none.
         own = int32(position + warp * 16)
         seen_end = int32(own + 16) if int32(warp * 16) < count else int32(0)
         seen = int32(max(own - window + 1, 0)) if window > 0 else int32(0)
         while int32(tile * TILE) < limit:
-            # Halves of the tile that no row of the warp sees are waited for and no more.
+            # The tile's second half, where no row of the warp sees it, is waited for and no more.
             first, middle, end = int32(tile * TILE), int32(tile * TILE + HALF), int32(tile * TILE + TILE)
             for i in range(score_words):
                 score[i] = float32(0.0)
+            # A copy waits until all warps have left what it overwrites: mostly they have by the middle of a whole part.
+            number = int32(turn * parts)
             if halves:
                 copy_ahead(0, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
-                           slot_stride, position_stride, ring, thread)  # fmt: skip
-            wait(ring + uint32(full_at), 0, turn, 0)
+                           slot_stride, ring, thread)  # fmt: skip
+            wait(ring + uint32(full_at), number, 0)
             if first < seen_end and middle > seen:
-                multiply_keys(score, queries, k_at, 0)
+                multiply_keys(score, peak, queries, k_at + place_of(0, turn), 0, False)
             if halves:
-                release(ring, 0, lane)
+                release(ring, number, lane)
                 copy_ahead(1, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
-                           slot_stride, position_stride, ring, thread)  # fmt: skip
-                wait(ring + uint32(full_at), 1, turn, 0)
-            if middle < seen_end and end > seen:
-                multiply_keys(score, queries, k_at, 1)
-            release(ring, parts // 2 - 1, lane)
-            if not halves:  # not before: the stage is free once all warps are done with the last tile's values
+                           slot_stride, ring, thread)  # fmt: skip
+                wait(ring + uint32(full_at), int32(number + 1), 0)
+            else:
                 copy_ahead(0, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
-                           slot_stride, position_stride, ring, thread)  # fmt: skip
+                           slot_stride, ring, thread)  # fmt: skip
+            for h in range(2):
+                peak[h] = largest[h]
             if end > own + 1 or (window > 0 and first < own + 16 - window):
-                _mask(score, int32(position + row), first, window, int32(count - row), column)
-            _peak(score, largest, alpha, shift, factor, 0)
-            _peak(score, largest, alpha, shift, factor, 1)
-            _weigh(score, total, alpha, shift, factor, 0)
-            _weigh(score, total, alpha, shift, factor, 1)
-            pack(p, score)
-            for i in range(o_words):
-                o[i] = ptx.mul_rn_f32(o[i], alpha[i // 2 & 1])
-            copy_ahead(parts // 2, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
-                       slot_stride, position_stride, ring, thread)  # fmt: skip
-            wait(ring + uint32(full_at), parts // 2, turn, 0)
-            if first < seen_end and middle > seen:
-                multiply_values(o, p, v_at, 2)
+                if middle < seen_end and end > seen:
+                    multiply_keys(score, peak, queries, k_at + place_of(1, turn), 1, False)
+                if middle > own + 1 or window > 0:
+                    _mask(score, int32(position + row), first, window, int32(count - row), column, 0, 8)
+                _mask(score, int32(position + row), first, window, int32(count - row), column, 8, 16)
+                for h in range(2):
+                    for i in range(8):
+                        _peak_eight(score, peak, h, i)
+            else:
+                multiply_keys(score, peak, queries, k_at + place_of(1, turn), 1, True)
+            release(ring, int32(number + parts // 2 - 1), lane)
+            for h in range(2):
+                _peak(score, peak, 2, h)
+                _turn_to(peak, largest, alpha, shift, factor, h)
+            for i in range(4):
+                for h in range(2):
+                    _weigh_eight(score, sums, shift, factor, h, i)
+            for h in range(2):
+                added[h] = sums[h]
+            number += int32(parts // 2)
             if halves:
-                release(ring, 2, lane)
+                copy_ahead(2, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
+                           slot_stride, ring, thread)  # fmt: skip
+            wait(ring + uint32(full_at), number, 0)
+            two_value_steps(o, score, sums, added, alpha, shift, factor, v_at + place_of(2, turn), 0)
+            two_value_steps(o, score, sums, added, alpha, shift, factor, v_at + place_of(2, turn), 1)
+            if halves:
+                release(ring, number, lane)
                 copy_ahead(3, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
-                           slot_stride, position_stride, ring, thread)  # fmt: skip
-                wait(ring + uint32(full_at), 3, turn, 0)
+                           slot_stride, ring, thread)  # fmt: skip
+                number += int32(1)
+                wait(ring + uint32(full_at), number, 0)
+            else:
+                copy_ahead(1, turn, tile, low, limit, k_cache, v_cache, base, table, table_row, page_bits,
+                           slot_stride, ring, thread)  # fmt: skip
             if middle < seen_end and end > seen:
-                multiply_values(o, p, v_at, 3)
-            release(ring, parts - 1, lane)
+                two_value_steps(o, score, sums, added, alpha, shift, factor, v_at + place_of(3, turn), 2)
+                two_value_steps(o, score, sums, added, alpha, shift, factor, v_at + place_of(3, turn), 3)
+            release(ring, number, lane)
+            for h in range(2):
+                total[h] = ptx.fma_rn_f32(total[h], alpha[h], added[h])
             tile += int32(1)
             turn += int32(1)
             more = int32(tile * TILE) < limit
@@ -630,10 +663,11 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
                         o[i] = float32(0.0)
                     for h in range(2):
                         largest[h], total[h] = float32(-math.inf), float32(0.0)
-        write(out, o, all_total, out_stride * token + head * head_dim, out_stride, row, count, column)
+        place = int64(token) * out_stride + head * head_dim
+        write(out, o, all_total, place, out_stride, int32(warp * 16), count, own_place, lane)
 
     name = f"attention_prefill_{tiling.name}_{'paged_' if paged else ''}d{head_dim}{HALVES[dtype].suffix}_{arch}"
-    kinds = (*(f"{dtype}*",) * 3, "i32*", "i32*", f"{dtype}*", *("i32",) * 3, *("i64",) * 5, "f32", "i32")
+    kinds = (*(f"{dtype}*",) * 3, "i32*", "i32*", f"{dtype}*", *("i32",) * 3, *("i64",) * 4, "f32", "i32")
     return Kernel(
         name, attention, kinds, threads, dynamic_shared=tiling.shared(head_dim), blocks_per_sm=256 // threads,
         options=LaunchOptions(programmatic=True),
@@ -674,7 +708,7 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling, divided: bool) -> Kern
     keep_total, combine = _totals(o_words, 512)
     own_totals = o_words * 128  # bytes of a warp
     record = _record(head_dim)
-    write, pack = _staged_writer(dtype, head_dim), _packer(dtype)
+    write, pack = _writer(dtype, head_dim), _packer(dtype)
     by_keys = HALVES[dtype].wgmma(TILE)
     by_values = HALVES[dtype].wgmma(head_dim, "registers", "n")
     keep_score, keep_o, keep_p = ptx.keep_f32(score_words), ptx.keep_f32(o_words), ptx.keep_u32(p_words)
@@ -936,6 +970,8 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling, divided: bool) -> Kern
             total = cuda.local.array(2, float32)
             alpha = cuda.local.array(2, float32)
             shift = cuda.local.array(2, float32)
+            part = cuda.local.array(2, float32)
+            peak = cuda.local.array(2, float32)
             done_largest = cuda.local.array(2, float32)
             done_total = cuda.local.array(2, float32)
             all_largest = cuda.local.array(2, float32)
@@ -983,11 +1019,13 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling, divided: bool) -> Kern
                 release_queries(base, tile == last_tile, lane)
                 first = int32(tile * TILE)
                 if int32(first + TILE) > int32(own + 1) or (window > 0 and first < int32(own + 64 - window)):
-                    _mask(score, int32(position + row), first, window, int32(count - row), column)
-                _peak(score, largest, alpha, shift, factor, 0)
-                _peak(score, largest, alpha, shift, factor, 1)
-                _weigh(score, total, alpha, shift, factor, 0)
-                _weigh(score, total, alpha, shift, factor, 1)
+                    _mask(score, int32(position + row), first, window, int32(count - row), column, 0, 16)
+                for h in range(2):
+                    peak[h] = largest[h]
+                    _peak(score, peak, 0, h)
+                    _turn_to(peak, largest, alpha, shift, factor, h)
+                _weigh(score, part, total, alpha, shift, factor, 0)
+                _weigh(score, part, total, alpha, shift, factor, 1)
                 pack(p, score)
                 if first < low:
                     await_stage(base + uint32(v_full), done)
@@ -1023,16 +1061,18 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling, divided: bool) -> Kern
                     release(base + uint32(k_used), following, lane)
                     release_queries(base, tile == last_tile, lane)
                     if masked:
-                        _mask(score, int32(position + row), first, window, int32(count - row), column)
+                        _mask(score, int32(position + row), first, window, int32(count - row), column, 0, 16)
                     # With this tile another segment begins: O is about to be complete for the one before.
                     ended = tile % TILES == 0
                     if ended:
                         for h in range(2):
                             done_largest[h], done_total[h] = largest[h], total[h]
                             largest[h], total[h] = float32(-math.inf), float32(0.0)
-                    _peak(score, largest, alpha, shift, factor, 0)
-                    _peak(score, largest, alpha, shift, factor, 1)
-                    _weigh(score, total, alpha, shift, factor, 0)
+                    for h in range(2):
+                        peak[h] = largest[h]
+                        _peak(score, peak, 0, h)
+                        _turn_to(peak, largest, alpha, shift, factor, h)
+                    _weigh(score, part, total, alpha, shift, factor, 0)
                     computed(total, base + uint32(spare_at))
                     none_unfinished()
                     keep_o(o)
@@ -1044,7 +1084,7 @@ def warpgroups(dtype: str, head_dim: int, tiling: Tiling, divided: bool) -> Kern
                         kept = True
                     # The other row's exponentials leave room for the arithmetic beside them. (Where O begins anew, what
                     # it is multiplied with does not matter.)
-                    _weigh(score, total, alpha, shift, factor, 1)
+                    _weigh(score, part, total, alpha, shift, factor, 1)
                     rescale(o, alpha)
                     pack(p, score)
                     done = following
@@ -1220,11 +1260,12 @@ def attention(
     """Causal attention of the runs of tokens that `plan` was made of over the cache, where their keys and values are.
 
     q, out [T, Hq, D], heads contiguous, any token stride; D is 64 or 128. k_cache, v_cache [S, C, Hk, D] of the same
-    strides, the last one 1, Hq / Hk at most 16; all bf16, or all fp16; with table i32[S, pages] they are [P, page, Hk,
-    D] and position p of slot s is place p % page of page table[s, p // page], page a power of two from 8 to 128. A
-    token at position p reads positions max(0, p - window + 1) … p of its slot; window 0 is no window. All rows at
-    multiples of 16 bytes. plan: of these T tokens, for heads of D elements, on this device (not checked: 0 <= slot < S,
-    position < C); not in two launches at a time. tiling: another one than the device's, as the plan's. Returns out.
+    strides, a head's positions one after another, Hq / Hk at most 16; all bf16, or all fp16; with table i32[S, pages]
+    they are [P, page, Hk, D] and position p of slot s is place p % page of page table[s, p // page], page a power of
+    two from 8 to 128. A token at position p reads positions max(0, p - window + 1) … p of its slot; window 0 is no
+    window. All rows at multiples of 16 bytes. plan: of these T tokens, for heads of D elements, on this device (not
+    checked: 0 <= slot < S, position < C); not in two launches at a time. tiling: another one than the device's, as the
+    plan's. Returns out.
     Raises TypeError or ValueError, naming the argument, where something does not fit.
     """
     count, heads, width = check.dimensions("attention", "q", q, "T, Hq, D")
@@ -1235,6 +1276,9 @@ def attention(
         check.rows("attention", name, given, (count, heads, width), q.dtype)
         check.aligned("attention", name, given)
     cache = cache_of("attention", k_cache, v_cache, width, table, q.dtype)
+    if cache.position_stride != width:
+        found = f"k_cache has a stride of {cache.position_stride} elements between a head's positions"
+        raise ValueError(f"attention: {found}: {width} needed, one after another")
     kv_heads = cache.kv_heads
     if kv_heads == 0 or heads % kv_heads or heads > 16 * kv_heads:
         raise ValueError(f"attention: q has {heads} heads and k_cache {kv_heads}: 1 to 16 times as many needed")
@@ -1266,8 +1310,8 @@ def attention(
     else:
         warps(dtype, width, table is not None, tiling, arch).launch(
             (together, plan.tiles, heads // together), q, k_cache, v_cache, plan.work, pages_of, out, group,
-            cache.pages, cache.page_bits, cache.slot_stride, cache.position_stride, cache.head_stride, q.stride(0),
-            out.stride(0), factor, window,
+            cache.pages, cache.page_bits, cache.slot_stride, cache.head_stride, q.stride(0), out.stride(0), factor,
+            window,
         )  # fmt: skip
     return out
 

@@ -14,6 +14,7 @@ WGMMA = pytest.mark.skipif(not HAS_WGMMA, reason="wgmma is sm_90a's")
 TILINGS = {
     "mma": Tiling("mma", 32, 2),
     "mma, a small ring": Tiling("mma", 16, 2, 64),
+    "mma, a large ring": Tiling("mma", 16, 4),
     "wgmma": Tiling("wgmma", 128, 2),
 }
 
@@ -124,6 +125,7 @@ def test_runs_at_any_position(tiling, heads, kv_heads, width, window, runs, dtyp
         (TILINGS["mma"], 0),
         pytest.param(TILINGS["wgmma"], 0, marks=WGMMA),
         (TILINGS["mma, a small ring"], 515),
+        (TILINGS["mma, a large ring"], 515),
         pytest.param(TILINGS["wgmma"], 515, marks=[WGMMA, pytest.mark.gpu]),
     ],
 )
@@ -135,7 +137,7 @@ def test_segments_are_combined_in_order(tiling, window):
     assert_as_flash(out, runs, q, *cache, 0.125, window)
 
 
-@both
+@each("mma", "mma, a large ring", "wgmma")
 @pytest.mark.parametrize("window", [0, 100])
 def test_what_lies_beyond_is_never_used(tiling, window):
     runs = [(3, 1, 138), (2, 0, 12)]
@@ -159,7 +161,7 @@ def test_pages_strides_and_chunks_change_no_bit(tiling, page):
     table = order.view(2, -1).int()
     pools = []
     for given in cache:
-        pool = poisoned(512 // page + 3, page, 2, 64, dtype=BF16)
+        pool = poisoned(512 // page + 3, 2, page, 64, dtype=BF16).transpose(1, 2)
         pool[order] = given.reshape(-1, page, 2, 64)
         pools.append(pool)
     # Pages that are not seen may be gone.
@@ -169,8 +171,7 @@ def test_pages_strides_and_chunks_change_no_bit(tiling, page):
     if page == 8:
         wide = randn(13, 4, 64, dtype=BF16)
         wide[:, 1:3] = q
-        turned = cache[0].contiguous(), cache[1].contiguous()
-        assert torch.equal(run(tiling, runs, wide[:, 1:3], *turned, window=50), expected)
+        assert torch.equal(run(tiling, runs, wide[:, 1:3], *cache, window=50), expected)
         pieces = [(1, 1, 125), (6, 1, 126), (2, 1, 132), (3, 0, 2), (1, 0, 5)]
         assert torch.equal(run(tiling, pieces, q, *cache, window=50), expected)
         swapped = cache[0].flip(0), cache[1].flip(0)
@@ -256,6 +257,8 @@ def test_refusals():
     refused(TypeError, "q is torch.float32: torch.bfloat16 or torch.float16 needed", q=randn(1, 2, 64))
     refused(TypeError, "out is torch.bfloat16: torch.float16 needed", q=randn(1, 2, 64, dtype=F16))
     refused(TypeError, "v_cache is torch.float32", v_cache=randn(1, 8, 1, 64))
+    turned = {"k_cache": randn(1, 8, 2, 64, dtype=BF16), "v_cache": randn(1, 8, 2, 64, dtype=BF16)}
+    refused(ValueError, "k_cache has a stride of 128 elements between a head's positions: 64 needed", **turned)
     refused(ValueError, "k_cache has head dimension 128: 64", k_cache=caches(1, 8, 1, 128)[0])
     many = randn(1, 17, 64, dtype=BF16)
     refused(ValueError, "q has 17 heads and k_cache 1: 1 to 16", q=many, out=many)

@@ -311,17 +311,22 @@ def _writer(dtype: str, head_dim: int):
     stage_common, stage_any = staging(by_reciprocal), staging(by_division)
 
     @device_function
+    def stage_row(o, total, h, staged, lane):
+        into = staged + uint32(((lane >> 2) + 8 * h) * pitch + (lane & 3) * 4)
+        inverse = ptx.div_rn_f32(float32(1.0), total[h])
+        if divides(o, total, h):
+            stage_common(o, total, inverse, h, into)
+        else:
+            stage_any(o, total, inverse, h, into)
+
+    @device_function
     def write(out, o, total, place, stride, first, count, staged, lane):
         """O / l of the warp's 16 rows from row `first` (of `count`) on to out, where the head of row 0 begins at
         `place`: whole rows in pieces of 16 bytes, by way of 16 * pitch bytes of shared memory, the warp's own."""
         ptx.bar_warp_sync()
-        for h in range(2):
-            into = staged + uint32(((lane >> 2) + 8 * h) * pitch + (lane & 3) * 4)
-            inverse = ptx.div_rn_f32(float32(1.0), total[h])
-            if divides(o, total, h):
-                stage_common(o, total, inverse, h, into)
-            else:
-                stage_any(o, total, inverse, h, into)
+        # Not a loop: it would be too long to unroll, and O would be in memory all along.
+        stage_row(o, total, 0, staged, lane)
+        stage_row(o, total, 1, staged, lane)
         ptx.bar_warp_sync()
         row, chunk = int32(lane // chunks), int32(lane % chunks)
         for i in range(16 // together):
@@ -362,7 +367,6 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
     write, rounded_pair = _writer(dtype, head_dim), HALVES[dtype].pack
     mma, all_landed = HALVES[dtype].mma, ptx.cp_async_wait_group(0)
     waits = ptx.mbarrier_try_wait if has_dependent_launch(arch) else ptx.mbarrier_test_wait
-    weighed = 16 // columns  # times eight positions of a row, beside the product of 32 columns
 
     # Parts are numbered from the block's first one on; turn counts tiles.
     @device_function
@@ -475,13 +479,26 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
 
     @device_function
     def value_step(o, score, sums, alpha, shift, factor, at, s, following):
-        """O goes on by 16 positions, whose weights are there; meanwhile half of the 32 positions `following`, where
-        that is not 0, are weighed. With the first step O is multiplied with alpha."""
-        b = cuda.local.array(8, uint32)
+        """O goes on by 16 positions, whose weights are there; half of the 32 positions `following`, where that is not
+        0, are weighed, for which there is room between the products. With the first step O is multiplied with alpha."""
         p = cuda.local.array(4, uint32)
         for i in range(4):
             p[i] = rounded_pair(score[8 * s + 2 * i + 1], score[8 * s + 2 * i])
-        for n in range(columns // 4):
+        some_values(o, p, alpha, at, s, 0)
+        if columns > 8:
+            some_values(o, p, alpha, at, s, 2)
+        if following:
+            first = 4 * following + s % 2 * 2
+            _weigh_eight(score, sums, shift, factor, 0, first)
+            _weigh_eight(score, sums, shift, factor, 1, first)
+            _weigh_eight(score, sums, shift, factor, 0, first + 1)
+            _weigh_eight(score, sums, shift, factor, 1, first + 1)
+
+    @device_function
+    def some_values(o, p, alpha, at, s, begin):
+        """value_step, of the 64 columns from 32 * begin on: in one loop O would be in memory, on some architectures."""
+        b = cuda.local.array(8, uint32)
+        for n in range(begin, begin + 2):
             for i in range(2):
                 got = ptx.ldmatrix_x4_trans((at ^ uint32(64 * n + 32 * i)) + uint32(s % 4 * 16 * row_bytes))
                 for e in range(4):
@@ -494,10 +511,6 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
                 d4 = mma(p[0], p[1], p[2], p[3], b[2 * i], b[2 * i + 1], o[c], o[c + 1], o[c + 2], o[c + 3])
                 for e in range(4):
                     o[c + e] = d4[e]
-            if following:
-                for i in range(weighed):
-                    item = (s % 2 * (columns // 4) + n) * weighed + i
-                    _weigh_eight(score, sums, shift, factor, item % 2, 4 * following + item // 2)
 
     @device_function
     def two_value_steps(o, score, sums, added, alpha, shift, factor, at, g):

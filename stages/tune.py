@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from stages import timing
 from stages.stage import StageError, write_whole
-from stages.timing import measurement_lock
 
 if TYPE_CHECKING:
     from kernels.linear.tiled import Tiling
@@ -90,24 +90,20 @@ def list_candidates(tokens: int, shape: Shape, multiprocessors: int) -> list[Til
 def time_in_turn(runs: Mapping[Any, Callable[[], None]], repeats: int, seconds: float) -> dict[Any, float]:
     """Milliseconds of each run on the GPU, under load: the median over rounds in which each goes on for `seconds`, and
     then for as long again, which is timed."""
-    import torch
 
-    def timed(run: Callable[[], None], times: int) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(times):
-            run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / times
+    def repeated(run: Callable[[], None], count: int) -> Callable[[], None]:
+        def go_on() -> None:
+            for _ in range(count):
+                run()
 
-    times = {name: max(1, round(1e3 * seconds / timed(run, 1))) for name, run in runs.items()}
+        return go_on
+
+    counts = {name: max(1, round(1e3 * seconds / timing.measure(run, 0, 1, "cuda")[0])) for name, run in runs.items()}
     samples: dict[Any, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            timed(run, times[name])
-            samples[name].append(timed(run, times[name]))
-    return {name: statistics.median(found) for name, found in samples.items()}
+            samples[name] += timing.measure(repeated(run, counts[name]), 1, 1, "cuda")
+    return {name: statistics.median(found) / counts[name] for name, found in samples.items()}
 
 
 def measure(tokens: int, shape: Shape, candidates: Sequence[Tiling], machine: tuple[str, int]) -> dict[Any, float]:
@@ -210,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     spilling, gpu = build(shapes, given.tokens, machine), torch.cuda.get_device_name()
     new: dict[tuple[str, ...], Line | None] = {}
-    with measurement_lock(), torch.inference_mode():
+    with timing.measurement_lock(), torch.inference_mode():
         for count in given.tokens:
             for shape in shapes:
                 candidates = [

@@ -553,7 +553,7 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
             here, chunk = int32((lane + 32 * i) // chunks), int32(lane % chunks)
             from_row = q_stride * (token + min(int32(warp * 16 + here), count - 1)) + head * head_dim
             to = own_place + uint32(here * row_bytes + (chunk ^ (here & 7)) * 16)
-            ptx.cp_async_cg_16_zfill(to, q, from_row + chunk * 8, uint32(16))
+            ptx.cp_async_cg_16(to, q, from_row + chunk * 8)
         ptx.cp_async_commit_group()
         for part in range(ahead):
             copy(
@@ -563,8 +563,8 @@ def warps(dtype: str, head_dim: int, paged: bool, tiling: Tiling, arch: str) -> 
 
         r8, matrix, column = int32(lane & 7), int32(lane >> 3), int32((lane & 3) * 2)
         k_at = ring + uint32((r8 + (matrix >> 1) * 8) * row_bytes + ((matrix & 1) ^ r8) * 16)
-        v_at = ring + uint32((r8 + (matrix & 1) * 8) * row_bytes + ((matrix >> 1) ^ r8) * 16)
-        q_at = own_place + uint32((r8 + (matrix & 1) * 8) * row_bytes + ((matrix >> 1) ^ r8) * 16)
+        lane_at = uint32((r8 + (matrix & 1) * 8) * row_bytes + ((matrix >> 1) ^ r8) * 16)
+        v_at, q_at = ring + lane_at, own_place + lane_at
         row = int32(warp * 16 + (lane >> 2))
         queries = cuda.local.array(q_words, uint32)
         score = cuda.local.array(score_words, float32)

@@ -304,7 +304,7 @@ def check_gpu() -> None:
         typer.echo(f"no GPU: {reason}", err=True)
         raise typer.Exit(1)
 
-    from kernels.launch import ARCHITECTURES
+    from kernels.architectures import ARCHITECTURES
 
     table = Table(title=f"driver {driver}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     for heading in ("GPU", "name", "sm", "SMs", "memory", "kernels"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import cast
@@ -37,6 +38,8 @@ class EngineStats:
     generated_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)  # requests by finish_reason
     kv_wasted_share: float = 0.0  # of the room on running requests' pages, what held no token; mean over steps
+    late_kernels: int = 0  # compiled or loaded by this process because a launch needed them, after the engine was ready
+    late_graphs: int = 0  # captured because a step needed them, after the engine was ready
 
 
 class Engine:
@@ -69,6 +72,8 @@ class Engine:
             mixed=config.batching == "continuous", recompute=config.kv_cache == "none",
         )  # fmt: skip
         self.runner = Runner(model, cache, config.cuda_graph, config.captures)
+        self.runner.capture()
+        self._kernels_before = _late_kernels()
         # Steps that run while the next one is scheduled.
         self._ahead = 1 if config.batching == "continuous" and config.kv_cache != "none" else 0
         self._begun: set[Request] = set()
@@ -159,8 +164,14 @@ class Engine:
         return EngineStats(
             len(scheduler.running), len(scheduler.waiting), pool.pages, pool.used, pool.cached, counts.preemptions,
             counts.steps, counts.prompt_tokens, counts.cached_tokens, counts.generated_tokens, dict(self._finished),
-            self._unused / max(1, self._room),
+            self._unused / max(1, self._room), _late_kernels() - self._kernels_before, self.runner.late_graphs,
         )  # fmt: skip
+
+
+def _late_kernels() -> int:
+    """How many of this process's kernels a launch has compiled or loaded; none where there is no such backend yet."""
+    launch = sys.modules.get("kernels.launch")
+    return len(launch.late_kernels()) if launch else 0
 
 
 def _check_room(model: Model, slots: int, max_len: int) -> None:

@@ -2,9 +2,9 @@
 
 A step over B rows (running sequences) is one function of buffers that stay where they are: embedding, layers, norm,
 head, choice of a token, and the buffers moved on. On a GPU it is captured as a CUDA graph, one for each number of rows
-in BUCKETS, and replayed; without a graph, and on a CPU, the same function runs as it is, to the same bits. The tokens
-land in the host's memory by the step's last kernel: no copy stands between one step and the next. Other rows may start
-at any time, without a wait for the steps that are on their way.
+in BUCKETS and way of choosing, and replayed; without a graph, and on a CPU, the same function runs as it is, to the
+same bits. The tokens land in the host's memory by the step's last kernel: no copy stands between one step and the next.
+Other rows may start at any time, without a wait for the steps that are on their way.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from engine.sampling import SamplingParams
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 UNROLLED = 8  # steps in one graph where many follow each other: the host launches it once for all
 AHEAD = 2  # steps enqueued and not waited for, at most
+CHOICES = ("greedy", "sample", "none")  # of a step's tokens; none: it ends with the logits
 # Fills the second tensor, int32 [B], with the tokens that the rows choose by their logits [B, V].
 Choose = Callable[[Tensor, Tensor], None]
 
@@ -85,6 +86,7 @@ class DecodeLoop:
         self._pending: deque[tuple[int, int, Any]] = deque()  # column, rows and event of steps not waited for
         self._events = deque(torch.cuda.Event() if self._on_gpu else None for _ in range(AHEAD))
         self._graphs: dict[tuple[int, str, int], tuple[Any, Tensor]] = {}
+        self.late_graphs = 0  # captured by a step that needed one
         self._choice = "greedy"
         self._steps = 0  # since `start`
 
@@ -97,7 +99,16 @@ class DecodeLoop:
         Raises:
             ValueError: The cache has too few slots for the bucket of so many rows.
         """
-        size, taken = bucket(len(rows)), {row.slot for row in rows}
+        self._fill(rows, bucket(len(rows)))
+        if tokens_of_slots is not None and any(row.token is None for row in rows):
+            own = tokens_of_slots.index_select(0, self._slots[: len(rows)])
+            known = torch.tensor([row.token is not None for row in rows], pin_memory=self._on_gpu)
+            known = known.to(own.device, non_blocking=True)
+            self._tokens[: len(rows)] = torch.where(known, self._tokens[: len(rows)], own)
+
+    def _fill(self, rows: Sequence[Row], size: int) -> None:
+        """Let the next steps be of `size` rows, idle ones after those given."""
+        taken = {row.slot for row in rows}
         idle = self.cache.idle_slots(size - len(rows), taken)
         if len(rows) + len(idle) < size:
             raise ValueError(f"{len(rows)} rows decode as {size}, and the cache has {self.cache.slots} slots")
@@ -112,11 +123,6 @@ class DecodeLoop:
         floats[:, :size] = np.array(shares, np.float32).T
         seeds.view(torch.int64)[:size] = torch.tensor([row.seed for row in filled])
         self._settings.copy_(sent, non_blocking=True)
-        if tokens_of_slots is not None and any(row.token is None for row in rows):
-            own = tokens_of_slots.index_select(0, self._slots[: len(rows)])
-            known = torch.tensor([row.token is not None for row in rows], pin_memory=self._on_gpu)
-            known = known.to(own.device, non_blocking=True)
-            self._tokens[: len(rows)] = torch.where(known, self._tokens[: len(rows)], own)
         self._choice = "greedy" if all(row.params.temperature == 0 for row in rows) else "sample"
         self._first, self._steps = self._column, 0
 
@@ -169,6 +175,18 @@ class DecodeLoop:
         """Capture `steps` steps of the present rows as a graph, as `enqueue` and `advance` do where none is there."""
         self._capture(self._choice, steps)
 
+    def graphs(self) -> list[tuple[int, str]]:
+        """Rows and choice of every graph that a step can need, the largest first: the others fit its memory."""
+        most = bucket(self.cache.slots)
+        sizes = sorted({bucket(rows) for rows in range(1, most + 1)}, reverse=True)
+        return [(size, choice) for size in sizes for choice in CHOICES]
+
+    @torch.inference_mode()
+    def capture_idle(self, size: int, choice: str) -> None:
+        """Capture a step of `size` idle rows, which serves any."""
+        self._fill((), size)
+        self._capture(choice, 1)
+
     def _capture(self, choice: str, steps: int) -> None:
         # Kernels load, and memory is taken, in a run of its own; the rows are then put back to where they were. What
         # it wrote to the cache is what the step will write again, and to the history likewise.
@@ -205,6 +223,7 @@ class DecodeLoop:
             return
         if (self.size, choice, steps) not in self._graphs:
             self._capture(choice, steps)
+            self.late_graphs += 1
         graph, self.logits = self._graphs[self.size, choice, steps]
         graph.replay()
 

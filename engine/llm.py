@@ -19,6 +19,7 @@ from engine.engine_config import EngineConfig, make_ops
 from engine.model import Model
 from engine.requests import Completion, Request, Text, completion
 from engine.sampling import SamplingParams
+from engine.startup import Preparation
 from engine.tokenizer import Tokenizer
 from engine.weights import Weights, load_weights, stored_dtype
 
@@ -70,6 +71,7 @@ class LLM:
             self.config, self.weights = model
             engine = engine.for_dtype(self.weights.dtype)
             self.eos_ids = frozenset(self.config.eos_token_ids)
+            preparation = Preparation(self.config, engine)
         else:
             directory = Path(model)
             self.config = ModelConfig.from_file(directory / "config.json")
@@ -77,6 +79,7 @@ class LLM:
             if tokenizer is None and (directory / "tokenizer.json").exists():
                 tokenizer = Tokenizer(directory)
             engine = engine.for_dtype(stored_dtype(directory, self.config))
+            preparation = Preparation(self.config, engine)
             self.weights = load_weights(directory, self.config, engine.device, engine.torch_dtype)
         self.engine = engine
         if self.weights.dtype != engine.torch_dtype or self.weights.device.type != engine.device:
@@ -90,6 +93,7 @@ class LLM:
             raise ValueError(f"max_model_len = {self.max_model_len} is above the model's {allowed} positions")
         self.tokenizer = tokenizer
         self.model = Model(self.config, self.weights, ops, self.max_model_len)
+        preparation.finish()
         self._core: Engine | None = None
         self._live: dict[Request, Live] = {}  # of `generate` and `stream`
         self._numbers = itertools.count()

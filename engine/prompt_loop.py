@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.cuda_graph import capture, new_pool
+from engine.decode_loop import CHOICES
 from engine.kv_cache import KVCache
 from engine.model import Model
 from engine.ops import Run
@@ -66,6 +67,19 @@ class PromptLoop:
         self._pending: deque[tuple[int, Any]] = deque()  # column and event of passes not waited for
         self._plans: dict[int, Any] = {}
         self._graphs: dict[tuple[int, str], tuple[Any, Tensor]] = {}
+        self.late_graphs = 0  # captured by a pass that needed one
+
+    def graphs(self) -> list[tuple[int, str]]:
+        """Tokens and choice of every graph that a pass can need, the largest first."""
+        sizes = [size for size in reversed(BUCKETS) if size <= self.cache.capacity]
+        return [(size, choice) for size in sizes for choice in CHOICES]
+
+    @torch.inference_mode()
+    def capture_idle(self, size: int, choice: str) -> None:
+        """Capture a pass over `size` tokens of a sequence that is not there, which serves any."""
+        (slot,) = self.cache.idle_slots(1, ())
+        self._send([0] * size, Run(size, slot, 0), _GREEDY, 0)
+        self._capture(size, choice)
 
     def takes(self, run: Run) -> bool:
         """Whether the run fits a bucket that ends within the cache."""
@@ -134,14 +148,18 @@ class PromptLoop:
         if not self.graph:
             return self._pass(size, choice)
         if (size, choice) not in self._graphs:
-            # Kernels load, and memory is taken, in a run of its own; what the graph was told is then put back.
-            before = self._sent.clone()
-            self._pass(size, choice)
-            self._sent.copy_(before)
-            self._graphs[size, choice] = capture(lambda: self._pass(size, choice), self._pool)
+            self._capture(size, choice)
+            self.late_graphs += 1
         graph, logits = self._graphs[size, choice]
         graph.replay()
         return logits
+
+    def _capture(self, size: int, choice: str) -> None:
+        # Memory is taken in a run of its own; what the graph was told is then put back.
+        before = self._sent.clone()
+        self._pass(size, choice)
+        self._sent.copy_(before)
+        self._graphs[size, choice] = capture(lambda: self._pass(size, choice), self._pool)
 
     def _pass(self, size: int, choice: str) -> Tensor:
         """One pass over a bucket of `size` tokens; its logits. choice: "none" ends with them."""

@@ -22,6 +22,7 @@ from engine.decode_loop import DecodeLoop, Row
 from engine.kv_cache import KVCache, PagedCache
 from engine.model import Model
 from engine.ops import Run
+from engine.progress import progress
 from engine.prompt_loop import PromptLoop
 from engine.requests import Request, TokenLogprobs
 from engine.scheduler import Sequence, Step, Work
@@ -69,6 +70,22 @@ class Runner:
         # Of each slot, whose pages the table holds, since which preemption, and how many.
         self._assigned: dict[int, tuple[Sequence, int, int]] = {}
         self._pending: deque[_Pending] = deque()
+
+    def capture(self) -> None:
+        """Capture every graph that a step can need, which is shown; the slots of the cache must be idle."""
+        loops = [loop for loop in (self._loop, self._prompts) if loop and loop.graph]
+        graphs = [(loop, *graph) for loop in loops for graph in loop.graphs()]
+        if not graphs:
+            return
+        with progress("capturing CUDA graphs", len(graphs)) as show:
+            for loop, size, choice in graphs:
+                loop.capture_idle(size, choice)
+                show(f"{size} rows, {choice}" if loop is self._loop else f"prompt of {size}, {choice}")
+
+    @property
+    def late_graphs(self) -> int:
+        """Graphs captured by a step that needed one, which `capture` should have captured."""
+        return sum(loop.late_graphs for loop in (self._loop, self._prompts) if loop)
 
     @property
     def pending(self) -> int:

@@ -79,7 +79,9 @@ class Weights:
         yield "lm_head", self.lm_head
 
 
-def _empty(config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> Weights:
+def empty_weights(config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> Weights:
+    """Weights of `config`'s shapes that hold anything."""
+
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
@@ -173,7 +175,7 @@ def load_weights(directory: str | Path, config: ModelConfig, device: torch.devic
         if name not in entries:
             raise CheckpointError(f"{directory}: tensor {name!r} of {config.architecture} is missing")
 
-    weights = _empty(config, device, dtype)
+    weights = empty_weights(config, device, dtype)
     places = _destinations(config, weights)
     by_shard: dict[str, list[TensorEntry]] = {}
     for entry in entries.values():
@@ -204,7 +206,7 @@ def random_weights(config: ModelConfig, device: torch.device | str, dtype: torch
 
     The same (seed, device type, dtype) gives the same weights.
     """
-    weights = _empty(config, device, dtype)
+    weights = empty_weights(config, device, dtype)
     generator = torch.Generator(device=device).manual_seed(seed)
     for place in _destinations(config, weights).values():
         place.normal_(mean=1.0 if place.ndim == 1 else 0.0, std=0.02, generator=generator)

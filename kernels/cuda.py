@@ -9,7 +9,9 @@ With NUMBA_ENABLE_CUDASIM=1 (`SIMULATED`) the same names run the kernels on a CP
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
@@ -66,9 +68,36 @@ __all__ = [
 def device_function(fn: Callable[..., Any]) -> Any:
     """Mark `fn` as callable from kernels; it stays a Python function under the simulator.
 
-    It is inlined before typing: numba-cuda asks the driver for a device when it compiles one by itself.
+    It is a function to Numba too, compiled once for each list of types, and inlined by LLVM: inlined before typing, a
+    long kernel would take ten times as long to compile.
     """
-    return fn if SIMULATED else cuda.jit(device=True, inline="always")(fn)
+    return fn if SIMULATED else cuda.jit(device=True, forceinline=True)(fn)
+
+
+@contextmanager
+def _callees_for(capability: tuple[Any, ...]) -> Iterator[None]:
+    """Within, Numba compiles callees for `capability`.
+
+    numba-cuda asks the driver which device a callee is for, though the kernel that calls it says so; without a driver
+    it could compile none. The question is one name in one module, and compute_capability all it wants to know.
+    Raises RuntimeError where this numba-cuda asks in another way.
+    """
+    import numba.cuda.dispatcher
+    from numba.cuda.core.compiler_lock import global_compiler_lock  # pyright: ignore[reportMissingImports]
+
+    dispatcher: Any = numba.cuda.dispatcher
+    ask = getattr(dispatcher, "get_current_device", None)
+    if not callable(ask):
+        raise RuntimeError(
+            f"numba-cuda {versions()['numba-cuda']} compiles callees in a way that kernels/cuda.py does not know (it "
+            "has no numba.cuda.dispatcher.get_current_device): install the version that requirements.lock pins"
+        )
+    with global_compiler_lock:
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+        try:
+            yield
+        finally:
+            dispatcher.get_current_device = ask
 
 
 def compile_ptx(fn: Callable[..., Any], signature: Any, arch: str, launch_bounds: tuple[int, ...]) -> str:
@@ -84,7 +113,8 @@ def compile_ptx(fn: Callable[..., Any], signature: Any, arch: str, launch_bounds
     suffix = digits[len(digits.rstrip("abcdefghijklmnopqrstuvwxyz")) :]
     number = int(digits.removesuffix(suffix))
     capability = (number // 10, number % 10, suffix) if suffix else (number // 10, number % 10)
-    ptx, _ = cuda.compile(fn, signature, cc=capability, device=False, abi="numba", launch_bounds=launch_bounds)
+    with _callees_for(capability):
+        ptx, _ = cuda.compile(fn, signature, cc=capability, device=False, abi="numba", launch_bounds=launch_bounds)
     return ptx
 
 

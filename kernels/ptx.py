@@ -529,8 +529,8 @@ mbarrier_test = _mbarrier_wait("test_wait", _phase_has_ended)
 def cp_async_bulk_tensor_2d(
     target: Any, tensor_map: Any, map_index: Any, barrier: Any, column: Any, row: Any, policy: Any
 ) -> None:
-    """Start copying the box of a tensor map (`kernels.launch.tensor_map`) whose first element is [row, column] to a
-    shared address at a multiple of 1024; its bytes count towards `barrier`. Beyond the tensor are zeros. From sm_90 on.
+    """Start copying the box of a tensor map (`kernels.tensor_maps`) whose first element is [row, column] to a shared
+    address at a multiple of 1024; its bytes count towards `barrier`. Beyond the tensor are zeros. From sm_90 on.
 
     policy: how L2 keeps it, EVICT_NORMAL, EVICT_FIRST or EVICT_LAST.
     """

@@ -7,7 +7,6 @@ and architecture. A kernel that spills registers to memory fails the stage unles
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,8 @@ from stages.params import Gpu, Weeks
 from stages.stage import Run, StageError, stage, write_whole
 
 if TYPE_CHECKING:
-    from kernels.launch import Build, Kernel
+    from kernels.cubins import Build
+    from kernels.launch import Kernel
 
 # Kernel name -> why spilling costs less than not doing so.
 EXPLAINED_SPILLS: dict[str, str] = {}
@@ -30,25 +30,6 @@ RESOURCES = {
     "shared_bytes_static": ("static_shared", "B"),
     "shared_bytes_dynamic": ("dynamic_shared", "B"),
 }
-
-
-def build_kernels(kernels: Sequence[Kernel], archs: Sequence[str]) -> list[Build]:
-    """All kernels for all architectures, in processes; a progress bar where there is a terminal."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from kernels.launch import build_all
-
-    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("kernels", total=len(kernels) * len(archs))
-        return build_all(
-            kernels,
-            archs,
-            progress=lambda done, total, build: progress.update(
-                task, completed=done, total=total, description=f"{build.kernel} {build.arch}"
-            ),
-        )
 
 
 def add_build(rows: Rows, build: Build) -> str | None:
@@ -89,8 +70,9 @@ def describe_weeks(weeks: Weeks, kernels: Sequence[Kernel]) -> dict[str, Any]:
 
 @stage(Gpu, Weeks)
 def main(run: Run, gpu: Gpu, weeks: Weeks) -> None:
+    from engine.progress import compile_kernels
     from kernels import catalogue
-    from kernels.launch import ARCHITECTURES, BuildError
+    from kernels.architectures import ARCHITECTURES, BuildError
 
     kernels = catalogue()
     rows = Rows("build", None, None, read_host())
@@ -99,7 +81,7 @@ def main(run: Run, gpu: Gpu, weeks: Weeks) -> None:
     failed.unlink(missing_ok=True)
     try:
         with stopwatch() as seconds:
-            builds = build_kernels(kernels, ARCHITECTURES)
+            builds = compile_kernels(kernels, ARCHITECTURES)
     except BuildError as error:
         raise StageError(str(error)) from None
     print(f"{len(kernels)} kernels for {len(ARCHITECTURES)} architectures in {seconds[0]:.1f} s")

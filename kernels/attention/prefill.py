@@ -17,7 +17,6 @@ it. A tile of positions that a query does not see at all is an identity here (we
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,19 +25,13 @@ from typing import NamedTuple
 import torch
 
 from kernels import check, ptx
+from kernels.architectures import LIMITS, has_dependent_launch
 from kernels.attention.flash import SEGMENT, TILE
 from kernels.cuda import SIMULATED, cuda, device_function, float32, int32, int64, uint8, uint32, uint64
 from kernels.device import HALVES, LEAST, LEAST_DIVISOR, MOST, MOST_DIVISOR, quotient
-from kernels.launch import (
-    LIMITS,
-    Kernel,
-    LaunchOptions,
-    has_dependent_launch,
-    kept_tensor_map,
-    kernel_factory,
-    machine_of,
-)
+from kernels.launch import Kernel, LaunchOptions, kernel_factory, machine_of
 from kernels.rope_write import cache_of
+from kernels.tensor_maps import kept_tensor_map
 
 TILES = SEGMENT // TILE  # of positions, of a segment
 # fp32 elements of partial results at most: 64 MiB.
@@ -1183,7 +1176,6 @@ def catalogue(dtype: str, head_dims: Iterable[int] = (128,), paged: Iterable[boo
     return kernels
 
 
-@functools.cache
 def _choice(head_dim: int, index: int) -> tuple[Tiling, str, int]:
     """Tiling, architecture and multiprocessors of a device; the simulator's has few threads."""
     if SIMULATED:

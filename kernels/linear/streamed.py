@@ -26,21 +26,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from kernels import check, device, ptx
+from kernels.architectures import LIMITS, MULTIPROCESSORS, has_dependent_launch
 from kernels.cuda import cuda, device_function, float32, int32, int64, uint8, uint32, uint64
-from kernels.launch import (
-    LIMITS,
-    Kernel,
-    LaunchOptions,
-    has_dependent_launch,
-    kept_tensor_map,
-    kernel_factory,
-    machine_of,
-)
+from kernels.launch import Kernel, LaunchOptions, kernel_factory, machine_of
+from kernels.tensor_maps import kept_tensor_map
 
 BOX = 64  # columns of a box: 128 bytes
 TOKENS = (8, 16, 32, 64, 128)
-# Of a GPU of each architecture: A100, RTX 3090, RTX 4090, H100 and H200, B200, RTX 5090.
-MULTIPROCESSORS = {"sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90a": 132, "sm_100": 148, "sm_120": 170}
 # Bytes of a block at most, so that the small kernels of a chain run beside it.
 RING = 160 << 10
 # Of wgmma with many tokens and few weight rows; what runs beside it waits for a free multiprocessor.
@@ -508,9 +500,10 @@ def catalogue(dtype: str, rows: int, depth: int, gated: bool, tokens: Sequence[i
 
 
 @functools.cache
-def _plan(dtype: str, tokens: int, rows: int, depth: int, gated: bool, device: int) -> tuple[Tiling, Kernel, int]:
+def _plan(
+    dtype: str, tokens: int, rows: int, depth: int, gated: bool, arch: str, multiprocessors: int
+) -> tuple[Tiling, Kernel, int]:
     """Tiling, kernel and blocks of the grid for a pass of `tokens` (one of TOKENS)."""
-    arch, multiprocessors = machine_of(device)
     tiling = Tiling.choose(tokens, rows, depth, gated, arch, multiprocessors)
     return tiling, streamed(dtype, tiling, gated, arch), min(-(-rows // (tiling.groups * 8)), multiprocessors)
 
@@ -519,7 +512,7 @@ def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, gated: boo
     count, rows, depth = check.product(x, weight, out, BOX, gated)
     if count:
         tiling, kernel, blocks = _plan(
-            check.HALVES[x.dtype], tokens_of_a_pass(count), rows, depth, gated, max(x.get_device(), 0)
+            check.HALVES[x.dtype], tokens_of_a_pass(count), rows, depth, gated, *machine_of(max(x.get_device(), 0))
         )
         weight_source, x_source = weight, x
         if tiling.copy == "bulk":

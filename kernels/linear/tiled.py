@@ -24,10 +24,12 @@ from pathlib import Path
 import torch
 
 from kernels import check, device, ptx
+from kernels.architectures import LIMITS, MULTIPROCESSORS
 from kernels.cuda import cuda, device_function, float32, int32, int64, uint8, uint16, uint32, uint64
-from kernels.launch import LIMITS, Kernel, LaunchOptions, kept_tensor_map, kernel_factory, machine_of
-from kernels.linear.streamed import BOX, MULTIPROCESSORS, segments_of
+from kernels.launch import Kernel, LaunchOptions, kernel_factory, machine_of
+from kernels.linear.streamed import BOX, segments_of
 from kernels.linear.streamed import TOKENS as STREAMED
+from kernels.tensor_maps import kept_tensor_map
 
 # A warp passes its results on in pieces of 16 tokens and 64 columns; the rows lie apart so that no two of its accesses
 # meet in a bank.
@@ -157,6 +159,7 @@ class Tiling:
 # where the streamed version is slower.
 MEASURED = Path(__file__).with_name("tilings.csv")
 TOKENS = 128  # of a tile of warpgroups
+STEP = 64  # tokens that may take another tiling than as many more or fewer: the least of a tile
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Compiling, the cubin cache, resources: with the real compiler, in processes of their own."""
+"""Compiling, kept cubins, resources: with the real compiler, in processes of their own."""
 
 import json
 import pickle
@@ -7,7 +7,9 @@ import pytest
 from kernel_numerics import run_compiled
 
 from kernels import catalogue, residual
-from kernels.launch import LIMITS, BuildError, Kernel, LaunchOptions, _instruction_mix, _resources, architecture_of
+from kernels.architectures import LIMITS, BuildError, architecture_of
+from kernels.cubins import instruction_mix, resources
+from kernels.launch import Kernel, LaunchOptions
 
 
 def test_architecture_of_a_device():
@@ -58,9 +60,9 @@ ptxas info    : Function properties for kernel
 ptxas info    : Used 40 registers, used 1 barriers, 24 bytes cumulative stack size, 4096 bytes smem
 """
     expected = {"registers": 40, "spill_stores": 16, "spill_loads": 12, "stack": 24, "static_shared": 4096}
-    assert _resources(report, "kernel") == expected
+    assert resources(report, "kernel") == expected
     with pytest.raises(BuildError, match="kernel: no register count in the assembler's report"):
-        _resources("nothing", "kernel")
+        resources("nothing", "kernel")
 
 
 def test_instruction_mix():
@@ -81,7 +83,7 @@ $L__BB0_2:
 	bar.sync 	0;
 	ret;
 }"""
-    assert _instruction_mix(ptx) == {
+    assert instruction_mix(ptx) == {
         "ld.param": 1,
         "bra": 1,
         "ld.global": 2,
@@ -109,15 +111,22 @@ def test_catalogue_names_are_unique():
 
 CACHE = """
 import json, os, pathlib, re
-from kernels import launch, residual
-from kernels.launch import BuildError, Kernel
+import logging
+from kernels import cubins, launch, residual
+from kernels.architectures import BuildError
+from kernels.launch import Kernel
 
+warned = []
+class Keep(logging.Handler):
+    def emit(self, record):
+        warned.append(record.getMessage())
+logging.getLogger("kernels").addHandler(Keep())
 folder = pathlib.Path(os.environ["AFS_CACHE"])
 kernel = residual.naive("bf16")
 said = {}
 
 def shown(build):
-    return {**{k: str(v) for k, v in vars(build).items()}, "cubin": build.cubin.read_bytes().hex()}
+    return {**{k: str(v) for k, v in vars(build).items()}, "cubin": build.cubin.hex()}
 
 def attempt(work):
     try:
@@ -129,20 +138,20 @@ said["first"] = shown(kernel.build("sm_90a"))
 said["files"] = sorted(path.suffix for path in folder.iterdir())
 
 # A kept cubin needs no compiler and no assembler.
-real_ptx, real_assemble = launch.cuda.compile_ptx, launch._assemble
+real_ptx, real_assemble = launch.cuda.compile_ptx, cubins.assemble
 def missing(*_):
     raise RuntimeError("no toolkit here")
-launch.cuda.compile_ptx = launch._assemble = missing
-toolchain = launch._toolchain()
-launch._toolchain = lambda: dict.fromkeys(toolchain, "")
+launch.cuda.compile_ptx = cubins.assemble = missing
+toolchain = cubins._toolchain()
+cubins._toolchain = lambda: dict.fromkeys(toolchain, "")
 said["kept"] = shown(kernel.build("sm_90a"))
-launch._toolchain = lambda: toolchain
+cubins._toolchain = lambda: toolchain
 said["kept_with_toolchain"] = shown(kernel.build("sm_90a"))
-launch._toolchain = lambda: {**toolchain, "numba-cuda": "0.0"}
+cubins._toolchain = lambda: {**toolchain, "numba-cuda": "0.0"}
 said["other_toolchain"] = attempt(lambda: kernel.build("sm_90a"))
-launch._toolchain = lambda: toolchain
+cubins._toolchain = lambda: toolchain
 said["other_arch"] = attempt(lambda: kernel.build("sm_80"))
-launch.cuda.compile_ptx, launch._assemble = real_ptx, real_assemble
+launch.cuda.compile_ptx, cubins.assemble = real_ptx, real_assemble
 
 # Damage of every kind is noticed and repaired.
 entry, = folder.glob("*.json")
@@ -158,6 +167,30 @@ for path, content in (
 cubin.unlink()
 said["repaired"].append(shown(kernel.build("sm_90a")) == said["first"])
 said["left"] = sorted(path.suffix for path in folder.iterdir())
+said["warned"], warned[:] = list(warned), []
+
+# What a process that was killed had begun to write goes away; what somebody may be writing stays.
+old, new = folder / ".writing-old", folder / ".writing-new"
+for path in (old, new):
+    path.write_bytes(b"half")
+os.utime(old, (0, 0))
+cubins._clear_abandoned.cache_clear()
+kernel.keep(kernel.build("sm_90a"))
+said["abandoned"] = [old.exists(), new.exists()]
+new.unlink()
+
+# A folder that cannot be written, or has no room, costs the keeping alone, and that is said once.
+(folder.parent / "file").write_text("")
+os.environ["AFS_CACHE"] = str(folder.parent / "file" / "cache")
+said["unwritable"] = [shown(kernel.build("sm_90a")) == said["first"] for _ in range(2)]
+os.environ["AFS_CACHE"] = str(folder.parent / "full")
+def full(path, content):
+    raise OSError(28, "No space left on device")
+real_write, cubins._write = cubins._write, full
+said["full"] = shown(kernel.build("sm_90a")) == said["first"]
+cubins._write = real_write
+os.environ["AFS_CACHE"] = str(folder)
+said["not_kept"], warned[:] = list(warned), []
 
 # What a kernel closes over, and what it calls, is part of its identity.
 def closing_over(number):
@@ -170,8 +203,8 @@ def calling(function):
     return Kernel("calling", kernel, ("f32*",), 32)
 def same(number):
     return launch.cuda.device_function(lambda value: value + number)
-keys = [closing_over(n).key("sm_80") for n in (1, 1, 2)]
-keys += [calling(same(n)).key("sm_80") for n in (1, 1, 2)]
+keys = [closing_over(n).entry("sm_80") for n in (1, 1, 2)]
+keys += [calling(same(n)).entry("sm_80") for n in (1, 1, 2)]
 said["keys"] = [keys.index(key) for key in keys]
 
 # Errors that say what to do.
@@ -183,13 +216,13 @@ said["shared"] = attempt(lambda: Kernel("large", closing_over(3).fn, ("f32*",), 
 ptx = kernel.ptx("sm_80")
 def assembled(text):
     try:
-        _, report, assembler = launch._assemble(text, "sm_80", "other")
-        return {"assembler": assembler, **launch._resources(report, "residual_naive_bf16")}
+        _, report, assembler = cubins.assemble(text, "sm_80", "other")
+        return {"assembler": assembler, **cubins.resources(report, "residual_naive_bf16")}
     except BuildError as error:
         return str(error)
 said["newest"] = assembled(re.sub(r"^.version .*", ".version 99.9", ptx, flags=re.MULTILINE))
 said["refused"] = assembled(ptx.replace("add.", "nonsense."))
-launch._assemblers = lambda: []
+cubins._assemblers = lambda: []
 said["without_ptxas"] = assembled(ptx)
 print(json.dumps(said))
 """
@@ -224,6 +257,23 @@ def test_damaged_entries_are_built_anew(said):
     assert said["left"] == [".cubin", ".json"]
 
 
+def test_damage_is_said(said):
+    # Of the eight a cubin that is not there is none.
+    assert len(said["warned"]) == 7 and "residual_naive_bf16-sm_90a" in said["warned"][0]
+    assert "is damaged: it is compiled anew" in said["warned"][0]
+
+
+def test_what_a_killed_process_left_goes_away(said):
+    assert said["abandoned"] == [False, True]
+
+
+def test_a_folder_that_cannot_be_written_costs_the_keeping_alone(said):
+    assert said["unwritable"] == [True, True] and said["full"] is True
+    assert len(said["not_kept"]) == 2, said["not_kept"]
+    assert "cannot be kept in" in said["not_kept"][0] and "AFS_CACHE names another" in said["not_kept"][0]
+    assert "No space left on device" in said["not_kept"][1]
+
+
 def test_the_key_knows_closures_and_what_they_call(said):
     assert said["keys"] == [0, 0, 2, 3, 3, 5]
 
@@ -243,75 +293,6 @@ def test_nvjitlink_takes_over_without_ptxas(said):
         pytest.skip(linked)
     assert linked["assembler"].startswith("nvJitLink 13.")
     assert linked["registers"] > 4 and linked["spill_stores"] == 0
-
-
-BUILT = """
-import json, sys
-import ptx_kernels
-from kernels import catalogue
-from kernels.launch import ARCHITECTURES, build_all
-
-seen = []
-kernels, archs = {kernels}
-builds = build_all(kernels, archs, workers=2, progress=lambda *args: seen.append(args[:2]))
-print(json.dumps({{
-    "names": [kernel.name for kernel in kernels for arch in archs if arch in kernel.architectures],
-    "builds": [{{**vars(build), "cubin": build.cubin.read_bytes().hex()}} for build in builds],
-    "progress": seen,
-}}))
-"""
-
-
-def assert_fits(builds):
-    for build in builds:
-        name = f"{build['kernel']} on {build['arch']}"
-        spills = build["spill_stores"] + build["spill_loads"]
-        assert spills == 0, f"{name} spills {spills} bytes"
-        # A block that fills shared memory on purpose is alone on its SM and may have all registers.
-        alone = build["dynamic_shared"] > 48 << 10
-        assert 0 < build["registers"] <= (255 if alone else 128), f"{name}: {build['registers']} registers"
-        assert alone or build["occupancy"] >= 0.4, f"{name}: occupancy {build['occupancy']}"
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """Small kernels and every PTX instruction, built in two processes from an empty cache, two kernels twice."""
-    small = (
-        "(kernels := [k for k in catalogue(('bf16',)) if 'naive' in k.name]) + ptx_kernels.everything() + kernels[:2]"
-    )
-    code = BUILT.format(kernels=f"{small}, ['sm_80']")
-    return json.loads(run_compiled(code, AFS_CACHE=str(tmp_path_factory.mktemp("built"))))
-
-
-@pytest.mark.xdist_group("built")
-def test_building_in_processes(built):
-    total = len(built["names"])
-    assert [build["kernel"] for build in built["builds"]] == built["names"]
-    assert built["progress"] == [[done, total] for done in range(1, total + 1)]
-    assert [b["cubin"] for b in built["builds"][-2:]] == [b["cubin"] for b in built["builds"][:2]]
-
-
-@pytest.mark.xdist_group("built")
-def test_every_ptx_instruction_assembles_for_the_oldest_architecture(built):
-    mixes = {build["kernel"]: build["instructions"] for build in built["builds"] if build["kernel"].startswith("test_")}
-    wanted = {"shfl": "shfl.sync", "mma": "mma.sync", "cp_async": "cp.async", "ldmatrix": "ldmatrix", "ex2": "ex2"}
-    for name, mix in mixes.items():
-        for start, family in wanted.items():
-            if name.startswith(f"test_{start}"):
-                assert mix.get(family), f"{name} has no {family}: {mix}"
-        assert "ld.local" not in mix and "st.local" not in mix
-    assert mixes["test_fma"]["fma"] == 1 and len(mixes) > 20
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("place", range(6))
-def test_the_catalogue_compiles_without_spills(place):
-    """A sixth of it for each architecture; `stages.build` compiles all for all, and refuses spills."""
-    code = BUILT.format(kernels=f"catalogue()[{place}::6], ARCHITECTURES[{place}:{place + 1}]")
-    builds = json.loads(run_compiled(code, timeout=800))["builds"]
-    assert builds
-    assert_fits(builds)
 
 
 def test_grids_that_do_not_fit_are_refused():

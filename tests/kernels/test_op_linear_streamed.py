@@ -4,11 +4,12 @@ import pytest
 import torch
 from kernel_numerics import DEVICE, assert_as_good_as_torch, poisoned, randn
 
+from kernels.architectures import ARCHITECTURES, LIMITS, architecture_of
 from kernels.check import HALVES
 from kernels.cuda import SIMULATED
-from kernels.launch import ARCHITECTURES, LIMITS, architecture_of, tensor_map
 from kernels.linear import reference, streamed, tiled
 from kernels.linear.streamed import Tiling
+from kernels.tensor_maps import tensor_map
 
 BF16, F16 = torch.bfloat16, torch.float16
 HAS_BULK = SIMULATED or torch.cuda.get_device_capability()[0] >= 9

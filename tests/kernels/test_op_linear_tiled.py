@@ -5,8 +5,9 @@ import torch
 from kernel_numerics import DEVICE, assert_as_good_as_torch, poisoned, randn
 
 from kernels import device, ptx
+from kernels.architectures import ARCHITECTURES, LIMITS, architecture_of
 from kernels.cuda import SIMULATED, cuda, uint32
-from kernels.launch import ARCHITECTURES, LIMITS, Kernel, architecture_of, kernel_factory
+from kernels.launch import Kernel, kernel_factory
 from kernels.linear import reference, streamed, tiled
 from kernels.linear.tiled import Tiling
 

@@ -7,8 +7,8 @@ import torch
 from kernel_numerics import DEVICE
 
 from kernels.cuda import SIMULATED
-from kernels.launch import tensor_map
 from kernels.simulator import SimulationError
+from kernels.tensor_maps import tensor_map
 
 EDGES = [0.0, -0.0, 1.0, -1.5, 3.0e38, 1e-38, 1e-45, np.inf, -np.inf, 1.00390625, 1.01171875, 1.0078125, 3.3895314e38]
 

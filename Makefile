@@ -18,7 +18,7 @@ OLMO ?= olmo2_1b
 ARGS ?= --prompt "The capital of France is"
 
 .PHONY: help env setup setup-vast download-assets fetch-olmo run-olmo
-.PHONY: repro test test-slow test-gpu lint format types contracts params report record lock clean
+.PHONY: repro test test-slow test-gpu lint format types contracts params report record pack lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 17
 
@@ -95,6 +95,9 @@ report: env ## write the report anew from the Parquet that is there
 
 record: ## keep this host's measurements under reports/recorded/; WEEKS="w06 w08": those alone, FORCE="why": despite noise
 	$(PYTHON) -m stages.record $(if $(WEEKS),--weeks $(WEEKS)) $(if $(FORCE),--force "$(FORCE)")
+
+pack: env ## one file for a GPU host without network or git: PACK="'model=olmo2_7b model.weights=random' --arch sm_90a"
+	$(RUN) python -m stages.pack $(PACK)
 
 lock: ## resolve pyproject.toml anew into requirements.lock
 	bash setup/lock.sh

@@ -5,11 +5,9 @@ Parquet is the source of truth; the JSON is derived from its rows.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import statistics
-import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.commit import read_commit
 from stages.host import Host
 from stages.stage import write_whole
 
@@ -248,18 +247,3 @@ def tabulate(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     columns = ["suite", "case", *dict.fromkeys(row["metric"] for row in rows)]
     return pd.DataFrame(lines, columns=columns, dtype=object).to_csv(index=False, lineterminator="\n")
-
-
-@functools.cache
-def read_commit() -> str | None:
-    """The commit of the working directory, with `-dirty` where code differs from it; None outside a git repository."""
-    try:
-        head = _git("rev-parse", "HEAD")
-        dirty = _git("status", "--porcelain", "--untracked-files=no", "--", "stages", "engine", "kernels", "conf")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{head}-dirty" if dirty else head
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()

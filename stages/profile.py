@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stages.commit import read_commit
 from stages.host import read_host
-from stages.metrics import read_commit
 from stages.params import ParamsError, Workload
 from stages.stage import OUTPUTS, StageError, write_whole
 from stages.standard import NO_GPU, PREFILL, Case, random_prompts

@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -155,30 +154,3 @@ def test_other_parquet_is_refused(tmp_path):
     (tmp_path / "cut.parquet").write_bytes(b"PAR1")
     with pytest.raises(MetricsError, match="is not Parquet"):
         metrics.read(tmp_path / "cut.parquet")
-
-
-def test_the_commit_is_unknown_outside_git(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    metrics.read_commit.cache_clear()
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert metrics.read_commit() is None
-    metrics.read_commit.cache_clear()
-
-
-def test_dirty_code_marks_the_commit(tmp_path, monkeypatch):
-    import subprocess
-
-    monkeypatch.chdir(tmp_path)
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
-    Path("stages").mkdir()
-    Path("stages/a.py").write_text("")
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "x"]):
-        subprocess.run([*git, *command], check=True)
-    metrics.read_commit.cache_clear()
-    clean = metrics.read_commit()
-    assert clean is not None and len(clean) == 40
-    Path("report.md").write_text("not code")
-    Path("stages/a.py").write_text("x = 1\n")
-    metrics.read_commit.cache_clear()
-    assert metrics.read_commit() == f"{clean}-dirty"
-    metrics.read_commit.cache_clear()

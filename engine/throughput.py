@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from engine.llm import LLM
     from engine.requests import Completion
 
+LATE = ("late_kernels", "late_graphs")
 Span = tuple[int, int]  # the contexts of a sequence's first and last decode step
 Floor = tuple[float | None, str | None]  # seconds, and why not fewer
 
@@ -65,6 +66,8 @@ class Result:
     outcomes: list[Outcome]
     seconds: float
     preemptions: int
+    late_kernels: int  # as EngineStats has them, in this run
+    late_graphs: int
     peak_memory_bytes: int | None  # of the GPU
     floor_s: float | None
     floor_kind: str | None
@@ -82,6 +85,8 @@ class Result:
             **shared,
             **summarize(self.outcomes, self.seconds),
             "preemptions": self.preemptions,
+            "late_kernels": self.late_kernels,
+            "late_graphs": self.late_graphs,
             "peak_memory_bytes": self.peak_memory_bytes,
             "floor_s": self.floor_s,
             "floor_share": None if self.floor_s is None else self.floor_s / self.seconds,
@@ -117,7 +122,11 @@ def measure(llm: LLM, requests: Sequence[Request], ceilings: Ceilings) -> Result
         limit = Limit(llm.config, llm.weights.dtype, llm.engine.max_batch, ceilings)
         floor = limit.floor(done, [(o.prompt_tokens + 1, o.prompt_tokens + o.new_tokens - 1) for o in done])
         phases = split(done, seconds, limit)
-    return Result(outcomes, seconds, llm.stats().preemptions - before.preemptions, peak, *floor, phases)
+    after = llm.stats()
+    counts = {name: getattr(after, name) - getattr(before, name) for name in ("preemptions", *LATE)}
+    return Result(
+        outcomes, seconds, **counts, peak_memory_bytes=peak, floor_s=floor[0], floor_kind=floor[1], phases=phases
+    )
 
 
 def warm_up(llm: LLM, requests: Sequence[Request]) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.throughput import LATE
 from stages import decode, peers, prefill, throughput
 from stages.host import read_host, use_gpu
 from stages.metrics import COLUMNS, KNOBS, Rows, read
@@ -283,6 +284,18 @@ def measure_standard(context: Context, cases: list[Any]) -> None:
                 continue
             bounds = limits(case, context.config, settings["dtype"], ceilings)
             add_latency(context.rows, case, latency, bounds, None if context.gpu else NO_GPU, **knobs)
+        for suite in dict.fromkeys(case.suite for case in cases):
+            add_late(context, suite, vars(llm.stats()))
+
+
+def add_late(context: Context, suite: str, counts: Mapping[str, float]) -> None:
+    """What the engine compiled, loaded and captured while it was measured: nothing, if it was ready when it said so."""
+    for metric in LATE:
+        note = "the engine was not ready: times hold this" if counts[metric] else None
+        context.rows.add(
+            suite=suite, case="after the engine was ready", metric=metric, value=float(counts[metric]), unit="1",
+            better="lower", note=note, **context.knobs,
+        )  # fmt: skip
 
 
 # --- prompts and the decode step --------------------------------------------------------------------------------------
@@ -350,6 +363,8 @@ def bench_requests(context: Context, suite: str) -> None:
     ceilings = read_ceilings(context.run, context.gpu)
     with measurement_lock():
         throughput.bench(suite, context.rows, context.llm, sizes, ceilings, **context.knobs)
+        if suite in (throughput.THROUGHPUT, throughput.PREFIX):
+            add_late(context, suite, vars(context.llm.stats()))
 
 
 def bench_server(context: Context) -> None:
@@ -366,6 +381,7 @@ def bench_server(context: Context) -> None:
         throughput.bench_server(
             context.rows, url, throughput.NAME, context.config.vocab_size, sizes, **context.knobs
         )  # fmt: skip
+        add_late(context, throughput.SERVE, throughput.read_stats(url))
 
 
 SUITES: dict[str, Callable[[Context], None]] = {

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from engine.throughput import LATE
 from stages import metrics
 from stages.compare import Row, spread
 from stages.compose import read_params
@@ -186,6 +187,14 @@ def check_passed(run: Measured, weeks: Mapping[str, Week]) -> Iterator[Refusal]:
             yield Refusal(name, f"has no row that is ok; should have some of: {', '.join(weeks[week].parity)}")
 
 
+def check_ready(run: Measured) -> Iterator[Refusal]:
+    """No engine compiled a kernel, or captured a graph, while it was measured."""
+    for name, rows in run.tables.items():
+        late = [row for row in rows if row["metric"] in LATE and row["value"]]
+        if late:
+            yield Refusal(name, f"{say(late[0])}: {late[0]['value']:.0f} while it was measured; should be 0")
+
+
 def check_commits(run: Measured) -> Iterator[Refusal]:
     """Rows name commits that git has whole; the weeks' and build's the same one."""
     measured: dict[str, set[str]] = {}
@@ -256,7 +265,8 @@ def record(
     promoted = replace(run, tables={name: rows for name, rows in run.tables.items() if name not in staying})
     kept = {name: path for name, path in there.items() if name not in promoted.tables}
     refusals = [
-        *check_machine(run), *check_model(run), *check_passed(run, params), *check_commits(promoted),
+        *check_machine(run), *check_model(run), *check_passed(run, params), *check_ready(run),
+        *check_commits(promoted),
         *check_noise(promoted), *check_kept(run, kept),
     ]  # fmt: skip
     stopping = [refusal for refusal in refusals if not (reason and refusal.forceable)]

@@ -526,6 +526,15 @@ def bench_server(
         add_run(rows, SERVE, name, [(result.outcomes, result.seconds)], (*RUN, "failed"), **fields)
 
 
+def read_stats(url: str) -> dict[str, Any]:
+    """The engine's statistics, as the server at `url` gives them."""
+    import httpx
+
+    answer = httpx.get(f"{url}/stats", timeout=30.0, trust_env=False)
+    answer.raise_for_status()
+    return answer.json()
+
+
 @contextlib.contextmanager
 def serving(command: Callable[[int], Sequence[str]], ready_seconds: float = READY_SECONDS) -> Iterator[str]:
     """The address of a server that `command`, given a free port on loopback, starts; it is stopped at the end.

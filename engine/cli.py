@@ -485,13 +485,6 @@ def latency(
         copy_bandwidth=ceilings.bandwidth,
         matrix_rate=ceilings.matrix_rate,
     )
-    for record in records:
-        if record["late_kernels"] or record["late_graphs"]:
-            typer.echo(
-                f"{record['run']}: {record['late_kernels']} kernels were compiled or loaded and {record['late_graphs']} "
-                "graphs captured while it was measured: its times hold this",
-                err=True,
-            )
     if form != "table":
         typer.echo(render(rows, form))
         return
@@ -562,11 +555,10 @@ def throughput(
     )
     for record in records:
         if record["late_kernels"] or record["late_graphs"]:
-            typer.echo(
-                f"{record['run']}: {record['late_kernels']} kernels were compiled or loaded and {record['late_graphs']} "
-                "graphs captured while it was measured: its times hold this",
-                err=True,
+            late = (
+                f"{record['late_kernels']} kernels were compiled or loaded and {record['late_graphs']} graphs captured"
             )
+            typer.echo(f"{record['run']}: {late} while it was measured: its times hold this", err=True)
     if form != "table":
         typer.echo(render(records, form))
         return

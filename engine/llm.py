@@ -51,7 +51,7 @@ class LLM:
     Args:
         model: A checkpoint folder (config.json, safetensors and, for text, tokenizer.json), or a configuration with
             weights, for which prompts are token ids.
-        engine: What to switch on.
+        engine: What to switch on; default: the fastest for this machine, `EngineConfig.for_machine()`.
         tokenizer: Used instead of the folder's.
 
     Raises:
@@ -65,7 +65,9 @@ class LLM:
         engine: EngineConfig | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        engine = engine or EngineConfig()
+        if engine is None:
+            own = {"device": model[1].device.type} if isinstance(model, tuple) else {}
+            engine = EngineConfig.for_machine(**own)
         ops = make_ops(engine)
         if isinstance(model, tuple):
             self.config, self.weights = model
@@ -81,7 +83,6 @@ class LLM:
             engine = engine.for_dtype(stored_dtype(directory, self.config))
             preparation = Preparation(self.config, engine)
             self.weights = load_weights(directory, self.config, engine.device, engine.torch_dtype)
-        self.engine = engine
         if self.weights.dtype != engine.torch_dtype or self.weights.device.type != engine.device:
             raise ValueError(
                 f"the weights are {self.weights.dtype} on {self.weights.device.type}; the engine is set to "
@@ -91,6 +92,7 @@ class LLM:
         self.max_model_len = engine.max_model_len or allowed
         if self.max_model_len > allowed:
             raise ValueError(f"max_model_len = {self.max_model_len} is above the model's {allowed} positions")
+        self.engine = engine.for_model(self.config, ops, self.max_model_len)
         self.tokenizer = tokenizer
         self.model = Model(self.config, self.weights, ops, self.max_model_len)
         preparation.finish()

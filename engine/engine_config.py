@@ -131,12 +131,20 @@ class EngineConfig:
         """
         return replace(self, dtype=str(found).removeprefix("torch.")) if self.dtype == "auto" else self
 
-    def for_model(self, model: ModelConfig, ops: Ops, max_len: int) -> EngineConfig:
-        """With kv_cache "auto" settled for a model of a settled dtype whose weights are on the device.
+    def cache_kind(self, model: ModelConfig, ops: Ops) -> Literal["none", "contiguous", "paged"]:
+        """`kv_cache`, in place of "auto": paged where `ops` read pages of such heads of a settled dtype, or `kv_tokens`
+        asks for them; else contiguous."""
+        if self.kv_cache != "auto":
+            return self.kv_cache
+        heads = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+        paged = self.kv_tokens is not None or ops.why_not_paged(self.torch_dtype, *heads) is None
+        return "paged" if paged else "contiguous"
 
-        Paged where `ops` read pages of such heads, or `kv_tokens` asks for them; on a CPU up to CPU_CACHE_BYTES, or one
-        request's bytes where these are more. Else contiguous, for as many requests, up to `max_batch`, as half of the
-        device's free memory has room for.
+    def for_model(self, model: ModelConfig, ops: Ops, max_len: int) -> EngineConfig:
+        """With kv_cache "auto" settled, in kind and size, for a model whose weights are on the device.
+
+        On a CPU a paged cache is of up to CPU_CACHE_BYTES, or one request's bytes where these are more. A contiguous
+        one is for as many requests, up to `max_batch`, as half of the device's free memory has room for.
 
         Args:
             max_len: Tokens of a request, at most: prompt and generated.
@@ -144,8 +152,7 @@ class EngineConfig:
         if self.kv_cache != "auto":
             return self
         size = kv_bytes_per_token(model, self.torch_dtype)
-        heads = model.num_attention_heads, model.num_key_value_heads, model.head_dim
-        if self.kv_tokens is not None or ops.why_not_paged(self.torch_dtype, *heads) is None:
+        if self.cache_kind(model, ops) == "paged":
             tokens = self.kv_tokens
             if tokens is None and self.device == "cpu":
                 tokens = max(max_len, min(self.max_batch * max_len, CPU_CACHE_BYTES // size))
@@ -177,7 +184,7 @@ def _unfit() -> str | None:
     """Why our kernels are not for the GPU; None where they are, or where there is no GPU to ask."""
     if not torch.cuda.is_available():
         return None
-    from kernels.launch import BuildError, architecture_of
+    from kernels.architectures import BuildError, architecture_of
 
     try:
         architecture_of(torch.cuda.get_device_capability())

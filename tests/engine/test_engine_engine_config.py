@@ -16,6 +16,7 @@ from engine.engine_config import EngineConfig, make_ops
 from engine.llm import LLM
 from engine.ops import ReferenceOps
 from engine.sampling import SamplingParams
+from engine.startup import kernels_of
 from engine.weights import random_weights
 
 TINY = Path(__file__).resolve().parents[2] / "data/models/olmo2-tiny"
@@ -121,6 +122,19 @@ def test_heads_without_pages_under_the_simulator(olmo2: Reference):
     weights = random_weights(model, "cpu", torch.bfloat16, 0)
     llm = LLM((model, weights), EngineConfig.for_machine("cuda", device="cpu"))
     assert model.head_dim == 32 and llm.engine.kv_cache == "contiguous"
+
+
+def test_the_kernels_are_those_of_the_chosen_cache():
+    """They are known before the weights are there, on a machine without a GPU too."""
+    model, machine = ModelConfig.from_file(TINY), ("sm_90a", 132)
+
+    def kernels(kv_cache: str, dtype: str) -> set[str]:
+        engine = EngineConfig.for_machine("cuda", dtype=dtype, kv_cache=kv_cache, max_step_tokens=64)
+        return {kernel.name for kernel in kernels_of(model, engine, 128, machine)}
+
+    assert model.head_dim == 128
+    assert kernels("auto", "bfloat16") == kernels("paged", "bfloat16") != kernels("contiguous", "bfloat16")
+    assert kernels("auto", "float32") == kernels("contiguous", "float32")
 
 
 def test_llm_takes_the_fastest(olmo2: Reference):

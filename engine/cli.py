@@ -26,10 +26,22 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure the engine on this machine.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
-DEFAULT_MODEL = Path("data/models/olmo2-tiny")
+DEFAULT_MODEL = "data/models/olmo2-tiny"
 F = TypeVar("F", bound=Callable[..., None])
 
-ModelOption = Annotated[Path, typer.Option("--model", help="Checkpoint folder.")]
+_MODEL_HELP = (
+    "Checkpoint folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face hub where there is no such folder. "
+    f"Default: {DEFAULT_MODEL}, which comes with the repository."
+)
+ModelArgument = Annotated[str | None, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
+MeasuredArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help=f"{_MODEL_HELP} With --weights random a config.json, or a file of conf/model/, will do.",
+    ),
+]
+ModelOption = Annotated[str | None, typer.Option("--model", help="The same as MODEL.")]
 BackendOption = Annotated[str, typer.Option(help="cuda (our kernels), reference (torch), or auto: cuda on a GPU.")]
 DtypeOption = Annotated[
     str,
@@ -84,39 +96,28 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError)
 
 
+def _one_model(argument: str | None, option: str | None) -> str:
+    """The model that the user names by either, or the default one."""
+    if argument is not None and option is not None and argument != option:
+        raise ValueError(f"MODEL is {argument!r} and --model is {option!r}; give one of them")
+    name = argument if argument is not None else option
+    if name is None and not Path(DEFAULT_MODEL).exists():
+        raise ValueError(
+            f"no model is named, and the default, {DEFAULT_MODEL}, is not in {Path.cwd()}: run this in the folder of "
+            "the repository, which it comes with, or name a folder or a hub id as allenai/OLMo-2-0425-1B-Instruct"
+        )
+    return DEFAULT_MODEL if name is None else name
+
+
 def _load(
-    model: Path, backend: str, dtype: str, kv_cache: str | None, max_model_len: int | None, max_batch: int = 1
+    model: str, backend: str, dtype: str, kv_cache: str | None, max_model_len: int | None, max_batch: int = 1
 ) -> "LLM":
     from engine.llm import LLM, EngineConfig
 
-    fastest = _fastest(backend, cuda_graph=kv_cache != "none")
-    if kv_cache is None:  # the kernels that read pages are not for fp32
-        kv_cache = "contiguous" if fastest["backend"] == "cuda" and dtype == "float32" else "paged"
-    engine = EngineConfig(
-        **fastest,
-        dtype=dtype,  # type: ignore[arg-type]
-        kv_cache=kv_cache,  # type: ignore[arg-type]
-        max_batch=max_batch,
-        max_model_len=max_model_len,
+    engine = EngineConfig.for_machine(
+        backend, dtype=dtype, kv_cache=kv_cache or "auto", max_batch=max_batch, max_model_len=max_model_len
     )
     return LLM(model, engine)
-
-
-def _fastest(backend: str, cuda_graph: bool = True) -> dict[str, Any]:
-    """`EngineConfig`'s fields for the backend that the user asked for, with the fastest version of everything."""
-    import torch
-
-    if backend not in ("auto", "reference", "cuda"):
-        raise ValueError(f"backend = {backend!r}; it must be auto, reference or cuda")
-    gpu = torch.cuda.is_available()
-    return {
-        "backend": "cuda" if backend == "cuda" or (backend == "auto" and gpu) else "reference",
-        "device": "cuda" if gpu or backend == "cuda" else "cpu",
-        "attention": "flash",
-        "linear": "tiled",
-        "sampling": "split",
-        "cuda_graph": cuda_graph,
-    }
 
 
 def _print_stream(pieces: Iterator[str]) -> "Completion":
@@ -146,7 +147,8 @@ def _print_timing(done: "Completion") -> None:
 @_one_line_errors
 def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    model: ModelOption = DEFAULT_MODEL,
+    argument: ModelArgument = None,
+    model: ModelOption = None,
     max_new_tokens: NewTokensOption = 64,
     temperature: TemperatureOption = 0.0,
     top_k: TopKOption = 0,
@@ -175,14 +177,15 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    llm = _load(model, backend, dtype, kv_cache, max_model_len)
+    llm = _load(_one_model(argument, model), backend, dtype, kv_cache, max_model_len)
     _print_timing(_print_stream(llm.stream(prompt, params)))
 
 
 @app.command()
 @_one_line_errors
 def chat(
-    model: ModelOption = DEFAULT_MODEL,
+    argument: ModelArgument = None,
+    model: ModelOption = None,
     system: Annotated[str | None, typer.Option(help="A system message that opens the conversation.")] = None,
     max_new_tokens: NewTokensOption = 512,
     temperature: TemperatureOption = 0.7,
@@ -207,7 +210,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    llm = _load(model, backend, dtype, None, max_model_len)
+    llm = _load(_one_model(argument, model), backend, dtype, None, max_model_len)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     while True:
         sys.stderr.write("> ")
@@ -233,12 +236,15 @@ def _reply(llm: "LLM", messages: list[dict[str, Any]], params: "SamplingParams")
 @app.command()
 @_one_line_errors
 def serve(
-    model: ModelOption = DEFAULT_MODEL,
+    argument: ModelArgument = None,
+    model: ModelOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback, set an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one; the log says which.", min=0, max=65535)] = 8000,
     served_model_name: Annotated[
         list[str] | None,
-        typer.Option(help="Name of the model in the API; may be given more than once. Default: the folder's."),
+        typer.Option(
+            help="Name of the model in the API; may be given more than once. Default: the folder's, or the hub id."
+        ),
     ] = None,
     api_key: Annotated[str | None, typer.Option(envvar="AFS_API_KEY", help="Key that requests must bring.")] = None,
     max_batch: Annotated[int, typer.Option(help="Requests that run together.")] = 64,
@@ -248,7 +254,8 @@ def serve(
         int, typer.Option(help="Tokens of one forward pass; longer prompts are taken in chunks.")
     ] = 2048,
     kv_tokens: Annotated[
-        int | None, typer.Option(help="Tokens in the KV cache; default: what memory has room for.")
+        int | None,
+        typer.Option(help="Tokens in the KV cache; default: what a GPU's memory has room for, on a CPU 1 GiB."),
     ] = None,
     request_timeout: Annotated[float | None, typer.Option(help="Seconds that a request may take.")] = None,
     max_body: Annotated[int, typer.Option(help="Bytes that a request's body may have.")] = 8 * 2**20,
@@ -262,12 +269,14 @@ def serve(
     dtype: DtypeOption = "auto",
 ) -> None:
     """Serve a model over OpenAI's API, with a page to chat with it at /. Ends on Ctrl-C or SIGTERM."""
+    from engine.hub import model_name
     from engine.llm import LLM, EngineConfig
     from engine.server.app import Settings
     from engine.server.serve import serve as run
 
+    name = _one_model(argument, model)
     settings = Settings(
-        models=tuple(served_model_name or [model.resolve().name]),
+        models=tuple(served_model_name or [model_name(name)]),
         api_key=api_key,
         max_waiting=max_waiting,
         max_body=max_body,
@@ -275,16 +284,15 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         log_prompts=log_prompts,
     )
-    engine = EngineConfig(
-        **_fastest(backend),
-        dtype=dtype,  # type: ignore[arg-type]
-        kv_cache="paged",
+    engine = EngineConfig.for_machine(
+        backend,
+        dtype=dtype,
         kv_tokens=kv_tokens,
         max_batch=max_batch,
         max_model_len=max_model_len,
         max_step_tokens=max_step_tokens,
     )
-    run(LLM(model, engine), settings, host, port, grace, log_level)
+    run(LLM(name, engine), settings, host, port, grace, log_level)
 
 
 @app.command("check-gpu")
@@ -361,17 +369,23 @@ def _kernel_paths(capability: tuple[int, int], architectures: tuple[str, ...]) -
 
 @app.command()
 @_one_line_errors
-def inspect(directory: Annotated[Path, typer.Argument(help="Checkpoint folder.")] = DEFAULT_MODEL) -> None:
-    """Show a checkpoint's architecture: parameters and bytes by role, and what a token takes in the KV cache."""
+def inspect(argument: ModelArgument = None, model: ModelOption = None) -> None:
+    """Show a checkpoint's architecture: parameters and bytes by role, and what a token takes in the KV cache.
+
+    Of a model on the hub only the configuration is fetched.
+    """
     from rich.console import Console
     from rich.table import Table
 
     from engine.config import ModelConfig
     from engine.cost import kv_bytes_per_token, weight_bytes
+    from engine.hub import find_model
 
+    name = _one_model(argument, model)
+    directory = find_model(name, "config")
     config = ModelConfig.from_file(directory)
     console = Console()
-    facts = Table(title=f"{directory}: {config.architecture}", show_header=False)
+    facts = Table(title=f"{name}: {config.architecture}", show_header=False)
     kv_heads = config.num_key_value_heads
     for name, value in {
         "layers": str(config.num_hidden_layers),
@@ -440,8 +454,8 @@ def _stored(directory: Path, config: "ModelConfig") -> str:
 @bench.command()
 @_one_line_errors
 def latency(
-    model: Annotated[Path, typer.Argument(help="Checkpoint folder; with --weights random a config.json, or a file of "
-                                               "conf/model/, will do.")] = DEFAULT_MODEL,
+    argument: MeasuredArgument = None,
+    model: ModelOption = None,
     batch: Annotated[str, typer.Option(help="Sequences at a time, as 1,8.")] = "1",
     context: Annotated[str, typer.Option(help="Prompt lengths, which are also the contexts of decoding.")] = "128",
     new_tokens: Annotated[int, typer.Option(help="Decode steps of a run.")] = 64,
@@ -465,7 +479,8 @@ def latency(
         wanted = [Case(length, 0, 0) for length in contexts] + [Case(0, new_tokens, depth) for depth in contexts]
     else:
         wanted = [Case.parse(name) for name in tests.split(",")]
-    llm = _load_measured(model, weights, backend, dtype, cuda_graph)
+    name, most = _one_model(argument, model), max(batches)
+    llm = _load_measured(name, weights, backend, dtype, cuda_graph, kv_cache="contiguous", max_batch=most)
     ceilings = measure_ceilings(llm.weights.device)
     chunk, results = llm.engine.max_step_tokens, []
     for test in wanted:
@@ -475,7 +490,7 @@ def latency(
             except TooLarge as reason:
                 typer.echo(f"left out: {test.name}, batch {size}: {reason}", err=True)
     engine = llm.engine
-    described = _describe_measured(llm, model, weights)
+    described = _describe_measured(llm, name, weights)
     device = described["gpu_info"]
     rows = records(
         results,
@@ -505,8 +520,8 @@ def latency(
 @bench.command()
 @_one_line_errors
 def throughput(
-    model: Annotated[Path, typer.Argument(help="Checkpoint folder; with --weights random a config.json, or a file of "
-                                               "conf/model/, will do.")] = DEFAULT_MODEL,
+    argument: MeasuredArgument = None,
+    model: ModelOption = None,
     num_prompts: CountOption = 64,
     prompt_tokens: PromptTokensOption = "32-1024",
     new_tokens: AskedOption = None,
@@ -516,7 +531,8 @@ def throughput(
     request_rate: RateOption = "inf",
     arrivals: ArrivalsOption = "poisson",
     max_batch: Annotated[int, typer.Option(help="Requests that run together.")] = 256,
-    kv_cache: Annotated[str, typer.Option(help="paged, or contiguous: a row of the longest length each.")] = "paged",
+    kv_cache: Annotated[str, typer.Option(help="paged, contiguous: a row of the longest length each, or auto: paged "
+                                               "where it can.")] = "auto",
     form: FormatOption = "table",
     weights: WeightsOption = "checkpoint",
     backend: BackendOption = "auto",
@@ -532,12 +548,13 @@ def throughput(
     schedules = parse_schedules(request_rate, arrivals, seed)
     low, high = parse_range("prompt-tokens", prompt_tokens)
     mix = Mix(num_prompts, low, high, new_tokens or 128, seed, prefix_tokens)
-    llm = _load_measured(model, weights, backend, dtype, cuda_graph, kv_cache=kv_cache, max_batch=max_batch)
+    name = _one_model(argument, model)
+    llm = _load_measured(name, weights, backend, dtype, cuda_graph, kv_cache=kv_cache, max_batch=max_batch)
     limits = {"new_tokens": new_tokens, "max_total": min(2048, llm.max_model_len)}
     draw = make_source(mix, llm.config.vocab_size, llm.tokenizer, sharegpt, **limits)
     ceilings = measure_ceilings(llm.weights.device)
     engine = llm.engine
-    described = _describe_measured(llm, model, weights)
+    described = _describe_measured(llm, name, weights)
     device = described["gpu_info"]
     records = bench(
         llm,
@@ -564,7 +581,7 @@ def throughput(
         return
     assert ceilings.bandwidth is not None and ceilings.matrix_rate is not None
     title = (
-        f"{model} ({engine.dtype}, {engine.backend}) on {device}: copy {ceilings.bandwidth / 1e12:.3g} TB/s, "
+        f"{name} ({engine.dtype}, {engine.backend}) on {device}: copy {ceilings.bandwidth / 1e12:.3g} TB/s, "
         f"matrix {ceilings.matrix_rate / 1e12:.3g} TFLOP/s"
     )
     print_tables(records, title, None if sys.stdout.isatty() else 160)
@@ -575,7 +592,7 @@ def throughput(
 def bench_serve(
     url: Annotated[str, typer.Argument(help="The server's root.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="Its name; default: the first that the server lists.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="Folder with the served model's tokenizer.json.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id with the served model's tokenizer.")] = None,
     vocab_size: Annotated[int | None, typer.Option(help="In its place, for completions of random token ids.")] = None,
     api: Annotated[str, typer.Option(help="completions or chat.")] = "completions",
     num_prompts: CountOption = 64,
@@ -599,6 +616,7 @@ def bench_serve(
     import asyncio
 
     from engine.client import Server, bench, make_body, make_schedules
+    from engine.hub import find_model
     from engine.tokenizer import Tokenizer
     from engine.workloads import (
         Mix,
@@ -617,9 +635,9 @@ def bench_serve(
     schedules = make_schedules(timed, _numbers("clients", clients) if clients else [])
     low, high = parse_range("prompt-tokens", prompt_tokens)
     mix = Mix(num_prompts, low, high, new_tokens or 128, seed, prefix_tokens)
-    loaded = Tokenizer(tokenizer) if tokenizer else None
+    loaded = Tokenizer(find_model(tokenizer, "tokenizer")) if tokenizer else None
     if loaded is None and (vocab_size is None or api == "chat"):
-        raise ValueError("--tokenizer FOLDER is needed (or --vocab-size N, for completions of random token ids)")
+        raise ValueError("--tokenizer MODEL is needed (or --vocab-size N, for completions of random token ids)")
     count = functools.partial(_count_tokens, loaded) if loaded else None
     server = Server(url, model or "", api, api_key, timeout, make_body(ignore_eos, extra_body), count)
     ids = vocab_size or (loaded.vocab_size if loaded else 0)
@@ -655,13 +673,13 @@ def _numbers(name: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _describe_measured(llm: "LLM", model: Path, weights: str) -> dict[str, Any]:
+def _describe_measured(llm: "LLM", model: str, weights: str) -> dict[str, Any]:
     """What every record of a measurement begins with, named as llama-bench names it."""
     import torch
 
     engine = llm.engine
     return {
-        "model_filename": str(model),
+        "model_filename": model,
         "model_type": f"{llm.config.architecture.removesuffix('ForCausalLM')} {engine.dtype}",
         "model_size": llm.weights.nbytes,
         "model_n_params": llm.config.parameter_count(),
@@ -671,23 +689,27 @@ def _describe_measured(llm: "LLM", model: Path, weights: str) -> dict[str, Any]:
     }
 
 
-def _load_measured(path: Path, weights: str, backend: str, dtype: str, cuda_graph: bool, **settings: Any) -> "LLM":
+def _load_measured(model: str, weights: str, backend: str, dtype: str, cuda_graph: bool, **settings: Any) -> "LLM":
     """The model for measurements; random weights need no more than its configuration. settings: of EngineConfig."""
     from engine.config import ModelConfig
+    from engine.hub import find_model
     from engine.llm import LLM, EngineConfig
     from engine.weights import random_weights
 
     if weights not in ("checkpoint", "random"):
         raise ValueError(f"weights = {weights!r}; it must be checkpoint or random")
-    engine = EngineConfig(**_fastest(backend, cuda_graph), dtype=dtype, **settings)  # type: ignore[arg-type]
+    engine = EngineConfig.for_machine(backend, dtype=dtype, cuda_graph=cuda_graph, **settings)
+    path = Path(model)
     if weights == "checkpoint":
-        return LLM(path, engine)
+        if path.suffix == ".yaml":
+            raise ValueError(f"{model} says a model's shapes alone; measure them with --weights random")
+        return LLM(model, engine)
     if path.suffix == ".yaml":
         import yaml
 
         config = ModelConfig.from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))["architecture"])
     else:
-        config = ModelConfig.from_file(path)
+        config = ModelConfig.from_file(path if path.is_file() else find_model(model, "config"))
     engine = engine.for_dtype("float16" if config.dtype == "float16" else "bfloat16")
     return LLM((config, random_weights(config, engine.device, engine.torch_dtype, seed=0)), engine)
 

@@ -61,14 +61,15 @@ class CudaOps(Composed):
         fits = head_dim in FLASH_WIDTHS and heads <= FLASH_GROUP * kv_heads
         return self._flash and dtype in HALVES and fits
 
-    def check_paged(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
-        if not self.head_major(dtype, heads, kv_heads, head_dim):
-            chosen, widths = "flash" if self._flash else "naive", " or ".join(map(str, FLASH_WIDTHS))
-            raise ValueError(
-                f"a paged cache needs attention = 'flash', dtype = 'bfloat16' or 'float16', head_dim {widths} and at "
-                f"most {FLASH_GROUP} query heads for each KV head; here attention = {chosen!r}, {dtype}, "
-                f"head_dim {head_dim}, {heads} query heads and {kv_heads} KV heads"
-            )
+    def why_not_paged(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> str | None:
+        if self.head_major(dtype, heads, kv_heads, head_dim):
+            return None
+        chosen, widths = "flash" if self._flash else "naive", " or ".join(map(str, FLASH_WIDTHS))
+        return (
+            f"a paged cache needs attention = 'flash', dtype = 'bfloat16' or 'float16', head_dim {widths} and at "
+            f"most {FLASH_GROUP} query heads for each KV head; here attention = {chosen!r}, {dtype}, "
+            f"head_dim {head_dim}, {heads} query heads and {kv_heads} KV heads"
+        )
 
     def _streams(self, weight: Tensor, rows: int = 8) -> bool:
         """Whether the streamed version multiplies with this weight: rows in groups of `rows`, 64 columns at a time."""
@@ -242,6 +243,6 @@ class CudaOps(Composed):
 
 
 def _refuse(operation: str, table: Tensor | None) -> None:
-    """Raises ValueError where there is a table: `check_paged` has been passed over."""
+    """Raises ValueError where there is a table: `why_not_paged` has been passed over."""
     if table is not None:
         raise ValueError(f"{operation}: table is given, and the naive kernel takes none")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from engine.config import DTYPES
+from engine.config import DTYPES, ModelConfig
+from engine.cost import kv_bytes_per_token
 from engine.kv_cache import PAGE_SIZE, PAGE_SIZES
 from engine.ops import Ops, ReferenceOps
 
+log = logging.getLogger(__name__)
+MANY = 256  # requests that run together where nothing else is asked for
+CPU_CACHE_BYTES = 2**30  # of memory that a cache takes on a CPU where its size is not given
 _CHOICES = {
     "backend": ("reference", "cuda"),
     "device": ("cpu", "cuda"),
@@ -18,7 +23,7 @@ _CHOICES = {
     "attention": ("naive", "flash"),
     "linear": ("naive", "streamed", "tiled"),
     "sampling": ("naive", "split"),
-    "kv_cache": ("none", "contiguous", "paged"),
+    "kv_cache": ("none", "contiguous", "paged", "auto"),
     "cuda_graph": (False, True),
     "batching": ("inflight", "continuous"),
     "prefix_cache": (False, True),
@@ -28,6 +33,8 @@ _CHOICES = {
 @dataclass(frozen=True)
 class EngineConfig:
     """What the engine switches on. `attention`, `linear`, `sampling` name the versions that the cuda backend runs.
+
+    The fields' defaults are the plainest engine, on a CPU; `for_machine` makes the fastest for this machine.
 
     Raises:
         ValueError: A field has a value that does not exist; names the field, the value and the choices.
@@ -40,8 +47,9 @@ class EngineConfig:
     attention: Literal["naive", "flash"] = "naive"
     linear: Literal["naive", "streamed", "tiled"] = "naive"
     sampling: Literal["naive", "split"] = "naive"
-    # none: every step computes the whole prefix again; contiguous: a row for each request; paged: pages, as they grow
-    kv_cache: Literal["none", "contiguous", "paged"] = "contiguous"
+    # none: every step computes the whole prefix again; contiguous: a row for each request; paged: pages, as they grow;
+    # auto: paged where the operations read pages of such a model, else contiguous (`for_model`)
+    kv_cache: Literal["none", "contiguous", "paged", "auto"] = "contiguous"
     page_size: int = PAGE_SIZE  # tokens of a page
     kv_tokens: int | None = None  # that a paged cache has room for; None = what max_batch requests take, or memory has
     prefix_cache: bool = True  # pages that begin with the same tokens are shared and kept; paged caches alone
@@ -68,6 +76,41 @@ class EngineConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} = {value!r}; it must be an integer of at least 1")
 
+    @classmethod
+    def for_machine(cls, backend: str = "auto", **settings: Any) -> EngineConfig:
+        """The fastest that this machine runs: `LLM`'s default, and what the command `afs` starts from.
+
+        On a GPU that our kernels are for it is the kernels, each in its fastest version, with decode steps as CUDA
+        graphs; on an older GPU, which a line of the log names, and on a CPU torch's operations. Up to MANY requests run
+        together, on pages where the operations read them.
+
+        Args:
+            backend: "cuda" (our kernels), "reference" (torch's operations) or "auto".
+            settings: Fields that are to be otherwise.
+
+        Raises:
+            ValueError: There is no such backend, or a field has a value that does not exist.
+        """
+        if backend not in ("auto", "reference", "cuda"):
+            raise ValueError(f"backend = {backend!r}; it must be auto, reference or cuda")
+        device = settings.pop("device", "cuda" if backend == "cuda" or torch.cuda.is_available() else "cpu")
+        if backend == "auto":
+            unfit = _unfit() if device == "cuda" else None
+            if unfit:
+                log.warning("%s: torch's operations run in their place", unfit)
+            backend = "reference" if device == "cpu" or unfit else "cuda"
+        chosen: dict[str, Any] = {
+            "backend": backend,
+            "device": device,
+            "attention": "flash",
+            "linear": "tiled",
+            "sampling": "split",
+            "kv_cache": "auto",
+            "cuda_graph": settings.get("kv_cache") != "none",
+            "max_batch": MANY,
+        }
+        return cls(**chosen | settings)
+
     @property
     def captures(self) -> bool:
         """Whether decode steps are CUDA graphs: other backends run the same steps without one."""
@@ -88,6 +131,37 @@ class EngineConfig:
         """
         return replace(self, dtype=str(found).removeprefix("torch.")) if self.dtype == "auto" else self
 
+    def cache_kind(self, model: ModelConfig, ops: Ops) -> Literal["none", "contiguous", "paged"]:
+        """`kv_cache`, in place of "auto": paged where `ops` read pages of such heads of a settled dtype, or `kv_tokens`
+        asks for them; else contiguous."""
+        if self.kv_cache != "auto":
+            return self.kv_cache
+        heads = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+        paged = self.kv_tokens is not None or ops.why_not_paged(self.torch_dtype, *heads) is None
+        return "paged" if paged else "contiguous"
+
+    def for_model(self, model: ModelConfig, ops: Ops, max_len: int) -> EngineConfig:
+        """With kv_cache "auto" settled, in kind and size, for a model whose weights are on the device.
+
+        On a CPU a paged cache is of up to CPU_CACHE_BYTES, or one request's bytes where these are more. A contiguous
+        one is for as many requests, up to `max_batch`, as half of the device's free memory has room for.
+
+        Args:
+            max_len: Tokens of a request, at most: prompt and generated.
+        """
+        if self.kv_cache != "auto":
+            return self
+        size = kv_bytes_per_token(model, self.torch_dtype)
+        if self.cache_kind(model, ops) == "paged":
+            tokens = self.kv_tokens
+            if tokens is None and self.device == "cpu":
+                tokens = max(max_len, min(self.max_batch * max_len, CPU_CACHE_BYTES // size))
+            return replace(self, kv_cache="paged", kv_tokens=tokens)
+        # A bucket of rows may be twice as many as run: half of the memory has room for those too.
+        room = CPU_CACHE_BYTES if self.device == "cpu" else torch.cuda.mem_get_info()[0] // 2
+        fitting = max(1, room // (max_len * size))
+        return replace(self, kv_cache="contiguous", max_batch=min(self.max_batch, fitting))
+
 
 def make_ops(engine: EngineConfig) -> Ops:
     """The operations that `engine` names.
@@ -99,6 +173,21 @@ def make_ops(engine: EngineConfig) -> Ops:
         raise ValueError("device = 'cuda', but torch finds no CUDA GPU on this machine; use device = 'cpu'")
     if engine.backend == "reference":
         return ReferenceOps(engine.device)
+    if engine.device == "cuda" and (unfit := _unfit()):
+        raise ValueError(f"backend = 'cuda', but {unfit}; use backend = 'reference'")
     from engine.cuda_ops import CudaOps  # it imports numba, which takes a second
 
     return CudaOps(engine.device, attention=engine.attention, linear=engine.linear, sampling=engine.sampling)
+
+
+def _unfit() -> str | None:
+    """Why our kernels are not for the GPU; None where they are, or where there is no GPU to ask."""
+    if not torch.cuda.is_available():
+        return None
+    from kernels.architectures import BuildError, architecture_of
+
+    try:
+        architecture_of(torch.cuda.get_device_capability())
+    except BuildError as error:
+        return f"{torch.cuda.get_device_name()}: {error}"
+    return None

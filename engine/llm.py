@@ -16,6 +16,7 @@ import torch
 from engine.config import ConfigError, ModelConfig
 from engine.core import Engine, EngineStats
 from engine.engine_config import EngineConfig, make_ops
+from engine.hub import find_model
 from engine.model import Model
 from engine.requests import Completion, Request, Text, completion
 from engine.sampling import SamplingParams
@@ -49,12 +50,14 @@ class LLM:
     """A model ready to generate.
 
     Args:
-        model: A checkpoint folder (config.json, safetensors and, for text, tokenizer.json), or a configuration with
-            weights, for which prompts are token ids.
-        engine: What to switch on.
+        model: A checkpoint folder (config.json, safetensors and, for text, tokenizer.json); where there is no folder of
+            that name, OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face hub; or a configuration with weights, for
+            which prompts are token ids.
+        engine: What to switch on; default: the fastest for this machine, `EngineConfig.for_machine()`.
         tokenizer: Used instead of the folder's.
 
     Raises:
+        HubError: There is no such folder, and the hub does not give such a model.
         ConfigError, CheckpointError, TokenizerError: The folder is not what it must be.
         ValueError: The engine configuration asks for what the model or this machine cannot do.
     """
@@ -65,7 +68,9 @@ class LLM:
         engine: EngineConfig | None = None,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        engine = engine or EngineConfig()
+        if engine is None:
+            own = {"device": model[1].device.type} if isinstance(model, tuple) else {}
+            engine = EngineConfig.for_machine(**own)
         ops = make_ops(engine)
         if isinstance(model, tuple):
             self.config, self.weights = model
@@ -73,7 +78,7 @@ class LLM:
             self.eos_ids = frozenset(self.config.eos_token_ids)
             preparation = Preparation(self.config, engine)
         else:
-            directory = Path(model)
+            directory = find_model(model)
             self.config = ModelConfig.from_file(directory / "config.json")
             self.eos_ids = _eos_ids(directory, self.config)
             if tokenizer is None and (directory / "tokenizer.json").exists():
@@ -81,7 +86,6 @@ class LLM:
             engine = engine.for_dtype(stored_dtype(directory, self.config))
             preparation = Preparation(self.config, engine)
             self.weights = load_weights(directory, self.config, engine.device, engine.torch_dtype)
-        self.engine = engine
         if self.weights.dtype != engine.torch_dtype or self.weights.device.type != engine.device:
             raise ValueError(
                 f"the weights are {self.weights.dtype} on {self.weights.device.type}; the engine is set to "
@@ -91,6 +95,7 @@ class LLM:
         self.max_model_len = engine.max_model_len or allowed
         if self.max_model_len > allowed:
             raise ValueError(f"max_model_len = {self.max_model_len} is above the model's {allowed} positions")
+        self.engine = engine.for_model(self.config, ops, self.max_model_len)
         self.tokenizer = tokenizer
         self.model = Model(self.config, self.weights, ops, self.max_model_len)
         preparation.finish()

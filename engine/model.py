@@ -152,7 +152,8 @@ class Model:
             ValueError: The operations cannot read one (says what to choose), or sizes that PagedCache refuses.
         """
         config, weights = self.config, self.weights
-        self.ops.check_paged(weights.dtype, *self._heads)
+        if refusal := self.ops.why_not_paged(weights.dtype, *self._heads):
+            raise ValueError(refusal)
         return PagedCache(config, pages, page_size, slots, capacity, weights.dtype, weights.device)
 
     @property

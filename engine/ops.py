@@ -36,8 +36,8 @@ class Ops(Protocol):
         """Whether the cache of such heads is to be laid out as [S, Hk, C, D] (and shown as [S, C, Hk, D])."""
         ...
 
-    def check_paged(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
-        """Raises ValueError, naming what to choose, where the cache of such heads cannot have a table."""
+    def why_not_paged(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> str | None:
+        """Why the cache of such heads cannot have a table, and what would be needed; None where it can."""
         ...
 
     def embedding(self, tokens: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
@@ -204,8 +204,8 @@ class ReferenceOps(Composed):
     def head_major(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> bool:
         return False
 
-    def check_paged(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
-        """Every cache can."""
+    def why_not_paged(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> str | None:
+        return None
 
     def embedding(self, tokens: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.index_select(table, 0, tokens, out=out)

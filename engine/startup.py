@@ -58,7 +58,7 @@ def kernels_of(
         capacity = max_len or engine.max_model_len or config.max_position_embeddings
         # Of the rotary tables no row is looked at.
         model = Model(config, weights, ops, max_positions=1)
-        if engine.kv_cache == "paged":
+        if engine.cache_kind(config, ops) == "paged":
             cache: KVCache = model.new_paged_cache(pages=1, slots=1, capacity=capacity, page_size=engine.page_size)
         else:
             cache = model.new_cache(1, capacity)

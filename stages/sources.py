@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import json
 import math
@@ -14,17 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from engine import hub
 from engine.config import ModelConfig
 from stages.params import Model, ParamsError, thaw
 from stages.stage import StageError, write_whole
 
 BUNDLED = Path("data/models/olmo2-tiny")
-WEIGHTS = re.compile(r"^(model|pytorch_model).*\.safetensors(\.index\.json)?$")
-TOKENIZER = re.compile(
-    r"^(tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt"
-    r"|chat_template\.(jinja|json))$"
+WEIGHTS, TOKENIZER, _SETTINGS = (
+    re.compile("|".join(map(fnmatch.translate, patterns))) for patterns in (hub.WEIGHTS, hub.TOKENIZER, hub.SETTINGS)
 )
-METADATA = re.compile(r"^(config\.json|generation_config\.json|README(\.md|\.txt)?|(LICENSE|NOTICE|USE_POLICY)[^/]*)$")
+METADATA = re.compile(rf"{_SETTINGS.pattern}|^(README(\.md|\.txt)?|(LICENSE|NOTICE|USE_POLICY)[^/]*)$")
 SHARD_BYTES = 5_000_000_000
 """The hub's own limit for a shard of a checkpoint that transformers saved."""
 
@@ -178,9 +178,10 @@ class Hub:
             check_space(folder, sum(sizes.values()))
 
         def fetch(name: str) -> str:
-            return hf_hub_download(self.hub_id, name, revision=self.revision, force_download=self.force)
+            with self._explained():
+                return hf_hub_download(self.hub_id, name, revision=self.revision, force_download=self.force)
 
-        with ThreadPoolExecutor(4) as pool, self._explained():
+        with ThreadPoolExecutor(4) as pool:
             for name, file in zip(names, pool.map(fetch, names), strict=True):
                 link(Path(file).resolve(), folder / name)
                 yield name
@@ -209,27 +210,12 @@ class Hub:
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
         """Turns what the hub's client raises into one line that says what to do."""
-        import httpx
-        from huggingface_hub import errors
-
-        where = f"{self.hub_id}@{self.revision[:12]}"
+        remedy = "say model.weights=path model.path=FOLDER, or model.weights=random"
         try:
-            yield
-        except errors.GatedRepoError:
-            raise StageError(
-                f"{where} is gated: accept its licence on the hub and log in with `hf auth login`"
-            ) from None
-        except errors.RevisionNotFoundError:
-            raise StageError(f"{self.hub_id} has no commit {self.revision}") from None
-        except errors.RepositoryNotFoundError:
-            raise StageError(f"{self.hub_id} is not on the hub, or private: log in with `hf auth login`") from None
-        except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx.TransportError) as error:
-            raise StageError(
-                f"{where} cannot be fetched, the hub is out of reach ({type(error).__name__}): run again online to "
-                "resume, or say model.weights=path model.path=FOLDER, or model.weights=random"
-            ) from None
-        except errors.HfHubHTTPError as error:
-            raise StageError(f"{where}: {' '.join(str(error).split())}") from None
+            with hub.explained(self.hub_id, self.revision, remedy):
+                yield
+        except hub.HubError as error:
+            raise StageError(str(error)) from None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from engine_checkpoints import Reference
 from typer.testing import CliRunner, Result
 
-from engine.cli import _fastest, _kernel_paths, app
+from engine.cli import _kernel_paths, app
 from engine.llm import LLM, EngineConfig
 from engine.sampling import SamplingParams
 
@@ -35,7 +35,7 @@ def failed(result: Result, message: str, status: int = 2) -> None:
 
 @pytest.fixture(scope="module")
 def llm(olmo2: Reference) -> LLM:
-    return LLM(olmo2.path, EngineConfig(**_fastest("auto")))
+    return LLM(olmo2.path)
 
 
 def test_generate(olmo2: Reference, llm: LLM):
@@ -53,7 +53,7 @@ def test_generate_in_fp16(olmo2: Reference):
     asked = ("generate", "--model", olmo2.path, "--prompt", "the quick", "--max-new-tokens", 4, "--ignore-eos")
     result = afs(*asked, "--dtype", "float16")
     assert result.exit_code == 0, result.stderr
-    llm = LLM(olmo2.path, EngineConfig(**_fastest("auto"), dtype="float16"))
+    llm = LLM(olmo2.path, EngineConfig.for_machine(dtype="float16"))
     expected = llm.generate("the quick", SamplingParams(max_new_tokens=4, temperature=0, ignore_eos=True))[0]
     assert result.stdout == expected.text + "\n"
 
@@ -72,7 +72,7 @@ def test_generate_options(olmo2: Reference, llm: LLM):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model", "/nowhere"], r"error: /nowhere/config.json: there is no such file"),
+        (["--model", "/nowhere"], r"error: there is no folder '/nowhere', and it is no hub id: these are OWNER/NAME"),
         (["--temperature", "-1"], r"error: temperature = -1.0; it must be"),
         (["--top-p", "0"], r"error: top_p = 0.0"),
         (["--max-new-tokens", "600"], r"error: prompt 0 has \d+ tokens .* above the limit of 512"),
@@ -84,6 +84,80 @@ def test_generate_options(olmo2: Reference, llm: LLM):
 )
 def test_errors_are_one_line(olmo2: Reference, args: list[str], message: str):
     failed(afs("generate", "--model", olmo2.path, "--prompt", "hello", *args), message)
+
+
+# --- which model ------------------------------------------------------------------------------------------------------
+
+COMMANDS = [
+    ("generate", "--prompt", "x"),
+    ("chat",),
+    ("serve",),
+    ("inspect",),
+    ("bench", "latency"),
+    ("bench", "throughput"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_model_is_an_argument_or_an_option(command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    failed(afs(*command, "a", "--model", "b"), "error: MODEL is 'a' and --model is 'b'; give one of them")
+    for named in (["./a"], ["--model", "./a"], ["./a", "--model", "./a"]):
+        failed(afs(*command, *named), r"error: there is no folder '\./a', and it is no hub id")
+    default = (
+        r"error: no model is named, and the default, data/models/olmo2-tiny, is not in .*: run this in the folder of"
+    )
+    failed(afs(*command), default)
+
+
+def test_a_model_given_twice_alike(olmo2: Reference):
+    once = afs("inspect", "--model", olmo2.path)
+    assert once.exit_code == 0 and afs("inspect", olmo2.path, "--model", olmo2.path).stdout == once.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        ([], ("NAME",)),
+        (["--served-model-name", "mine", "--served-model-name", "also"], ("mine", "also")),
+    ],
+)
+def test_served_names(olmo2: Reference, monkeypatch: pytest.MonkeyPatch, args: list[str], names: tuple[str, ...]):
+    served = []
+    monkeypatch.setattr("engine.server.serve.serve", lambda llm, settings, *_: served.append(settings.models))
+    result = afs("serve", olmo2.path, *args)
+    assert result.exit_code == 0, result.stderr
+    assert served == [tuple(olmo2.path.name if name == "NAME" else name for name in names)]
+
+
+def test_models_of_the_hub(olmo2: Reference, monkeypatch: pytest.MonkeyPatch):
+    """What each command asks of the hub, and what it calls the model."""
+    asked: list[tuple[str, str]] = []
+
+    def find_model(name: str, part: str = "model") -> Path:
+        asked.append((name, part))
+        return olmo2.path
+
+    for module in ("engine.hub", "engine.llm"):
+        monkeypatch.setattr(f"{module}.find_model", find_model)
+    monkeypatch.setattr(
+        "engine.server.serve.serve", lambda llm, settings, *_: asked.append(("named", *settings.models))
+    )
+    assert "allenai/OLMo@v1: Olmo2ForCausalLM" in afs("inspect", "allenai/OLMo@v1").stdout
+    assert afs("serve", "allenai/OLMo@v1").exit_code == 0
+    found = throughput("allenai/OLMo", "--weights", "random", "--format", "json")
+    assert json.loads(found.stdout)[0]["model_filename"] == "allenai/OLMo"
+    failed(afs("bench", "serve", "http://127.0.0.1:1", "--tokenizer", "allenai/OLMo"), "http://127.0.0.1:1/v1/models: ")
+    assert asked == [
+        ("allenai/OLMo@v1", "config"), ("allenai/OLMo@v1", "model"), ("named", "allenai/OLMo"),
+        ("allenai/OLMo", "config"), ("allenai/OLMo", "tokenizer"),
+    ]  # fmt: skip
+
+
+def test_shapes_alone_are_measured_with_random_weights():
+    shapes = ROOT / "conf/model/olmo2_tiny.yaml"
+    failed(throughput(shapes), r"olmo2_tiny\.yaml says a model's shapes alone; measure them with --weights random")
+    assert throughput(shapes, "--weights", "random", "--format", "csv").exit_code == 0
 
 
 def test_wrong_usage():
@@ -215,9 +289,9 @@ def test_bench_throughput_refuses(olmo2: Reference, args: tuple[str, ...], messa
 
 
 def test_bench_serve_refuses():
-    failed(afs("bench", "serve"), "--tokenizer FOLDER is needed")
+    failed(afs("bench", "serve"), "--tokenizer MODEL is needed")
     ids = ("bench", "serve", "http://127.0.0.1:1", "--vocab-size", 99, "--num-prompts", 1)
-    failed(afs(*ids, "--api", "chat"), "--tokenizer FOLDER is needed")
+    failed(afs(*ids, "--api", "chat"), "--tokenizer MODEL is needed")
     failed(afs(*ids), r"http://127.0.0.1:1/v1/models: ")
     failed(afs(*ids, "--model", "m"), "does not answer a request: ClientConnectorError")
     failed(afs(*ids, "--goodput", "itl:5"), "goodput 'itl:5'")

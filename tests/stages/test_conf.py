@@ -1,5 +1,6 @@
 """conf/ and params.yaml: in step, complete, and true to what is published."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from engine.config import ModelConfig
+from engine.engine_config import EngineConfig
 from stages.compose import as_dict, compose_conf, dump, read_params
 from stages.compose import main as compose_main
 from stages.params import Gpu, Model, Weeks, Workload, list_choices, select, thaw
@@ -76,6 +78,15 @@ def test_every_choice_is_a_valid_section(group):
 def test_every_week_file_is_in_the_config():
     weeks = select(Weeks, read_params(), None).weeks
     assert sorted(weeks) == list(weeks) == list_choices("week")
+
+
+def test_weeks_name_all_that_they_switch_on():
+    """What the engine chooses where nothing is said changes no week."""
+    for week in select(Weeks, read_params(), None).weeks.values():
+        if week.engine is not None:
+            settings = week.engine.settings(gpu=False, max_positions=2048)
+            assert settings.keys() == {field.name for field in dataclasses.fields(EngineConfig)}
+            assert EngineConfig(**settings).kv_cache != "auto"
 
 
 def test_the_groups_the_project_promises():

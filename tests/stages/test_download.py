@@ -2,19 +2,17 @@
 
 import errno
 import hashlib
-import http.server
 import json
-import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from fake_hub import SHA, FakeHub, environment_for
 from safetensors.torch import load_file, save_file
 
 from stages import download, sources
@@ -25,7 +23,6 @@ from stages.stage import StageError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = '{"model": "tiny"}'
-SHA = "0123456789abcdef0123456789abcdef01234567"
 ARCHITECTURE = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -251,85 +248,6 @@ def test_a_disk_that_fills_up_leaves_no_half_file(checkout, capsys, monkeypatch)
 # --- the hub ---------------------------------------------------------------------------------------------------------
 
 
-class FakeHub:
-    """The part of the hub's HTTP interface that fetching a model needs, on this machine."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.served: dict[str, int] = {}
-        self.chunk_delay = 0.0
-        self.corrupt = ""
-        hub = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, format, *args):
-                pass
-
-            def do_HEAD(self):
-                self.respond(body=False)
-
-            def do_GET(self):
-                self.respond(body=True)
-
-            def respond(self, body: bool):
-                path = self.path.partition("?")[0]
-                if path.startswith("/api/models/tiny/model/"):
-                    self.reply(200, json.dumps(hub.listing()).encode(), {"Content-Type": "application/json"}, body)
-                elif path.startswith(f"/tiny/model/resolve/{SHA}/"):
-                    self.serve(path.rpartition("/")[2], body)
-                else:
-                    self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
-
-            def serve(self, name: str, body: bool):
-                content = (hub.folder / name).read_bytes()
-                if name == hub.corrupt:
-                    content = content[:-1] + bytes([content[-1] ^ 1])
-                headers = {"ETag": f'"{hub.etag(name)}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
-                status, start = 200, 0
-                wanted = self.headers.get("Range")
-                if wanted and body:
-                    start = int(wanted.removeprefix("bytes=").partition("-")[0])
-                    status = 206
-                    headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-                if body:
-                    hub.served[name] = hub.served.get(name, 0) + 1
-                self.reply(status, content[start:], headers, body)
-
-            def reply(self, status: int, content: bytes, headers: dict, body: bool):
-                self.send_response(status)
-                for key, value in ({"Content-Length": str(len(content))} | headers).items():
-                    self.send_header(key, value)
-                self.end_headers()
-                for start in range(0, len(content) if body else 0, 8192):
-                    self.wfile.write(content[start : start + 8192])
-                    time.sleep(hub.chunk_delay if len(content) > 20_000 else 0)
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def etag(self, name: str) -> str:
-        content = (self.folder / name).read_bytes()
-        if name.endswith(".safetensors"):
-            return hashlib.sha256(content).hexdigest()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-    def listing(self) -> dict:
-        siblings = []
-        for path in sorted(self.folder.iterdir()):
-            content = path.read_bytes()
-            file = {"rfilename": path.name, "size": len(content), "blobId": "0" * 40}
-            if path.suffix == ".safetensors":
-                file["lfs"] = {"sha256": self.etag(path.name), "size": len(content), "pointerSize": 134}
-            else:
-                file["blobId"] = self.etag(path.name)
-            siblings.append(file)
-        return {"_id": "1", "id": "tiny/model", "modelId": "tiny/model", "sha": SHA, "siblings": siblings, "tags": []}
-
-
 @pytest.fixture
 def hub(checkout, tmp_path):
     folder = tmp_path / "hub"
@@ -345,11 +263,7 @@ def hub(checkout, tmp_path):
 def hub_command(tmp_path: Path, url: str, *overrides: str) -> tuple[list[str], dict[str, str]]:
     """The stage in a process of its own, because the hub's client reads its environment when it is imported."""
     arguments = [*SMALL, "model.weights=hub", "model.hub_id=tiny/model", f"model.revision={SHA}", *overrides]
-    environment = {
-        "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"),
-        "AFS_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1", "HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "5",
-    }  # fmt: skip
+    environment = environment_for(url, tmp_path) | {"PYTHONPATH": str(ROOT), "AFS_CACHE": str(tmp_path / "cache")}
     return [sys.executable, "-m", "stages.download", *arguments], environment
 
 

@@ -1,4 +1,4 @@
-"""The command `afs`: generate, chat, serve, check-gpu, inspect, bench latency, bench throughput, bench serve.
+"""The command `afs`: generate, chat, serve, build, check-gpu, inspect, bench latency, bench throughput, bench serve.
 
 Heavy modules are imported inside the commands, so that `afs --help` answers at once.
 """
@@ -295,6 +295,54 @@ def serve(
     run(LLM(name, engine), settings, host, port, grace, log_level)
 
 
+@app.command()
+@_one_line_errors
+def build(
+    argument: ModelArgument = None,
+    model: ModelOption = None,
+    arch: Annotated[
+        str | None, typer.Option(help="Architectures, as sm_90a,sm_120. Default: this machine's GPU's, or all.")
+    ] = None,
+    multiprocessors: Annotated[
+        int | None,
+        typer.Option(help="Of the GPU, where it is another than the usual one; products are tiled by them.", min=1),
+    ] = None,
+    dtype: DtypeOption = "auto",
+    max_batch: Annotated[int, typer.Option(help="Requests that will run together, at most.")] = 256,
+    max_step_tokens: Annotated[int, typer.Option(help="Tokens of a forward pass, at most.")] = 8192,
+) -> None:
+    """Compile what a model needs ahead of time, with no GPU: images, CI and rented hosts then start at once.
+
+    MODEL may also be a file of conf/model/. The kernels are kept in $AFS_CACHE (default ~/.cache/afs); on a GPU host of
+    the same architecture nothing is left to compile.
+    """
+    import torch
+
+    from engine.engine_config import EngineConfig
+    from engine.progress import compile_kernels
+    from engine.startup import kernels_of
+    from kernels.architectures import ARCHITECTURES, MULTIPROCESSORS
+    from kernels.cubins import cache_directory
+    from kernels.launch import machine_of
+
+    config = _read_config(_one_model(argument, model))
+    here = dict([machine_of(0)]) if torch.cuda.is_available() else {}
+    archs = arch.split(",") if arch else [*here] or [*ARCHITECTURES]
+    if unknown := [name for name in archs if name not in ARCHITECTURES]:
+        raise ValueError(f"arch = {unknown[0]!r}; it must be one or more of {', '.join(ARCHITECTURES)}")
+    count = 0
+    for name in archs:
+        machine = name, multiprocessors or here.get(name) or MULTIPROCESSORS[name]
+        kernels = {}
+        for cache in ("auto", "contiguous"):
+            engine = EngineConfig.for_machine(
+                "cuda", device="cuda", dtype=dtype, kv_cache=cache, max_batch=max_batch, max_step_tokens=max_step_tokens
+            ).for_dtype(_dtype_of(config))
+            kernels |= {kernel.name: kernel for kernel in kernels_of(config, engine, machine=machine)}
+        count += len(compile_kernels([*kernels.values()], [name]))
+    typer.echo(f"{count} kernels for {', '.join(archs)} are in {cache_directory()}")
+
+
 @app.command("check-gpu")
 @_one_line_errors
 def check_gpu() -> None:
@@ -480,7 +528,7 @@ def latency(
     else:
         wanted = [Case.parse(name) for name in tests.split(",")]
     name, most = _one_model(argument, model), max(batches)
-    llm = _load_measured(name, weights, backend, dtype, cuda_graph, kv_cache="contiguous", max_batch=most)
+    llm = _load_shaped(name, weights, backend, dtype, cuda_graph, kv_cache="contiguous", max_batch=most)
     ceilings = measure_ceilings(llm.weights.device)
     chunk, results = llm.engine.max_step_tokens, []
     for test in wanted:
@@ -549,7 +597,7 @@ def throughput(
     low, high = parse_range("prompt-tokens", prompt_tokens)
     mix = Mix(num_prompts, low, high, new_tokens or 128, seed, prefix_tokens)
     name = _one_model(argument, model)
-    llm = _load_measured(name, weights, backend, dtype, cuda_graph, kv_cache=kv_cache, max_batch=max_batch)
+    llm = _load_shaped(name, weights, backend, dtype, cuda_graph, kv_cache=kv_cache, max_batch=max_batch)
     limits = {"new_tokens": new_tokens, "max_total": min(2048, llm.max_model_len)}
     draw = make_source(mix, llm.config.vocab_size, llm.tokenizer, sharegpt, **limits)
     ceilings = measure_ceilings(llm.weights.device)
@@ -689,29 +737,39 @@ def _describe_measured(llm: "LLM", model: str, weights: str) -> dict[str, Any]:
     }
 
 
-def _load_measured(model: str, weights: str, backend: str, dtype: str, cuda_graph: bool, **settings: Any) -> "LLM":
-    """The model for measurements; random weights need no more than its configuration. settings: of EngineConfig."""
-    from engine.config import ModelConfig
-    from engine.hub import find_model
+def _load_shaped(model: str, weights: str, backend: str, dtype: str, cuda_graph: bool, **settings: Any) -> "LLM":
+    """The model, or one of its shapes: random weights need no more than a configuration. settings: of EngineConfig."""
     from engine.llm import LLM, EngineConfig
     from engine.weights import random_weights
 
     if weights not in ("checkpoint", "random"):
         raise ValueError(f"weights = {weights!r}; it must be checkpoint or random")
     engine = EngineConfig.for_machine(backend, dtype=dtype, cuda_graph=cuda_graph, **settings)
-    path = Path(model)
     if weights == "checkpoint":
-        if path.suffix == ".yaml":
+        if Path(model).suffix == ".yaml":
             raise ValueError(f"{model} says a model's shapes alone; measure them with --weights random")
         return LLM(model, engine)
+    config = _read_config(model)
+    engine = engine.for_dtype(_dtype_of(config))
+    return LLM((config, random_weights(config, engine.device, engine.torch_dtype, seed=0)), engine)
+
+
+def _read_config(model: str) -> "ModelConfig":
+    """A model's configuration: of a file of conf/model/, a config.json, a folder with one, or the hub's."""
+    from engine.config import ModelConfig
+    from engine.hub import find_model
+
+    path = Path(model)
     if path.suffix == ".yaml":
         import yaml
 
-        config = ModelConfig.from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))["architecture"])
-    else:
-        config = ModelConfig.from_file(path if path.is_file() else find_model(model, "config"))
-    engine = engine.for_dtype("float16" if config.dtype == "float16" else "bfloat16")
-    return LLM((config, random_weights(config, engine.device, engine.torch_dtype, seed=0)), engine)
+        return ModelConfig.from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))["architecture"])
+    return ModelConfig.from_file(path if path.is_file() else find_model(model, "config"))
+
+
+def _dtype_of(config: "ModelConfig") -> str:
+    """What a model without files runs in where no dtype is asked for."""
+    return "float16" if config.dtype == "float16" else "bfloat16"
 
 
 if __name__ == "__main__":

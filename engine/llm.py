@@ -47,7 +47,7 @@ class Live:
 
 
 class LLM:
-    """A model ready to generate.
+    """A model ready to generate: its kernels are compiled and loaded, and where its steps are CUDA graphs, captured.
 
     Args:
         model: A checkpoint folder (config.json, safetensors and, for text, tokenizer.json); where there is no folder of
@@ -102,6 +102,8 @@ class LLM:
         self._core: Engine | None = None
         self._live: dict[Request, Live] = {}  # of `generate` and `stream`
         self._numbers = itertools.count()
+        if self.engine.captures:
+            _ = self.core  # its graphs take seconds, which the first request should not wait for
 
     @property
     def core(self) -> Engine:

@@ -51,7 +51,8 @@ def kernels_of(
     from kernels.launch import rehearsal
 
     # Layers differ in what they are told, not in their kernels; but the last computes fewer rows.
-    config = replace(config, num_hidden_layers=2, layer_types=config.layer_types[:2])
+    layers = config.layer_types[:2]
+    config = replace(config, num_hidden_layers=len(layers), layer_types=layers)
     with rehearsal(machine) as found, torch.inference_mode():
         ops = CudaOps("cpu" if SIMULATED else "meta", engine.attention, engine.linear, engine.sampling)
         weights = empty_weights(config, "meta", engine.torch_dtype)

@@ -115,7 +115,8 @@ def test_processes_die_with_their_parent(tmp_path):
         "print('begun', flush=True)\nbuild_all([endless(0), endless(1)], ['sm_80'], workers=2)\n"
     )
     environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/kernels")]), "AFS_CACHE": str(tmp_path)}
+    path = [str(ROOT), str(ROOT / "tests/kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment |= {"PYTHONPATH": os.pathsep.join(path), "AFS_CACHE": str(tmp_path)}
     parent = subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
     assert parent.stdout and parent.stdout.readline() == "begun\n"
     marks = [tmp_path / f"endless-{number}" for number in range(2)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_numerics import assert_as_good_as_torch, ints, poisoned, randn
 
-from kernels import catalogue, embedding, kv_write, launch, residual, rms_norm, rope, sampling, swiglu
+from kernels import catalogue, embedding, kv_write, residual, rms_norm, rope, sampling, swiglu, tensor_maps
 from kernels.attention import naive as attention
 from kernels.attention import reference as attention_reference
 from kernels.cuda import cuda, uint8
@@ -264,8 +264,8 @@ def _microseconds(call, repeats=500):
 
 def test_tensor_maps_of_both_modes():
     """The room for maps that inference mode makes is filled outside of it too."""
-    launch._map_rooms.clear()
+    tensor_maps._map_rooms.clear()
     weights = [torch.zeros(64, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
     with torch.inference_mode():
-        first = launch.tensor_map(weights[0], 8)
-    assert not torch.equal(launch.tensor_map(weights[1], 8).cpu(), first.cpu())
+        first = tensor_maps.tensor_map(weights[0], 8)
+    assert not torch.equal(tensor_maps.tensor_map(weights[1], 8).cpu(), first.cpu())

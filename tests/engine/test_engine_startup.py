@@ -35,6 +35,10 @@ FAST: dict[str, Any] = {
 SLOW: dict[str, Any] = FAST | {"attention": "naive", "linear": "naive", "sampling": "naive", "kv_cache": "contiguous"}
 
 
+def configured(**settings: Any) -> EngineConfig:
+    return EngineConfig(**settings)
+
+
 class Graph:
     """Runs again what was captured."""
 
@@ -75,8 +79,11 @@ def generate_everything(llm: LLM, longest: int) -> None:
         llm.generate(prompts, settings)
     llm.core.forget()
     for length in (3, 100, 200, 256):  # alone: a graph of the prompt, greedily, sampled, and up to the logits
-        for how in ({"temperature": 0.0}, {"temperature": 0.8, "seed": 1}, {"repetition_penalty": 1.1}):
-            llm.generate([[length % 256] * length], SamplingParams(max_new_tokens=3, ignore_eos=True, **how))
+        for temperature, penalty in ((0.0, 1.0), (0.8, 1.0), (0.0, 1.1)):
+            how = SamplingParams(
+                temperature=temperature, seed=1, max_new_tokens=3, ignore_eos=True, repetition_penalty=penalty
+            )
+            llm.generate([[length % 256] * length], how)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the simulator's")
@@ -112,7 +119,7 @@ def test_no_request_needs_what_was_not_prepared(fields, dtype, settings, monkeyp
     weights = empty_weights(config, "cpu", dtype)
     for _, tensor in weights.named_tensors():
         tensor.zero_()
-    llm = LLM((config, weights), EngineConfig(**settings))
+    llm = LLM((config, weights), configured(**settings))
     prepared = {kernel.name for kernel in kernels_of(config, llm.engine, llm.max_model_len)}
     generate_everything(llm, 60 if settings["kv_cache"] == "none" else 1500)
     assert launched <= prepared, sorted(launched - prepared)
@@ -127,7 +134,7 @@ def test_no_request_needs_what_was_not_prepared(fields, dtype, settings, monkeyp
 def test_a_kernel_that_was_not_prepared_is_counted(monkeypatch):
     monkeypatch.setattr(simulator.cuda, "run", lambda *_: None)
     config = ModelConfig.from_dict(OLMO2 | {"num_hidden_layers": 1})
-    engine = EngineConfig(**FAST | {"cuda_graph": False})
+    engine = configured(**FAST | {"cuda_graph": False})
     llm = LLM((config, empty_weights(config, "cpu", torch.bfloat16)), engine)
     params = SamplingParams(temperature=0.0, max_new_tokens=2, ignore_eos=True)
     llm.generate([[1, 2, 3]], params)
@@ -140,7 +147,7 @@ def test_a_kernel_that_was_not_prepared_is_counted(monkeypatch):
 
 def test_the_rehearsal_is_of_the_gpu_asked_for():
     config = ModelConfig.from_dict(OLMO2)
-    engine = EngineConfig(**FAST | {"device": "cuda", "dtype": "bfloat16"})
+    engine = configured(**FAST | {"device": "cuda", "dtype": "bfloat16"})
     names = {
         arch: {kernel.name for kernel in kernels_of(config, engine, machine=(arch, 100)) if "linear" in kernel.name}
         for arch in ("sm_80", "sm_90a")

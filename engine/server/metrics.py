@@ -144,6 +144,8 @@ class _Engine(Collector):
             ),
             ("afs_preemptions", "vllm:num_preemptions"): (now.preemptions, "Requests set back for want of pages."),
             ("afs_steps",): (now.steps, "Steps of the engine."),
+            ("afs_late_kernels",): (now.late_kernels, "Kernels compiled or loaded after the engine was ready."),
+            ("afs_late_graphs",): (now.late_graphs, "CUDA graphs captured after the engine was ready."),
         }
         for names, (value, about) in counters.items():
             yield from self._family(CounterMetricFamily, names, about, [((), value)])

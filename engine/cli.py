@@ -13,6 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from engine.config import ModelConfig
+    from engine.engine_config import EngineConfig
     from engine.llm import LLM, Completion
     from engine.sampling import SamplingParams
     from engine.tokenizer import Tokenizer
@@ -267,10 +268,11 @@ def serve(
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = "checkpoint",
 ) -> None:
     """Serve a model over OpenAI's API, with a page to chat with it at /. Ends on Ctrl-C or SIGTERM."""
     from engine.hub import model_name
-    from engine.llm import LLM, EngineConfig
+    from engine.llm import EngineConfig
     from engine.server.app import Settings
     from engine.server.serve import serve as run
 
@@ -292,7 +294,7 @@ def serve(
         max_model_len=max_model_len,
         max_step_tokens=max_step_tokens,
     )
-    run(LLM(name, engine), settings, host, port, grace, log_level)
+    run(lambda: _make(name, weights, engine), settings, host, port, grace, log_level)
 
 
 @app.command()
@@ -739,15 +741,21 @@ def _describe_measured(llm: "LLM", model: str, weights: str) -> dict[str, Any]:
 
 def _load_shaped(model: str, weights: str, backend: str, dtype: str, cuda_graph: bool, **settings: Any) -> "LLM":
     """The model, or one of its shapes: random weights need no more than a configuration. settings: of EngineConfig."""
-    from engine.llm import LLM, EngineConfig
+    from engine.engine_config import EngineConfig
+
+    engine = EngineConfig.for_machine(backend, dtype=dtype, cuda_graph=cuda_graph, **settings)
+    return _make(model, weights, engine)
+
+
+def _make(model: str, weights: str, engine: "EngineConfig") -> "LLM":
+    from engine.llm import LLM
     from engine.weights import random_weights
 
     if weights not in ("checkpoint", "random"):
         raise ValueError(f"weights = {weights!r}; it must be checkpoint or random")
-    engine = EngineConfig.for_machine(backend, dtype=dtype, cuda_graph=cuda_graph, **settings)
     if weights == "checkpoint":
         if Path(model).suffix == ".yaml":
-            raise ValueError(f"{model} says a model's shapes alone; measure them with --weights random")
+            raise ValueError(f"{model} says a model's shapes alone; use it with --weights random")
         return LLM(model, engine)
     config = _read_config(model)
     engine = engine.for_dtype(_dtype_of(config))

@@ -601,12 +601,16 @@ def main(arguments: Sequence[str]) -> None:
     from stages.hf import set_threads
 
     path, settings, port = arguments
-    llm = LLM(path, EngineConfig(**json.loads(settings)))
-    set_threads(llm.config.parameter_count())
-    # As the engine is measured without it: text is left out, and requests are token ids.
-    llm.tokenizer = None
+
+    def load() -> LLM:
+        llm = LLM(path, EngineConfig(**json.loads(settings)))
+        set_threads(llm.config.parameter_count())
+        # As the engine is measured without it: text is left out, and requests are token ids.
+        llm.tokenizer = None
+        return llm
+
     # Every request of a run may wait.
-    serve(llm, Settings(models=(NAME,), max_waiting=1 << 16), port=int(port), log_level="warning")
+    serve(load, Settings(models=(NAME,), max_waiting=1 << 16), port=int(port), log_level="warning")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import logging
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from datetime import UTC, datetime
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import uvicorn
 from engine.async_llm import AsyncLLM
 from engine.server.app import Settings, create_app
 from engine.server.gate import MAX_HEAD, Connection
+from engine.server.starting import answering
 
 if TYPE_CHECKING:
     from engine.llm import LLM
@@ -125,7 +127,7 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    llm: LLM,
+    load: Callable[[], LLM],
     settings: Settings,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -135,7 +137,7 @@ def serve(
     """Serve a model until SIGINT or SIGTERM.
 
     Args:
-        llm: The model.
+        load: Makes the model. Meanwhile the address is taken, and every request answered 503.
         settings: Names, limits, and the API key.
         host: The address to listen on. Beyond loopback, set an API key.
         port: 0 takes a free one; the log says which.
@@ -153,6 +155,9 @@ def serve(
     with socket.create_server((host, port), family=_family(host), backlog=2048) as listener:
         if host not in LOOPBACK and settings.api_key is None:
             log.warning("anyone who reaches this address can use the model: no API key is set", extra={"host": host})
+        with answering(listener):
+            llm = load()
+            _ = llm.core  # with its cache, and its graphs
         engine = AsyncLLM(llm, settings.max_waiting)
         server = Server(engine, llm, settings, grace)
         shown = f"[{host}]" if ":" in host else host

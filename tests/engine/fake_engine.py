@@ -39,7 +39,8 @@ def tokenizer() -> Tokenizer:
 def fake_llm(**fields: Any) -> Any:
     """What the server reads of an LLM."""
     engine = SimpleNamespace(max_batch=8, page_size=16, kv_cache="paged")
-    return SimpleNamespace(**{"tokenizer": tokenizer(), "max_model_len": 2048, "engine": engine, **fields})
+    known = {"tokenizer": tokenizer(), "max_model_len": 2048, "engine": engine, "core": None}
+    return SimpleNamespace(**known | fields)
 
 
 class FakeEngine:

@@ -328,7 +328,7 @@ sys.path.insert(0, {tests!r})
 import engine.server.serve as serving
 from fake_engine import FakeEngine, fake_llm
 serving.AsyncLLM = lambda llm, max_waiting: FakeEngine(delay=0.02)
-serving.serve(fake_llm(), serving.Settings(("m",)), port=0, grace=5)
+serving.serve(fake_llm, serving.Settings(("m",)), port=0, grace=5)
 print("after")
 """
 
@@ -370,11 +370,11 @@ def test_a_warning_where_anyone_may_ask(capfd: pytest.CaptureFixture[str], monke
     monkeypatch.setattr(serving, "AsyncLLM", lambda llm, max_waiting: FakeEngine())
     frozen: list[int] = []
     monkeypatch.setattr(serving.Server, "run", lambda self, sockets: frozen.append(gc.get_freeze_count()))
-    serving.serve(fake_llm(), serving.Settings(("m",)), host="0.0.0.0", port=0)
+    serving.serve(fake_llm, serving.Settings(("m",)), host="0.0.0.0", port=0)
     assert "no API key" in capfd.readouterr().err
     # Meanwhile the garbage collector leaves out what was there.
     assert frozen[0] > 1000 and not gc.get_freeze_count()
-    serving.serve(fake_llm(), serving.Settings(("m",), api_key="k"), host="0.0.0.0", port=0)
-    serving.serve(fake_llm(), serving.Settings(("m",)), host="localhost", port=0)
+    serving.serve(fake_llm, serving.Settings(("m",), api_key="k"), host="0.0.0.0", port=0)
+    serving.serve(fake_llm, serving.Settings(("m",)), host="localhost", port=0)
     assert "no API key" not in capfd.readouterr().err
     logging.getLogger("engine").handlers.clear()

@@ -199,7 +199,8 @@ def test_infinite_logits_share_the_draws(dtype):
 
 def test_zero_and_minus_zero_are_equal(dtype):
     row = torch.tensor([-0.0, -1.0, 0.0, -0.0], dtype=dtype, device=DEVICE)
-    for filters in ({"top_k": 1}, {"top_p": 0.2}):
+    several: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 0.2}]
+    for filters in several:
         assert set(draw(row.expand(30, 4).contiguous(), temperature=0.1, **filters).tolist()) == {0, 2, 3}
 
 

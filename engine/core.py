@@ -131,12 +131,11 @@ class Engine:
 
     def _collect(self) -> list[Request]:
         touched = []
-        for request, token, logprobs in self.runner.wait():
+        for request, token, logprobs, after in self.runner.wait():
             if request.finish_reason:
                 continue  # it ended while this was on its way
             if token < 0:
-                where = len(request.tokens)
-                self.end(request, "error", f"every logit after token {where} of a request is NaN")
+                self.end(request, "error", f"every logit after token {after} of a request is NaN")
             elif request.params.max_new_tokens == 0:
                 self.end(request, "length")
             elif self.scheduler.append(request, token):

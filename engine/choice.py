@@ -15,7 +15,7 @@ ROWS = 256  # rows of logits whose probabilities are worked out at a time
 
 
 class Sent(NamedTuple):
-    """Log probabilities on their way to the host; see `send_logprobs`."""
+    """Log probabilities on their way to the host; see `send_logprobs`. NaN where every logit is."""
 
     chosen: Tensor  # fp32 [n]
     rank: Tensor  # int64 [n]
@@ -40,12 +40,27 @@ def to_device(values: Sequence[int] | Sequence[float], like: Tensor, dtype: torc
     return torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda).to(like.device, non_blocking=True)
 
 
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Natural logarithms fp32 [n, V] of the probabilities that `logits` [n, V] give, as draws follow them.
+
+    A token whose logit is NaN has none (-inf). Where the largest is infinite, those equal to it share all of it. A row
+    of NaN alone stays NaN.
+    """
+    scores = logits.to(torch.float32, copy=True)
+    unusable = scores.isnan()
+    largest = scores.masked_fill_(unusable, -torch.inf).amax(-1, keepdim=True)
+    infinite = largest.isinf()
+    scores.masked_fill_(infinite & (scores < largest), -torch.inf)
+    scores.masked_fill_(infinite & (scores == largest) & ~unusable, 0.0)
+    return torch.log_softmax(scores, -1)
+
+
 def send_logprobs(logits: Tensor, tokens: Tensor, most: int) -> Sent:
     """Send the log probability and rank of `tokens` [n] under `logits` [n, V] to the host, and the `most` likely."""
     parts = []
     for begin in range(0, len(logits), ROWS):
         here = slice(begin, begin + ROWS)
-        log = torch.log_softmax(logits[here].float(), -1)
+        log = log_probabilities(logits[here])
         own = log.gather(1, tokens[here].long().clamp(min=0)[:, None])
         values, ids = log.topk(min(most, log.shape[1]), -1)
         parts.append((own[:, 0], (log > own).sum(-1) + 1, values, ids))
@@ -69,7 +84,8 @@ def choose(ops: Ops, requests: Sequence[Request], logits: Tensor, out: Tensor) -
         _draw(ops, [requests[index] for index in plain], logits.index_select(0, rows), part)
         out[rows] = part
     for index in adjusted:
-        request, row = requests[index], logits[index : index + 1].float()
+        # A copy, in fp32 too: the logits themselves are what is reported.
+        request, row = requests[index], logits[index : index + 1].to(torch.float32, copy=True)
         _adjust(ops, request, row)
         _draw(ops, [request], row, out[index : index + 1])
         assert request.counts is not None

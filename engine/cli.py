@@ -252,8 +252,9 @@ def serve(
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more are answered 429.")] = 1024,
     max_model_len: LengthOption = None,
     max_step_tokens: Annotated[
-        int, typer.Option(help="Tokens of one forward pass; longer prompts are taken in chunks.")
-    ] = 2048,
+        int | None,
+        typer.Option(help="Tokens of one forward pass; longer prompts take several. Default: 256 on a CPU, else 2048."),
+    ] = None,
     kv_tokens: Annotated[
         int | None,
         typer.Option(help="Tokens in the KV cache; default: what a GPU's memory has room for, on a CPU 1 GiB."),
@@ -532,7 +533,7 @@ def latency(
     name, most = _one_model(argument, model), max(batches)
     llm = _load_shaped(name, weights, backend, dtype, cuda_graph, kv_cache="contiguous", max_batch=most)
     ceilings = measure_ceilings(llm.weights.device)
-    chunk, results = llm.engine.max_step_tokens, []
+    chunk, results = llm.engine.step_tokens, []
     for test in wanted:
         for size in batches:
             try:
@@ -614,7 +615,7 @@ def throughput(
         **described,
         kv_cache=engine.kv_cache,
         max_batch=engine.max_batch,
-        n_batch=engine.max_step_tokens,
+        n_batch=engine.step_tokens,
         cuda_graph=engine.captures,
         detokenized=llm.tokenizer is not None,
         copy_bandwidth=ceilings.bandwidth,

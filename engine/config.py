@@ -330,10 +330,21 @@ def _rope_by_layer_type(fields: dict[str, Any]) -> dict[str, Rope]:
         given = _get(fields, "rope_parameters", dict)
         if "rope_theta" in fields:
             given = {"rope_theta": fields["rope_theta"], **given}
+        by_type = fields["model_type"] == "olmo3"
         if not {FULL, SLIDING} & set(given):
-            return dict.fromkeys((FULL, SLIDING), _rope(given, limit, "rope_parameters."))
-        if fields["model_type"] != "olmo3":
+            rope = _rope(given, limit, "rope_parameters.")
+            if by_type and rope.type != "default":
+                raise ConfigError(
+                    f"rope_parameters = {given!r} scales the layers of all types; in this architecture those of "
+                    f"{SLIDING!r} are never scaled: give rope_parameters.{FULL} and rope_parameters.{SLIDING}"
+                )
+            return dict.fromkeys((FULL, SLIDING), rope)
+        if not by_type:
             raise ConfigError(f"rope_parameters = {given!r} is by layer type; this architecture has one for all")
+        for field in sorted(set(given) - {FULL, SLIDING, "rope_theta"}):
+            raise ConfigError(
+                f"rope_parameters.{field} = {given[field]!r} is beside {FULL!r} and {SLIDING!r}, in neither"
+            )
         return {
             kind: _rope(_get(given, kind, dict, "rope_parameters."), limit, f"rope_parameters.{kind}.")
             for kind in (FULL, SLIDING)

@@ -13,13 +13,15 @@ from engine.cost import kv_bytes_per_token
 from engine.decode_loop import bucket
 from engine.engine_config import EngineConfig
 from engine.kv_cache import KVCache
+from engine.memory import free_bytes
 from engine.model import Model
 from engine.pages import PagePool
 from engine.requests import FinishReason, Request
 from engine.runner import Runner
 from engine.scheduler import Scheduler
 
-MEMORY_SHARE = 0.9  # of a GPU's free memory that a paged cache takes where its size is not given
+# Of the free memory that a paged cache takes where its size is not given: a CPU's is for others too.
+MEMORY_SHARE = {"cuda": 0.9, "cpu": 0.5}
 
 
 @dataclass
@@ -33,7 +35,7 @@ class EngineStats:
     pages_cached: int = 0
     preemptions: int = 0
     steps: int = 0
-    prompt_tokens: int = 0  # computed, or found in the prefix cache
+    prompt_tokens: int = 0  # computed, or found in the prefix cache; those of n completions once
     cached_tokens: int = 0  # found in the prefix cache
     generated_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)  # requests by finish_reason
@@ -68,7 +70,7 @@ class Engine:
             pool = PagePool(2 * most, max_len, prefix_cache=False)
         self.pool = pool
         self.scheduler = Scheduler(
-            pool, most, max(config.max_step_tokens, most), max_len,
+            pool, most, max(config.step_tokens, most), max_len,
             mixed=config.batching == "continuous", recompute=config.kv_cache == "none",
         )  # fmt: skip
         self.runner = Runner(model, cache, config.cuda_graph, config.captures)
@@ -113,9 +115,12 @@ class Engine:
             request = cast(Request, part.sequence)
             if request not in self._begun:
                 self._begun.add(request)
-                request.cached_tokens = part.begin
-                self._counts.prompt_tokens += request.prompt_length
-                self._counts.cached_tokens += part.begin
+                if request.parent is None:
+                    request.cached_tokens = part.begin
+                    self._counts.prompt_tokens += request.prompt_length
+                    self._counts.cached_tokens += part.begin
+                else:  # its prompt is its parent's, which has counted it
+                    request.cached_tokens = min(part.begin, cast(Request, request.parent).cached_tokens)
         if step.work:
             self.runner.enqueue(step)
             self._counts.steps += 1
@@ -131,12 +136,11 @@ class Engine:
 
     def _collect(self) -> list[Request]:
         touched = []
-        for request, token, logprobs in self.runner.wait():
+        for request, token, logprobs, after in self.runner.wait():
             if request.finish_reason:
                 continue  # it ended while this was on its way
             if token < 0:
-                where = len(request.tokens)
-                self.end(request, "error", f"every logit after token {where} of a request is NaN")
+                self.end(request, "error", f"every logit after token {after} of a request is NaN")
             elif request.params.max_new_tokens == 0:
                 self.end(request, "length")
             elif self.scheduler.append(request, token):
@@ -175,40 +179,47 @@ def _late_kernels() -> int:
 
 
 def _check_room(model: Model, slots: int, max_len: int) -> None:
-    """Raises ValueError where the GPU's free memory has no room for a contiguous cache."""
-    if model.weights.device.type == "cuda":
-        size = slots * max_len * kv_bytes_per_token(model.config, model.weights.dtype)
-        free, _ = torch.cuda.mem_get_info(model.weights.device)
-        if size > free:
-            raise ValueError(
-                f"a contiguous cache of {slots} slots of {max_len} tokens is {size / 1e9:.1f} GB, and "
-                f"{free / 1e9:.1f} GB are free; lower max_batch or max_model_len, or use kv_cache = 'paged'"
-            )
+    """Raises ValueError where the free memory has no room for a contiguous cache."""
+    size = slots * max_len * kv_bytes_per_token(model.config, model.weights.dtype)
+    free = free_bytes(model.weights.device)
+    if size > free:
+        raise ValueError(
+            f"a contiguous cache of {slots} slots of {max_len} tokens is {size / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free; lower max_batch or max_model_len, or use kv_cache = 'paged'"
+        )
 
 
 def _pages(model: Model, config: EngineConfig, max_len: int) -> int:
-    """Pages of the cache: what is asked for, else what all that may run could fill, as far as memory goes."""
-    if config.kv_tokens is not None:
-        return -(-config.kv_tokens // config.page_size)
-    pages = config.max_batch * -(-max_len // config.page_size)
+    """Pages of the cache: what is asked for, else what all that may run could fill, as far as memory goes.
+
+    Raises ValueError where memory has no room for that, or for one request.
+    """
     device = model.weights.device
-    if device.type != "cuda":
-        return pages
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    room = MEMORY_SHARE * free - _pass_bytes(model, config)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    free = free_bytes(device)
     size = config.page_size * kv_bytes_per_token(model.config, model.weights.dtype)
+    whose = "the GPU's memory" if device.type == "cuda" else "memory"
+    if config.kv_tokens is not None:
+        pages = -(-config.kv_tokens // config.page_size)
+        if pages * size > free:
+            raise ValueError(
+                f"a KV cache of kv_tokens = {config.kv_tokens} takes {pages * size / 1e9:.1f} GB, and "
+                f"{free / 1e9:.1f} GB of {whose} are free; lower kv_tokens or max_model_len"
+            )
+        return pages
+    room = MEMORY_SHARE[device.type] * free - _pass_bytes(model, config)
     if room < size * -(-max_len // config.page_size):
         raise ValueError(
-            f"{free / 1e9:.1f} GB of the GPU's memory are free: no room for the KV cache of one request of {max_len} "
+            f"{free / 1e9:.1f} GB of {whose} are free: no room for the KV cache of one request of {max_len} "
             "tokens beside a pass; lower max_model_len or max_step_tokens"
         )
-    return min(pages, int(room // size))
+    return min(config.max_batch * -(-max_len // config.page_size), int(room // size))
 
 
 def _pass_bytes(model: Model, config: EngineConfig) -> int:
-    """About what a pass over max_step_tokens tokens takes beside weights and cache, with some to spare."""
+    """About what a pass over step_tokens tokens takes beside weights and cache, with some to spare."""
     shape = model.config
     width = shape.q_size + 2 * shape.kv_size + 3 * shape.hidden_size + 3 * shape.intermediate_size
-    rows = config.max_step_tokens * width + config.max_batch * 4 * shape.vocab_size
+    rows = config.step_tokens * width + config.max_batch * 4 * shape.vocab_size
     return 2 * rows * model.weights.dtype.itemsize

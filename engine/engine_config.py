@@ -28,6 +28,9 @@ _CHOICES = {
     "batching": ("inflight", "continuous"),
     "prefix_cache": (False, True),
 }
+# Tokens of one forward pass by device, where nothing else is asked for. Who decodes waits for a pass: on a CPU one over
+# 2,048 tokens takes seconds, and shorter ones cost it nothing; a GPU needs many tokens to be busy.
+STEP_TOKENS = {"cpu": 256, "cuda": 2048}
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class EngineConfig:
     # is both, and the next one is scheduled while it runs
     batching: Literal["inflight", "continuous"] = "continuous"
     max_batch: int = 8  # requests that run together
-    max_model_len: int | None = None  # prompt and new tokens; None = what the model allows
-    max_step_tokens: int = 2048  # tokens of one forward pass: longer prompts are taken in chunks
+    max_model_len: int | None = None  # prompt and new tokens; None = what the model and kv_tokens allow
+    max_step_tokens: int | None = None  # of one forward pass: longer prompts are taken in chunks; None = STEP_TOKENS
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -71,7 +74,7 @@ class EngineConfig:
             raise ValueError(f"page_size = {self.page_size!r}; it must be one of {', '.join(map(str, PAGE_SIZES))}")
         for name in ("max_batch", "max_model_len", "max_step_tokens", "kv_tokens"):
             value = getattr(self, name)
-            if name in ("max_model_len", "kv_tokens") and value is None:
+            if name != "max_batch" and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} = {value!r}; it must be an integer of at least 1")
@@ -110,6 +113,18 @@ class EngineConfig:
             "max_batch": MANY,
         }
         return cls(**chosen | settings)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one forward pass, at most: max_step_tokens, or where that is None what suits the device."""
+        return self.max_step_tokens or STEP_TOKENS[self.device]
+
+    @property
+    def cache_tokens(self) -> int | None:
+        """Tokens that kv_tokens gives a paged cache room for: whole pages. None where the size is not given."""
+        if self.kv_cache not in ("paged", "auto") or self.kv_tokens is None:
+            return None
+        return -(-self.kv_tokens // self.page_size) * self.page_size
 
     @property
     def captures(self) -> bool:

@@ -6,6 +6,7 @@ looks at the sequence's own positions up to the query's.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 
@@ -43,7 +44,7 @@ class KVCache(ABC):
         (rows, positions), heads = shape, config.num_key_value_heads
         places = (heads, positions) if head_major else (positions, heads)
         stored = (2, config.num_hidden_layers, rows, *places, config.head_dim)
-        self._storage: Tensor = torch.zeros(stored, dtype=dtype, device=device)
+        self._storage: Tensor = _zeros(stored, dtype, torch.device(device))
         shown = self._storage.transpose(3, 4) if head_major else self._storage
         self.k = list(shown[0])
         self.v = list(shown[1])
@@ -56,6 +57,13 @@ class KVCache(ABC):
     def idle_slots(self, count: int, taken: Collection[int]) -> list[int]:
         """`count` slots, fewer where there are not as many, in which to compute what nobody needs beside those in
         slots `taken`, without disturbing them."""
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; in the CPU's memory, of which the system gives what is written to, not all of it now."""
+    if device.type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(*shape)
 
 
 class ContiguousCache(KVCache):

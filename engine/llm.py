@@ -76,25 +76,23 @@ class LLM:
             self.config, self.weights = model
             engine = engine.for_dtype(self.weights.dtype)
             self.eos_ids = frozenset(self.config.eos_token_ids)
-            preparation = Preparation(self.config, engine)
+            self.max_model_len = _longest(engine, self.config)
+            preparation = Preparation(self.config, engine, self.max_model_len)
         else:
             directory = find_model(model)
             self.config = ModelConfig.from_file(directory / "config.json")
             self.eos_ids = _eos_ids(directory, self.config)
+            self.max_model_len = _longest(engine, self.config)
             if tokenizer is None and (directory / "tokenizer.json").exists():
                 tokenizer = Tokenizer(directory)
             engine = engine.for_dtype(stored_dtype(directory, self.config))
-            preparation = Preparation(self.config, engine)
+            preparation = Preparation(self.config, engine, self.max_model_len)
             self.weights = load_weights(directory, self.config, engine.device, engine.torch_dtype)
         if self.weights.dtype != engine.torch_dtype or self.weights.device.type != engine.device:
             raise ValueError(
                 f"the weights are {self.weights.dtype} on {self.weights.device.type}; the engine is set to "
                 f"{engine.dtype} on {engine.device}"
             )
-        allowed = self.config.max_position_embeddings
-        self.max_model_len = engine.max_model_len or allowed
-        if self.max_model_len > allowed:
-            raise ValueError(f"max_model_len = {self.max_model_len} is above the model's {allowed} positions")
         self.engine = engine.for_model(self.config, ops, self.max_model_len)
         self.tokenizer = tokenizer
         self.model = Model(self.config, self.weights, ops, self.max_model_len)
@@ -267,6 +265,25 @@ class LLM:
             decoder = self.tokenizer.stream(skip_special_tokens=True) if self.tokenizer else None
             lives.append(Live(request, Text(decoder, params, stop_ids)))
         return lives
+
+
+def _longest(engine: EngineConfig, config: ModelConfig) -> int:
+    """Tokens of a request, at most, prompt and new: as many as the model has positions and the cache has room for.
+
+    Raises:
+        ValueError: The engine's max_model_len is above that.
+    """
+    allowed = config.max_position_embeddings
+    room = engine.cache_tokens or allowed
+    longest = engine.max_model_len or min(allowed, room)
+    if longest > allowed:
+        raise ValueError(f"max_model_len = {longest} is above the model's {allowed} positions")
+    if longest > room:
+        raise ValueError(
+            f"kv_tokens = {engine.kv_tokens} is room for {room} tokens, and max_model_len = {longest}; "
+            "raise kv_tokens or lower max_model_len"
+        )
+    return longest
 
 
 def _eos_ids(directory: Path, config: ModelConfig) -> frozenset[int]:

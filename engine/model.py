@@ -13,10 +13,12 @@ from torch import Tensor
 
 from engine.config import ModelConfig, Rope
 from engine.kv_cache import PAGE_SIZE, ContiguousCache, KVCache, PagedCache
+from engine.memory import free_bytes
 from engine.ops import Ops, Run, of_rows
 from engine.weights import LayerWeights, Weights
 
 Observe = Callable[[str, Tensor], None]
+_ROWS = 1 << 16  # of a rotary table that are computed at a time
 
 
 def rope_table(rope: Rope, head_dim: int, positions: int) -> tuple[Tensor, Tensor]:
@@ -30,8 +32,12 @@ def rope_table(rope: Rope, head_dim: int, positions: int) -> tuple[Tensor, Tenso
         frequency = frequency / rope.factor
     elif rope.type == "llama3":
         frequency = _llama3(frequency, rope)
-    angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequency
-    return angles.double().cos().float(), angles.double().sin().float()
+    cos, sin = (torch.empty(positions, head_dim // 2) for _ in range(2))
+    for begin in range(0, positions, _ROWS):  # in fp64 all of them take several times the tables' memory
+        here = torch.arange(begin, min(begin + _ROWS, positions), dtype=torch.float32)
+        angles = (here[:, None] * frequency).double()
+        cos[begin : begin + _ROWS], sin[begin : begin + _ROWS] = angles.cos(), angles.sin()
+    return cos, sin
 
 
 def _llama3(frequency: Tensor, rope: Rope) -> Tensor:
@@ -47,14 +53,25 @@ def _llama3(frequency: Tensor, rope: Rope) -> Tensor:
 
 
 class Model:
-    """A decoder with its weights and rotary tables for `max_positions` positions (default: all the model allows)."""
+    """A decoder with its weights and rotary tables for `max_positions` positions (default: all the model allows).
+
+    Raises:
+        ValueError: The free memory has no room for the tables.
+    """
 
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, max_positions: int | None = None) -> None:
         self.config, self.weights, self.ops = config, weights, ops
         self.max_positions = max_positions or config.max_position_embeddings
         self.scale = config.head_dim**-0.5
         tables: dict[Rope, tuple[Tensor, Tensor]] = {}
-        for rope in {config.layer_rope(layer) for layer in range(config.num_hidden_layers)}:
+        ropes = {config.layer_rope(layer) for layer in range(config.num_hidden_layers)}
+        size = len(ropes) * self.max_positions * config.head_dim * 4
+        if size > (free := free_bytes(weights.device)):
+            raise ValueError(
+                f"the rotary tables of {self.max_positions} positions are {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+                "are free; lower max_model_len"
+            )
+        for rope in ropes:
             cos, sin = rope_table(rope, config.head_dim, self.max_positions)
             if config.rope_dtype == "model":
                 cos, sin = cos.to(weights.dtype).float(), sin.to(weights.dtype).float()

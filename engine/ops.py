@@ -90,7 +90,11 @@ class Ops(Protocol):
         self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor,
         position: Tensor, out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Draw int32 [B] after temperature (0 = argmax), top-k (0 = off), top-p and min-p; -1 where all are NaN."""
+        """Draw int32 [B] after temperature (0 = argmax), top-k (0 = off), top-p and min-p; -1 where all are NaN.
+
+        The largest logit is taken off before the temperature divides; where there are logits of +inf, only they are
+        drawn, each as likely as the others.
+        """
         ...
 
     def advance(self, chosen: Tensor, tokens: Tensor, positions: Tensor, places: Tensor, history: Tensor) -> None:
@@ -336,13 +340,16 @@ class ReferenceOps(Composed):
         position: Tensor, out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         out = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device) if out is None else out
-        drawn = temperature > 0
-        scores = logits.float() * torch.where(drawn, 1 / temperature, 1.0)[:, None]
-        noise = gumbel(seed, position, scores.shape[1]) if bool(drawn.any()) else torch.zeros_like(scores)
-        for row in drawn.nonzero()[:, 0].tolist():
-            kept = _kept(scores[row], int(top_k[row]), float(top_p[row]), float(min_p[row]))
-            scores[row] = (scores[row] + noise[row]).masked_fill(~kept, torch.nan)
-        return out.copy_(_first_greatest(scores))
+        rows = (temperature > 0).nonzero()[:, 0]
+        noisy = logits.to(torch.float32, copy=True)
+        noise = gumbel(seed[rows], position[rows], logits.shape[1])
+        for row, own in zip(rows.tolist(), noise, strict=True):
+            inverse, usable = 1 / temperature[row], ~noisy[row].isnan()
+            values = noisy[row].masked_fill(~usable, -torch.inf)
+            scores = _scores(values, values.max(), inverse)
+            kept = usable & _kept(values, scores, inverse, int(top_k[row]), float(top_p[row]), float(min_p[row]))
+            noisy[row] = (scores + own).masked_fill(~kept, torch.nan)
+        return out.copy_(_first_greatest(noisy))
 
     def advance(self, chosen: Tensor, tokens: Tensor, positions: Tensor, places: Tensor, history: Tensor) -> None:
         positions += 1
@@ -360,18 +367,21 @@ def _first_greatest(scores: Tensor) -> Tensor:
     return chosen.masked_fill(unusable.all(-1), -1)
 
 
-def _kept(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Which of one row of scores [V], after temperature, top-k, top-p and min-p leave; equals of the last kept stay."""
-    usable = ~scores.isnan()
-    scores = scores.masked_fill(~usable, -torch.inf)
+def _scores(logits: Tensor, largest: Tensor, inverse: Tensor) -> Tensor:
+    """(logits - largest) / temperature, by its inverse: 0 for the largest, be it infinite or the temperature tiny."""
+    return torch.where(logits == largest, 0.0, (logits - largest) * inverse)
+
+
+def _kept(logits: Tensor, scores: Tensor, inverse: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Which of one row of logits [V] with these scores top-k, top-p and min-p leave; equals of the last kept stay."""
     floor = -torch.inf
-    if 0 < top_k < scores.shape[0]:
-        floor = scores.topk(top_k).values[-1]
+    if 0 < top_k < logits.shape[0]:
+        floor = logits.topk(top_k).values[-1]
     if top_p < 1:
-        ordered = scores[scores >= floor].sort(descending=True).values
-        mass = ordered.double().softmax(-1).cumsum(-1)
+        ordered = logits[logits >= floor].sort(descending=True).values
+        mass = _scores(ordered, ordered[0], inverse).double().softmax(-1).cumsum(-1)
         floor = ordered[int((mass < top_p).sum().clamp(max=len(ordered) - 1))]
-    return usable & (scores >= floor) & (torch.exp(scores - scores.max()) >= min_p)
+    return (logits >= floor) & (torch.exp(scores) >= min_p)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ the next step takes it from.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,8 +33,9 @@ class Result(NamedTuple):
     """What a request's part of a step led to."""
 
     request: Request
-    token: int  # chosen; -1 where every logit was NaN
+    token: int  # chosen; -1 where every logit was NaN, be it one that a token of the prompt was to be scored by
     logprobs: TokenLogprobs | None
+    after: int  # how many of its tokens those logits followed
 
 
 @dataclass
@@ -109,18 +111,23 @@ class Runner:
         """What the first step that is not waited for has led to, when it has ended."""
         pending = self._pending.popleft()
         tokens = pending.wait()
+        unusable = []
         for row, (request, place) in enumerate(pending.prompt_places):
             assert pending.prompt is not None
             most = request.params.prompt_logprobs
-            request.prompt_logprobs[place] = pending.prompt.of(row, request.tokens[place], most or 0)
-        results = [Result(request, token, None) for request, token in zip(pending.requests, tokens, strict=True)]
+            scored = pending.prompt.of(row, request.tokens[place], most or 0)
+            request.prompt_logprobs[place] = scored
+            if math.isnan(scored.logprob):
+                unusable.append(Result(request, -1, None, place))
+        pairs = zip(pending.requests, tokens, strict=True)
+        results = [Result(request, token, None, len(request.tokens)) for request, token in pairs]
         for row, index in enumerate(pending.reported):
             assert pending.logprobs is not None
-            request, token, _ = results[index]
-            if token >= 0:
-                logprobs = pending.logprobs.of(row, token, request.params.logprobs or 0)
-                results[index] = Result(request, token, logprobs)
-        return results
+            result = results[index]
+            if result.token >= 0:
+                logprobs = pending.logprobs.of(row, result.token, result.request.params.logprobs or 0)
+                results[index] = result._replace(logprobs=logprobs)
+        return unusable + results
 
     def _assign(self, cache: PagedCache, work: list[Work]) -> None:
         changed = {}

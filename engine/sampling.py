@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 TOP_K_MAX = 2**31 - 1
 MOST_COMPLETIONS = 128
 MOST_LOGPROBS = 20
+# Kernels compute in float32: what is zero or infinite there would be another setting, or none.
+_LEAST, _MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
 def _number(name: str, value: object, right: str, low: float, high: float, open_low: bool = False) -> None:
@@ -63,11 +65,12 @@ class SamplingParams:
         least = 1 if self.prompt_logprobs is None else 0
         right = f"an integer of at least {least}" + ("" if least else " (1 without prompt_logprobs)")
         _integer("max_new_tokens", self.max_new_tokens, right, least, TOP_K_MAX)
-        _number("temperature", self.temperature, "a finite number, 0 or more", 0.0, math.inf)
+        _number("temperature", self.temperature, "a finite number, 0 or more, up to 3.4e38", 0.0, _MOST)
         _integer("top_k", self.top_k, "an integer, 0 (off) or more", 0, TOP_K_MAX)
         _number("top_p", self.top_p, "a number above 0 and up to 1", 0.0, 1.0, open_low=True)
         _number("min_p", self.min_p, "a number from 0 to 1", 0.0, 1.0)
-        _number("repetition_penalty", self.repetition_penalty, "a finite number above 0", 0.0, math.inf, True)
+        right = "a finite number above 0, from 1.2e-38 to 3.4e38"
+        _number("repetition_penalty", self.repetition_penalty, right, _LEAST, _MOST)
         if self.seed is not None:
             _integer("seed", self.seed, "None or an integer from 0 to 2^63 - 1", 0, 2**63 - 1)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop

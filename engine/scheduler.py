@@ -74,6 +74,11 @@ class Sequence:
         self.tokens = list(self.tokens)
         self.length = self.prompt_length = len(self.tokens)
 
+    @property
+    def positions(self) -> int:
+        """Of the cache that it fills, at most: its last token is chosen, and never computed."""
+        return self.limit - 1
+
 
 class Work(NamedTuple):
     """A part of a step: `count` tokens of a sequence, from position `begin` on."""
@@ -129,7 +134,7 @@ class Scheduler:
         pool: The pages.
         max_running: Sequences that run together.
         step_tokens: Tokens of a step, at most.
-        max_len: Tokens of a sequence, at most: prompt and generated.
+        max_len: Positions of a sequence, at most (see Sequence.positions).
         ageing: Steps of waiting that make up for one level of priority.
         clock: Seconds, for deadlines.
         mixed: Whether a step may have both tokens that decode and prompts; else it has prompts wherever there are some,
@@ -190,7 +195,7 @@ class Scheduler:
     def check(self, sequence: Sequence) -> None:
         """Raises ValueError where `add` would."""
         name = f"sequence {sequence.id!r}"
-        pages, parent = self.pool.pages_for(sequence.limit - 1), sequence.parent
+        pages, parent = self.pool.pages_for(sequence.positions), sequence.parent
         if sequence.id in self._live:
             raise ValueError(f"{name} is live already; an id can be used again when its sequence has ended")
         if sequence.state != "new":
@@ -199,8 +204,8 @@ class Scheduler:
             raise ValueError(f"{name} has no tokens; it must have at least one")
         if sequence.limit <= sequence.prompt_length:
             raise ValueError(f"{name} has {sequence.prompt_length} tokens and a limit of {sequence.limit}: none is new")
-        if sequence.limit > self.max_len:
-            raise ValueError(f"{name} has a limit of {sequence.limit} tokens, above max_len = {self.max_len}")
+        if sequence.positions > self.max_len:
+            raise ValueError(f"{name} takes {sequence.positions} positions, above max_len = {self.max_len}")
         if pages > self.pool.pages:
             raise ValueError(f"{name} takes {pages} pages for {sequence.limit} tokens; the pool has {self.pool.pages}")
         if sequence.priority < 0:
@@ -354,7 +359,7 @@ class Scheduler:
         if self.pool.available < self.pool.pages_for(sequence.length) - len(pages) + len(self.running):
             self.pool.release(pages)
             return False
-        if not sequence.preemptions:
+        if not sequence.preemptions and parent is None:  # a fork's prompt is its parent's
             self.pool.hits.record(sequence.length, computed)
         sequence.pages, sequence.computed, sequence.registered = pages, computed, len(pages)
         if copied is not None:

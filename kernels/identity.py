@@ -1,40 +1,43 @@
 """Identity of a function: a digest that changes when what it compiles to may change, and not otherwise.
 
 It covers the code of the function and of all it reaches inside this package: device functions, PTX instructions, what
-makes these, and the constants they close over. Code is the syntax tree written out again, so that comments, docstrings
-and layout are no part of it, and Python 3.11 and 3.12 agree on it. Names of other packages stand for themselves: their
-versions are kept beside each cubin (`kernels.launch`).
+makes these, and the constants they close over. Code is its tokens, so that comments, docstrings and layout are no part
+of it, and Python 3.11 and 3.12 agree on it. Names of other packages stand for themselves: their versions are kept
+beside each cubin (`kernels.cubins`).
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import enum
 import functools
 import hashlib
-import sys
-from pathlib import Path
+import linecache
+import tokenize
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 _PACKAGE = __name__.partition(".")[0]
-_known: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_known: WeakKeyDictionary[FunctionType, str] = WeakKeyDictionary()
 
 
 def identity(value: Any) -> str:
-    """What tells `value` apart: a digest for a function or a class of this package, and for what Numba compiles; the
-    name for those of other packages; text for constants.
+    """What tells `value` apart: a digest for a function of this package, and for what Numba compiles; the name for
+    classes and what is of other packages; text for constants.
 
     Raises TypeError for an object that nothing is known to tell from another of its type.
     """
     if isinstance(value, ModuleType):
         return value.__name__
-    if isinstance(value, type | FunctionType) and _is_ours(value):
+    if isinstance(value, FunctionType) and _is_ours(value):
         return code_identity(value)
     if isinstance(value, type | FunctionType | BuiltinFunctionType):
         return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, functools.partial):
+        return f"partial({identity([value.func, value.args, value.keywords])})"
     # Behind a Numba dispatcher, an intrinsic, a cached function.
     for attribute in ("py_func", "_defn", "__wrapped__"):
         inner = getattr(value, "__dict__", {}).get(attribute)
@@ -50,54 +53,72 @@ def identity(value: Any) -> str:
         return str(value)
     if dataclasses.is_dataclass(value):
         fields = (f"{field.name}={identity(getattr(value, field.name))}" for field in dataclasses.fields(value))
-        return f"{identity(type(value))}({', '.join(fields)})"
+        return f"{type(value).__qualname__}({', '.join(fields)})"
     text = repr(value)
     if " at 0x" in text:
         raise TypeError(f"{text}: a kernel's key cannot tell it from another {type(value).__qualname__}")
     return text
 
 
-def code_identity(owner: type | FunctionType) -> str:
-    """The digest of a function or a class, whatever package it is of."""
-    if owner not in _known:
-        _known[owner] = "again"  # where it reaches itself
-        _known[owner] = hashlib.sha256(_text(owner).encode()).hexdigest()
-    return _known[owner]
+def code_identity(function: FunctionType) -> str:
+    """The digest of a function, whatever package it is of."""
+    if function not in _known:
+        _known[function] = "again"  # where it reaches itself
+        _known[function] = hashlib.sha256("\n".join(_lines(function)).encode()).hexdigest()
+    return _known[function]
 
 
-def _is_ours(owner: Any) -> bool:
-    name = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__
+def _is_ours(value: FunctionType | ModuleType) -> bool:
+    name = value.__name__ if isinstance(value, ModuleType) else value.__module__
     return (name or "").partition(".")[0] == _PACKAGE
 
 
-def _text(owner: type | FunctionType) -> str:
-    """Code of a function or a class, and what each name in it stands for."""
-    if isinstance(owner, type):
-        return _syntax(owner.__module__).classes[owner.__qualname__]
-    written = _written(owner)
-    closed = dict(zip(owner.__code__.co_freevars, owner.__closure__ or (), strict=True))
-    lines = [written.text, identity(owner.__defaults__)]
-    for name, attributes in written.names.items():
+def _lines(function: FunctionType) -> Iterable[str]:
+    """The function's code, and what each name in it stands for."""
+    words = _words(function.__code__)
+    yield " ".join(words)
+    yield identity(function.__defaults__)
+    closed = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    for name in _names(words):
         if name in closed:
             value = closed[name].cell_contents
-        elif name in owner.__globals__:
-            value = owner.__globals__[name]
+        elif name in function.__globals__:
+            value = function.__globals__[name]
         else:
-            continue  # its own, or a builtin
-        if isinstance(value, ModuleType) and _is_ours(value):
-            found = [attribute for attribute in attributes if hasattr(value, attribute)]
-            lines += [f"{name}.{attribute} = {identity(getattr(value, attribute))}" for attribute in found]
-        else:
-            lines.append(f"{name} = {identity(value)}")
-    return "\n".join(lines)
+            continue  # no name, its own, or a builtin
+        if not isinstance(value, ModuleType) or not _is_ours(value):
+            yield f"{name} = {identity(value)}"
+            continue
+        for attribute in dict.fromkeys(after for before, after in _attributes(words) if before == name):
+            if hasattr(value, attribute):
+                yield f"{name}.{attribute} = {identity(getattr(value, attribute))}"
 
 
-def _written(function: FunctionType) -> _Function:
-    """What the function's file says; of one without a file its bytecode, which depends on Python's version too."""
-    module, code = sys.modules.get(function.__module__), function.__code__
-    if module is not None and getattr(module, "__file__", None) == code.co_filename:
-        return _syntax(function.__module__).functions[code.co_firstlineno]
-    return _Function(_bytecode(code), {name: list(code.co_names) for name in (*code.co_names, *code.co_freevars)})
+def _names(words: list[str]) -> Iterable[str]:
+    """Words that may name something outside: no attributes, no keywords of a call, nothing defined or assigned here."""
+    around = zip(["", *words], words, [*words[1:], ""], strict=False)
+    return dict.fromkeys(word for before, word, after in around if before not in (".", "def") and after != "=")
+
+
+def _attributes(words: list[str]) -> Iterable[tuple[str, str]]:
+    """Names with what they are asked for, as in `ptx.mbarrier_init`."""
+    return ((words[i - 1], words[i + 1]) for i in range(1, len(words) - 1) if words[i] == ".")
+
+
+def _words(code: CodeType) -> list[str]:
+    """The tokens of a function, its decorators first; of one without a file its bytecode, which is its Python's."""
+    starts, words, ends = _tokens(code.co_filename)
+    if not starts:
+        return [_bytecode(code), *code.co_freevars, *(word for name in code.co_names for word in (".", name))]
+    begin = bisect_left(starts, code.co_firstlineno)
+    # Up to the end of its last statement.
+    return words[begin : ends[bisect_right(ends, bisect_left(starts, _last_line(code)))]]
+
+
+def _last_line(code: CodeType) -> int:
+    inner = (value for value in code.co_consts if isinstance(value, CodeType))
+    own = (line for _, _, line in code.co_lines() if line is not None)
+    return max(*own, *map(_last_line, inner), code.co_firstlineno)
 
 
 def _bytecode(code: CodeType) -> str:
@@ -105,50 +126,44 @@ def _bytecode(code: CodeType) -> str:
     return f"{code.co_code.hex()} {constants} {code.co_names}"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Function:
-    """What is written of a function. names: each with the attributes it is asked for, as in `ptx.mbarrier_init`."""
-
-    text: str
-    names: dict[str, list[str]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Syntax:
-    """What a file defines. functions: by first line, that of the decorators, as their code objects have it."""
-
-    functions: dict[int, _Function]
-    classes: dict[str, str]
-
-
 @functools.cache
-def _syntax(module: str) -> _Syntax:
-    file = sys.modules[module].__file__
-    assert file is not None
-    tree = ast.parse(Path(file).read_bytes())
-    nodes = list(ast.walk(tree))
-    for node in nodes:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node, clean=False) is not None:
-            node.body[0] = ast.Pass()
-    functions: dict[int, _Function] = {}
-    for node in nodes:
-        if isinstance(node, ast.FunctionDef | ast.Lambda):
-            decorators = [decorator.lineno for decorator in getattr(node, "decorator_list", [])]
-            line = min([node.lineno, *decorators])
-            # Of two lambdas in a line each counts as both.
-            before = functions.get(line, _Function("", {}))
-            functions[line] = _Function(before.text + ast.unparse(node), before.names | _names(node))
-    classes = {node.name: ast.unparse(node) for node in nodes if isinstance(node, ast.ClassDef)}
-    return _Syntax(functions, classes)
+def _tokens(file: str) -> tuple[list[int], list[str], list[int]]:
+    """A file's tokens without comments and docstrings: the line of each, its text, and the places behind statements."""
+    lines = linecache.getlines(file)
+    starts: list[int] = []
+    words: list[str] = []
+    ends: list[int] = []
+    formatted: tuple[int, int] | None = None  # where an f-string began, which Python 3.12 takes apart
+    nested = 0
+    for token in tokenize.generate_tokens(iter(lines).__next__) if lines else ():
+        name = tokenize.tok_name[token.type]
+        if name == "FSTRING_START":
+            formatted, nested = formatted or token.start, nested + 1
+        elif name == "FSTRING_END":
+            nested -= 1
+        if formatted is not None and (name != "FSTRING_END" or nested):
+            continue
+        if token.type in (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER):
+            continue
+        line, text = token.start[0], {tokenize.INDENT: "{", tokenize.DEDENT: "}"}.get(token.type, token.string)
+        if formatted is not None:
+            line, text, formatted = formatted[0], _between(lines, formatted, token.end), None
+        if token.type == tokenize.NEWLINE:
+            text = ";"
+            # A string that is a statement says nothing to the compiler.
+            if words and words[-1][-1:] in "\"'" and (len(words) < 2 or words[-2] in "{};"):
+                starts.pop()
+                words.pop()
+                line, text = token.start[0], "pass ;"
+        starts.append(line)
+        words.append(text)
+        if token.type == tokenize.NEWLINE:
+            ends.append(len(words))
+    return starts, words, ends
 
 
-def _names(node: ast.AST) -> dict[str, list[str]]:
-    names: dict[str, list[str]] = {}
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.Name):
-            names.setdefault(inner.id, [])
-        elif isinstance(inner, ast.Attribute) and isinstance(inner.value, ast.Name):
-            attributes = names.setdefault(inner.value.id, [])
-            if inner.attr not in attributes:
-                attributes.append(inner.attr)
-    return names
+def _between(lines: list[str], begin: tuple[int, int], end: tuple[int, int]) -> str:
+    if begin[0] == end[0]:
+        return lines[begin[0] - 1][begin[1] : end[1]]
+    whole = lines[begin[0] - 1 : end[0]]
+    return "".join([whole[0][begin[1] :], *whole[1:-1], whole[-1][: end[1]]])

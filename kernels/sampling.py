@@ -13,6 +13,9 @@ onto the lower). Sums of subsets use the same tree, so that a larger subset neve
 split: a 16-bit logit is one of 65536, so the likelihoods of a row are added as (number of equal logits) * (likelihood
 in units of 2**-40, rounded down), in 64-bit integers. Such sums are exact: they depend on no order, nor on the number
 of blocks. A share of the mass (top_p) is compared with them in fp64. All else is as in naive, to the bit.
+
+In both the largest logit is taken off before the rest is divided by the temperature, so that no temperature makes the
+likeliest tokens infinite or NaN, and equal ones stay equally likely (`_score`).
 """
 
 from __future__ import annotations
@@ -44,8 +47,10 @@ SETTINGS = {
 def reference_filter(
     logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> torch.Tensor:
-    """One row of logits [V] divided by temperature, what the filters drop at -inf: transformers' order and rules."""
-    x = logits.double() / temperature
+    """One row of logits [V], not NaN, less the largest and divided by temperature, what the filters drop at -inf:
+    transformers' order and rules. The largest are at 0, infinite ones too."""
+    x = logits.double()
+    x = torch.where(x == x.max(), 0.0, (x - x.max()) / temperature)
     if 0 < top_k < len(x):
         x = x.masked_fill(x < torch.topk(x, top_k).values[-1], -math.inf)
     if top_p < 1.0:
@@ -98,9 +103,17 @@ def _gumbel(token, position, seed):
 
 
 @device_function
+def _score(logit, largest, inverse):
+    """(logit - largest) / temperature, by its inverse: 0 for the largest, be it infinite or the temperature tiny."""
+    if logit == largest:
+        return float32(0.0)
+    return ptx.mul_rn_f32(ptx.add_rn_f32(logit, -largest), inverse)
+
+
+@device_function
 def _ordered(value):
-    """uint32 that orders as the float does (NaN must not come)."""
-    bits = ptx.bits_from_f32(value)
+    """uint32 that orders as the float does, 0 and -0 alike (NaN must not come)."""
+    bits = ptx.bits_from_f32(ptx.add_rn_f32(value, float32(0.0)))
     if bits & uint32(0x80000000):
         return uint32(bits ^ uint32(0xFFFFFFFF))
     return uint32(bits | uint32(0x80000000))
@@ -156,25 +169,14 @@ def naive_sample(dtype: str) -> Kernel:
     load = device.load(dtype)
 
     @device_function
-    def scaled(logits, index, inverse):
-        value = load(logits, index) * inverse
-        # NaN never wins: it counts as the least of logits.
-        return value if value == value else float32(-math.inf)
-
-    @device_function
-    def likelihood(value, largest):
-        """Probability relative to the likeliest token's; 1 for that one even where it is infinite."""
-        return float32(1.0) if value == largest else device.exp(value - largest)
-
-    @device_function
     def weight_from(logits, row, vocabulary, inverse, largest, floor, by_mass, shared, thread):
-        """Sum over the tokens at or above `floor` of their likelihood, or of 1 each."""
+        """Sum over the tokens at or above `floor` of their likelihood relative to the likeliest's, or of 1 each."""
         total = float32(0.0)
         i = thread
         while i < vocabulary:
-            value = scaled(logits, row + i, inverse)
-            if _ordered(value) >= floor:
-                total = total + (likelihood(value, largest) if by_mass else float32(1.0))
+            logit = load(logits, row + i)
+            if logit == logit and _ordered(logit) >= floor:
+                total = total + (device.exp(_score(logit, largest, inverse)) if by_mass else float32(1.0))
             i += THREADS
         return device.block_sum(shared, thread, total, THREADS)
 
@@ -192,7 +194,9 @@ def naive_sample(dtype: str) -> Kernel:
         largest = float32(-math.inf)
         i = thread
         while i < vocabulary:
-            largest = max(largest, scaled(logits, row + i, inverse))
+            logit = load(logits, row + i)
+            if logit > largest:  # never a NaN
+                largest = logit
             i += THREADS
         largest = device.block_max(shared, thread, largest, THREADS)
 
@@ -223,11 +227,16 @@ def naive_sample(dtype: str) -> Kernel:
         best_token = NOTHING
         i = thread
         while i < vocabulary:
-            value = scaled(logits, row + i, inverse)
-            kept = greedy or (_ordered(value) >= floor and likelihood(value, largest) >= min_ps[batch])
-            if kept and load(logits, row + i) == load(logits, row + i):
+            value = load(logits, row + i)
+            kept = value == value
+            if kept and not greedy:
+                kept = _ordered(value) >= floor
+                value = _score(value, largest, inverse)
+                if kept:
+                    kept = device.exp(value) >= min_ps[batch]
+            if kept:
                 if not greedy:
-                    value = value + _gumbel(i, positions[batch], uint64(seeds[batch]))
+                    value = ptx.add_rn_f32(value, _gumbel(i, positions[batch], uint64(seeds[batch])))
                 if value > best or (value == best and best_token == NOTHING):
                     best = value
                     best_token = i
@@ -265,8 +274,8 @@ def naive_repetition_penalty(dtype: str) -> Kernel:
 
 SPLIT_THREADS = 256
 WARPS = SPLIT_THREADS // 32
-# Of a row's workspace, in 32-bit words: blocks that have arrived, least logit kept (as `_ordered`), largest logit; then
-# from PLACES on the best value and token of each block. Behind this HEAD, which is all that argmax needs, the groups of
+# Of a row's workspace, in 32-bit words: blocks that have arrived, least logit kept, largest logit; then from PLACES on
+# the best value and token of each block. Behind this HEAD, which is all that argmax needs, the groups of
 # 256 logits (by the upper byte of their place in the order of all) that occur in the row, and how often each logit
 # occurs. The first word and all behind the head are zero between launches.
 ARRIVED, FLOOR, LARGEST, PLACES = 0, 1, 2, 4
@@ -304,7 +313,7 @@ def _logit_f16(word, half):
 
 @device_function
 def _place_f16(value):
-    bits = uint32(ptx.cvt_rn_f16_f32(value))
+    bits = uint32(ptx.cvt_rn_f16_f32(ptx.add_rn_f32(value, float32(0.0))))
     if bits & uint32(0x8000):
         return uint32(bits ^ uint32(0xFFFF))
     return uint32(bits | uint32(0x8000))
@@ -331,16 +340,19 @@ _LOGITS = {
 
 
 @device_function
-def _times(value, inverse):
-    """The logit divided by the temperature; NaN counts as the least of logits."""
-    scaled = ptx.mul_rn_f32(value, inverse)
-    return scaled if scaled == scaled else float32(-math.inf)
+def _largest_of_block(values, thread, value):
+    """The block's largest value, in all threads. One barrier.
 
-
-@device_function
-def _likelihood(value, largest):
-    """Probability relative to the likeliest token's; 1 for that one even where it is infinite."""
-    return float32(1.0) if value == largest else device.exp(value - largest)
+    values f32[WARPS], shared: a barrier is needed before they are used again. No value may be NaN.
+    """
+    for step in range(5):
+        value = ptx.max_f32(value, ptx.shfl_sync_bfly_f32(ptx.FULL_MASK, value, uint32(16 >> step)))
+    if thread & 31 == 0:
+        values[thread >> 5] = value
+    cuda.syncthreads()
+    for w in range(WARPS):
+        value = ptx.max_f32(value, values[w])
+    return value
 
 
 @device_function
@@ -468,29 +480,31 @@ def _sum_up_to(sums, thread, value):
 
 @kernel_factory
 def split_floor(dtype: str) -> Kernel:
-    """logits [B, V], temperature, top_k, top_p, min_p [B], workspace, V; grid (blocks a row, B).
+    """logits [B, V], temperature, top_k, top_p [B], workspace, V; grid (blocks a row, B).
 
-    dtype: "bf16" or "f16". For rows with filters: the largest logit and the least that top_k and top_p keep, to the
-    workspace.
+    dtype: "bf16" or "f16". Of rows that are not greedy: the largest logit, and the least that top_k and top_p keep, to
+    the workspace.
     """
     logit_of, place_of, logit_at = _LOGITS[dtype]
 
     @device_function
     def weigh(count, place, least, inverse, largest, by_mass):
-        """What `count` logits at `place` in the order of all weigh: 1 each or their likelihood; 0 below least."""
-        value = _times(logit_at(place), inverse)
-        if count == 0 or _ordered(value) < least:
+        """What `count` logits at `place` in the order of all weigh: 1 each, or their likelihood relative to that of the
+        largest; 0 below the place `least`."""
+        if count == 0 or place < least:
             return uint64(0)
         if not by_mass:
             return uint64(count)
-        return uint64(count) * uint64(_likelihood(value, largest) * float32(2.0**40))
+        likelihood = device.exp(_score(logit_at(place), largest, inverse))
+        return uint64(count) * uint64(likelihood * float32(2.0**40))
 
-    def floor(logits, temperatures, top_ks, top_ps, min_ps, workspace, vocabulary):
+    def floor(logits, temperatures, top_ks, top_ps, workspace, vocabulary):
         ptx.griddepcontrol_launch_dependents()
         groups = cuda.shared.array(GROUPS, uint64)
         sums = cuda.shared.array(WARPS, uint64)
         found = cuda.shared.array(2, uint32)
         above = cuda.shared.array(1, uint64)
+        values = cuda.shared.array(WARPS, float32)
         last = cuda.shared.array(1, int32)
         counts = cuda.local.array(8, int32)
         thread = int64(cuda.threadIdx.x)
@@ -500,9 +514,12 @@ def split_floor(dtype: str) -> Kernel:
         ptx.griddepcontrol_wait()
         temperature, top_k, top_p = temperatures[batch], top_ks[batch], top_ps[batch]
         by_count = 0 < top_k < vocabulary
-        if temperature > float32(0.0) and (by_count or top_p < float32(1.0) or min_ps[batch] > float32(0.0)):
-            groups[thread] = uint64(0)
-            cuda.syncthreads()
+        filters = by_count or top_p < float32(1.0)
+        if temperature > float32(0.0):
+            if filters:
+                groups[thread] = uint64(0)
+                cuda.syncthreads()
+            largest = float32(-math.inf)
             vector = int64(cuda.blockIdx.x) * SPLIT_THREADS + thread
             while vector < vectors:
                 words = ptx.ld_global_v4(logits, row + vector * 8)
@@ -511,35 +528,29 @@ def split_floor(dtype: str) -> Kernel:
                         value = logit_of(words[e], half)
                         # Neither NaN nor -inf: they come last, weigh nothing, and may be most of the row.
                         if value > float32(-math.inf):
-                            place = place_of(value)
-                            ptx.red_add_relaxed_u32(workspace, base + COUNTS + int64(place), uint32(1))
-                            groups[place >> uint32(8)] = uint64(1)
+                            largest = ptx.max_f32(largest, value)
+                            if filters:
+                                place = place_of(value)
+                                ptx.red_add_relaxed_u32(workspace, base + COUNTS + int64(place), uint32(1))
+                                groups[place >> uint32(8)] = uint64(1)
                 vector += int64(cuda.gridDim.x) * SPLIT_THREADS
-            cuda.syncthreads()
-            if groups[thread] != uint64(0):
-                workspace[base + HEAD + thread] = 1
+            if filters:
+                cuda.syncthreads()
+                if groups[thread] != uint64(0):
+                    workspace[base + HEAD + thread] = 1
+            largest = _largest_of_block(values, thread, largest)
+            if thread == 0:
+                place = base + PLACES + int64(cuda.blockIdx.x)
+                ptx.st_global_b32(workspace, place, ptx.bits_from_f32(largest))
             if _is_last(workspace, base, thread, last):
-                # From here on thread t has the groups and the places of a group in descending order.
+                largest = float32(-math.inf)
+                if thread < cuda.gridDim.x:
+                    largest = ptx.f32_from_bits(ptx.ld_global_b32(workspace, base + PLACES + thread))
+                largest = _largest_of_block(values, thread, largest)
+                inverse = ptx.div_rn_f32(float32(1.0), temperature)
+                # Thread t has the groups, and the places of a group, in descending order.
                 mine = int64(GROUPS - 1) - thread
                 warp, lane = thread >> 5, thread & 31
-                if thread == 0:
-                    found[0] = uint32(0)
-                    found[1] = uint32(0)
-                occurs = workspace[base + HEAD + mine]
-                reached = _sum_up_to(sums, thread, uint64(occurs))[0]
-                if occurs != 0 and reached == uint64(1):
-                    found[0] = uint32(mine)
-                cuda.syncthreads()
-                highest = int64(found[0]) << 8
-                count = workspace[base + COUNTS + highest + mine]
-                reached = _sum_up_to(sums, thread, uint64(count))[0]
-                if count != 0 and reached == uint64(count):
-                    found[1] = uint32(highest + mine)
-                cuda.syncthreads()
-                inverse = ptx.div_rn_f32(float32(1.0), temperature)
-                largest = _times(logit_at(found[1]), inverse)
-                if found[1] == uint32(0):
-                    largest = float32(-math.inf)
 
                 # Each filter finds the group, then in it the place, at which the sum from above reaches what it wants.
                 least = uint32(0)
@@ -581,33 +592,35 @@ def split_floor(dtype: str) -> Kernel:
                             if reached >= wanted and reached - weight < wanted:
                                 found[1] = uint32(place)
                             cuda.syncthreads()
-                            least = _ordered(_times(logit_at(found[1]), inverse))
+                            least = found[1]
                         cuda.syncthreads()
 
                 if thread == 0:
-                    ptx.st_global_b32(workspace, base + FLOOR, least)
+                    kept = logit_at(least) if least != uint32(0) else float32(-math.inf)
+                    ptx.st_global_b32(workspace, base + FLOOR, ptx.bits_from_f32(kept))
                     ptx.st_global_b32(workspace, base + LARGEST, ptx.bits_from_f32(largest))
-                group = warp
-                while group < GROUPS:
-                    if workspace[base + HEAD + group] != 0:
-                        for i in range(2):
-                            place = base + COUNTS + group * 256 + i * 128 + lane * 4
-                            ptx.st_global_v4(workspace, place, uint32(0), uint32(0), uint32(0), uint32(0))
-                    group += WARPS
-                cuda.syncthreads()
-                workspace[base + HEAD + thread] = 0
+                if filters:
+                    group = warp
+                    while group < GROUPS:
+                        if workspace[base + HEAD + group] != 0:
+                            for i in range(2):
+                                place = base + COUNTS + group * 256 + i * 128 + lane * 4
+                                ptx.st_global_v4(workspace, place, uint32(0), uint32(0), uint32(0), uint32(0))
+                        group += WARPS
+                    cuda.syncthreads()
+                    workspace[base + HEAD + thread] = 0
 
-    kinds = (f"{dtype}*", "f32*", "i32*", "f32*", "f32*", "i32*", "i32")
+    kinds = (f"{dtype}*", "f32*", "i32*", "f32*", "i32*", "i32")
     return Kernel(f"sample_floor_split_{dtype}", floor, kinds, SPLIT_THREADS, blocks_per_sm=4, options=PROGRAMMATIC)
 
 
 @kernel_factory
 def split_sample(dtype: str) -> Kernel:
-    """logits [B, V], temperature, top_k, top_p, min_p, seed, position [B], out i32[B], workspace, V; grid (blocks a
-    row, B). After `split_floor` on the same workspace. dtype: "bf16" or "f16"."""
+    """logits [B, V], temperature, min_p, seed, position [B], out i32[B], workspace, V; grid (blocks a row, B). After
+    `split_floor` on the same workspace. dtype: "bf16" or "f16"."""
     logit_of = _LOGITS[dtype].of
 
-    def sample(logits, temperatures, top_ks, top_ps, min_ps, seeds, positions, out, workspace, vocabulary):
+    def sample(logits, temperatures, min_ps, seeds, positions, out, workspace, vocabulary):
         ptx.griddepcontrol_launch_dependents()
         values = cuda.shared.array(WARPS, float32)
         tokens = cuda.shared.array(WARPS, uint32)
@@ -622,23 +635,23 @@ def split_sample(dtype: str) -> Kernel:
         position, seed = positions[batch], uint64(seeds[batch])
         greedy = temperature <= float32(0.0)
         inverse = float32(1.0)
-        floor, largest = uint32(0), float32(0.0)
+        floor, largest = float32(-math.inf), float32(0.0)
         if not greedy:
             inverse = ptx.div_rn_f32(float32(1.0), temperature)
-            if 0 < top_ks[batch] < vocabulary or top_ps[batch] < float32(1.0) or min_p > float32(0.0):
-                floor = ptx.ld_global_b32(workspace, base + FLOOR)
-                largest = ptx.f32_from_bits(ptx.ld_global_b32(workspace, base + LARGEST))
+            floor = ptx.f32_from_bits(ptx.ld_global_b32(workspace, base + FLOOR))
+            largest = ptx.f32_from_bits(ptx.ld_global_b32(workspace, base + LARGEST))
         vector = int64(cuda.blockIdx.x) * SPLIT_THREADS + thread
         while vector < vectors:
             words = ptx.ld_global_v4(logits, row + vector * 8)
             for e in range(4):
                 for half in range(2):
-                    logit = logit_of(words[e], half)
-                    value = _times(logit, inverse)
-                    kept = greedy or _ordered(value) >= floor
-                    if kept and not greedy and min_p > float32(0.0):
-                        kept = _likelihood(value, largest) >= min_p
-                    if kept and logit == logit:
+                    value = logit_of(words[e], half)
+                    kept = value >= floor  # never a NaN
+                    if kept and not greedy:
+                        value = _score(value, largest, inverse)
+                        if min_p > float32(0.0):
+                            kept = device.exp(value) >= min_p
+                    if kept:
                         token = vector * 8 + 2 * e + half
                         if not greedy:
                             value = ptx.add_rn_f32(value, _gumbel(token, position, seed))
@@ -647,7 +660,7 @@ def split_sample(dtype: str) -> Kernel:
             vector += int64(cuda.gridDim.x) * SPLIT_THREADS
         _finish(values, tokens, last, workspace, base, thread, best, best_token, out)
 
-    kinds = (f"{dtype}*", "f32*", "i32*", "f32*", "f32*", "i64*", "i32*", "i32*", "i32*", "i32")
+    kinds = (f"{dtype}*", "f32*", "f32*", "i64*", "i32*", "i32*", "i32*", "i32")
     return Kernel(f"sample_split_{dtype}", sample, kinds, SPLIT_THREADS, options=PROGRAMMATIC)
 
 
@@ -704,11 +717,13 @@ def sample(
 ) -> torch.Tensor:
     """out[b] = a token drawn from row b's filtered distribution; -1 where all its logits are NaN.
 
-    logits [B, V] bf16, fp16 or fp32 contiguous. temperature f32[B]: logits are multiplied by 1 / temperature; 0 is
-    argmax. Then, in this order: top_k i32[B] keeps the k largest (0: all), top_p f32[B] the fewest likeliest tokens of
-    at least that mass (1: all), min_p f32[B] those at least that share as likely as the likeliest (0: all). Tokens
-    equal to the last kept are kept. The draw is the largest logit plus Gumbel noise by Philox4x32-10, its counter
-    (token, 0, position, 0), its key the seed: seed i64[B], position i32[B]. out i32[B]. Returns out.
+    logits [B, V] bf16, fp16 or fp32 contiguous. temperature f32[B], finite: scores are the logits less the largest of
+    the row, multiplied by 1 / temperature, and 0 for the largest, infinite ones too; temperature 0 is argmax. Then, in
+    this order: top_k i32[B] keeps the k largest (0: all), top_p f32[B] the fewest likeliest tokens of at least that
+    mass (1: all), min_p f32[B] those at least that share as likely as the likeliest (0: all). Tokens equal to the last
+    kept are kept. The draw is the largest score plus Gumbel noise by Philox4x32-10, its counter (token, 0, position,
+    0), its key the seed: seed i64[B], position i32[B]. A NaN is never drawn; where there are logits of +inf, only they
+    are, each as likely as the others. out i32[B]. Returns out.
     Raises TypeError or ValueError where shapes, dtypes or strides do not fit.
     """
     dtype = check.dtype_name("sample", "logits", logits)
@@ -802,10 +817,9 @@ def sample_split(
     _check_workspace("sample_split", workspace, sample_workspace_size(count))
     if count:
         grid = (_chunks(count, vocabulary), count)
-        filters = (temperature, top_k, top_p, min_p)
         dtype = check.HALVES[logits.dtype]
-        split_floor(dtype).launch(grid, logits, *filters, workspace, vocabulary)
-        split_sample(dtype).launch(grid, logits, *filters, seed, position, out, workspace, vocabulary)
+        split_floor(dtype).launch(grid, logits, temperature, top_k, top_p, workspace, vocabulary)
+        split_sample(dtype).launch(grid, logits, temperature, min_p, seed, position, out, workspace, vocabulary)
     return out
 
 

@@ -314,7 +314,7 @@ def bench_steps(context: Context, suite: str) -> None:
     with measurement_lock():
         llm = context.llm
         llm.release()  # these take caches of their own
-        chunk = (llm.engine.max_step_tokens,) if module is prefill else ()
+        chunk = (llm.engine.step_tokens,) if module is prefill else ()
         how = *chunk, llm.engine.captures
         module.bench(suite, context.rows, llm.model, context.workload, ceilings, *how, **context.knobs)
 

@@ -631,6 +631,7 @@ def count_unequal_requests(llm: LLM, prompts: list[list[int]]) -> int:
     ]
     longest = max(map(len, prompts)) + 2 * STEPS
     small = {"max_batch": len(prompts), "max_step_tokens": 24, "kv_tokens": longest + 16, "page_size": 8}
+    short = replace(llm.engine, max_model_len=longest)
     weights = llm.config, llm.weights
 
     def run(engine: EngineConfig, groups: list[list[int]]) -> list[Any]:
@@ -642,8 +643,8 @@ def count_unequal_requests(llm: LLM, prompts: list[list[int]]) -> int:
         ]
 
     order = list(range(len(prompts)))
-    together = run(replace(llm.engine, **small), [order])
-    alone = run(replace(llm.engine, max_batch=1, kv_tokens=2 * longest), [[i] for i in order])
+    together = run(replace(short, **small), [order])
+    alone = run(replace(short, max_batch=1, kv_tokens=2 * longest), [[i] for i in order])
     return sum(mine != theirs for a, b in zip(together, alone, strict=True) for mine, theirs in zip(a, b, strict=True))
 
 

@@ -122,6 +122,33 @@ def test_olmo3_windows_and_rope():
     assert config.layer_rope(3) == Rope(1e6, "linear", 4.0) and config.layer_rope(0) == Rope(1e4)
 
 
+@pytest.mark.parametrize(
+    "scaled",
+    [{"rope_type": "linear", "factor": 2.0}, {"type": "linear", "factor": 8}, LLAMA["rope_scaling"]],
+    ids=lambda rope: f"{rope.get('rope_type')} {rope['factor']}",
+)
+def test_flat_rope_of_olmo3_scales_no_layer_in_silence(scaled: dict[str, Any]):
+    fields = {k: v for k, v in OLMO3.items() if k not in ("rope_theta", "rope_scaling")}
+    with pytest.raises(
+        ConfigError, match=r"scales the layers of all types; .* give rope_parameters.full_attention and"
+    ):
+        ModelConfig.from_dict({**fields, "rope_parameters": {"rope_theta": 500000.0, **scaled}})
+    # In the older form scaling is of the layers of full attention, and unscaled both forms mean the same.
+    plain = ModelConfig.from_dict({**fields, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}})
+    assert plain.rope == plain.sliding_rope == Rope(1e5)
+    assert ModelConfig.from_dict({**OLMO3, "rope_scaling": scaled}).sliding_rope == Rope(500000.0)
+    nested = {
+        "full_attention": {**scaled, "rope_theta": 1e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e5},
+    }
+    with pytest.raises(ConfigError, match=r"rope_parameters.factor = 4.0 is beside 'full_attention'"):
+        ModelConfig.from_dict({**fields, "rope_parameters": {**nested, "factor": 4.0}})
+    # Where all layers are alike, so is their scaling.
+    fields = {k: v for k, v in MISTRAL.items() if k not in ("rope_theta", "rope_scaling")}
+    config = ModelConfig.from_dict({**fields, "rope_parameters": {"rope_theta": 1e5, **scaled}})
+    assert config.rope == config.sliding_rope and config.rope.factor == scaled["factor"]
+
+
 def test_both_generations_of_rope_fields():
     old = ModelConfig.from_dict(LLAMA)
     fields = {k: v for k, v in LLAMA.items() if k not in ("rope_theta", "rope_scaling")}

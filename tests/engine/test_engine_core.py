@@ -183,10 +183,13 @@ def collect(core: Engine, requests: list[Request]) -> None:
 
 def test_forks_compute_their_prompt_once():
     llm = make_llm("cpu", max_batch=4, prefix_cache=False)
+    enqueue, computed = llm.core.runner.enqueue, []
+    llm.core.runner.enqueue = lambda step: (computed.append(step.tokens), enqueue(step))  # type: ignore[assignment]
     done = llm.generate([list(range(2, 32))], SamplingParams(max_new_tokens=6, n=3, seed=5, ignore_eos=True))
     stats = llm.stats()
     assert [c.index for c in done] == [0, 1, 2] and len({tuple(c.token_ids) for c in done}) == 3
-    assert stats.prompt_tokens == 90 and stats.cached_tokens == 58
+    assert sum(computed) == 30 + 2 * 1 + 3 * 5  # the prompt, its last token for each fork, and what decodes
+    assert stats.prompt_tokens == 30 and stats.cached_tokens == 0 and llm.core.pool.hits.asked == 30
     for completion in done:
         params = SamplingParams(max_new_tokens=6, seed=5 + completion.index, ignore_eos=True)
         assert llm.generate([list(range(2, 32))], params)[0].token_ids == completion.token_ids
@@ -198,6 +201,20 @@ def test_a_shared_prompt_is_computed_once():
     first = llm.generate([list(range(2, 50))], params)
     again = llm.generate([[*range(2, 50), i] for i in range(60, 64)], params)
     assert first[0].cached_tokens == 0 and [c.cached_tokens for c in again] == [48] * 4
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 40])
+def test_siblings_are_no_hits_of_the_prefix_cache(length: int):
+    """What n completions of a prompt share of it is not found in the cache: what was there before is, once."""
+    llm = make_llm("cpu", max_batch=2)  # siblings wait, and find the first one's pages in the cache
+    prompt = list(range(2, 2 + length))
+    for n in (3, 4):
+        params = SamplingParams(max_new_tokens=3, n=n, seed=1, ignore_eos=True)
+        found = [c.cached_tokens for c in llm.generate([prompt], params)]
+        assert found == ([0] * n if n == 3 else [(length - 1) // 8 * 8] * n)
+    stats = llm.stats()
+    assert (stats.prompt_tokens, stats.cached_tokens) == (2 * length, (length - 1) // 8 * 8)
+    assert (llm.core.pool.hits.asked, llm.core.pool.hits.found) == (stats.prompt_tokens, stats.cached_tokens)
 
 
 def test_deadlines_and_what_is_left():
@@ -215,7 +232,7 @@ def test_deadlines_and_what_is_left():
 def test_what_can_never_run_is_refused_alone():
     llm = make_llm("cpu", max_batch=2, kv_tokens=32)
     (large,) = llm.requests(range(2, 32), SamplingParams(max_new_tokens=20))
-    with pytest.raises(ValueError, match=r"takes 7 pages for 50 tokens; the pool has 4"):
+    with pytest.raises(ValueError, match=r"takes 49 positions, above max_len = 32"):
         llm.core.add(large.request)
     (one,) = llm.requests([2, 3], SamplingParams(max_new_tokens=3), id="a")
     llm.core.add(one.request)
@@ -264,6 +281,88 @@ def test_scoring_alone_generates_nothing():
     assert done.token_ids == [] and done.finish_reason == "length" and len(done.prompt_logprobs or []) == 3
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [{}, {"batching": "inflight"}, {"cuda_graph": True}, {"max_step_tokens": 24}, {"kv_tokens": 64},
+     {"kv_cache": "contiguous"}, {"kv_cache": "none"}],
+    ids=str,
+)  # fmt: skip
+def test_whole_windows_are_scored(engine: dict[str, Any]):
+    """As evaluations do: prompts of just the greatest length, without a new token. What `check` passes can run."""
+    llm = make_llm("cpu", max_batch=2, max_model_len=64, **engine)
+    prompts = [[2 + i * 7 % 250 for i in range(length)] for length in (64, 63, 64)]
+    scored = SamplingParams(max_new_tokens=0, prompt_logprobs=1)
+    for done, prompt in zip(llm.generate(prompts, scored), prompts, strict=True):
+        assert done.finish_reason == "length" and done.token_ids == [] and done.prompt_logprobs is not None
+        assert len(done.prompt_logprobs) == len(prompt) and None not in done.prompt_logprobs[1:]
+    generated = llm.generate([prompts[1]], SamplingParams(max_new_tokens=1, prompt_logprobs=1, ignore_eos=True))[0]
+    assert generated.prompt_logprobs == llm.generate([prompts[1]], scored)[0].prompt_logprobs
+
+
+@pytest.mark.parametrize("engine", [{}, {"kv_tokens": 20}, {"kv_cache": "contiguous"}, {"max_model_len": 21}], ids=str)
+def test_one_arithmetic_of_lengths(engine: dict[str, Any]):
+    """Whatever `LLM.check` passes the scheduler takes, and runs; what it refuses is refused in the user's words."""
+    llm = make_llm("cpu", max_batch=1, page_size=8, **engine)
+    longest = llm.max_model_len
+    assert longest == {"kv_tokens": 24, "max_model_len": 21}.get(next(iter(engine), ""), 128)
+    for length in (1, longest - 2, longest - 1, longest, longest + 1):
+        for new in (0, 1, 2, longest - 1, longest):
+            params = SamplingParams(max_new_tokens=new, prompt_logprobs=0, ignore_eos=True)
+            if length + new > longest:
+                with pytest.raises(ValueError, match=rf"has {length} tokens and max_new_tokens = {new}: .* limit of"):
+                    llm.generate([[2] * length], params)
+            else:
+                assert len(llm.generate([[2] * length], params)[0].token_ids) == new
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("engine", [{}, {"cuda_graph": True}], ids=str)
+def test_log_probabilities_are_reported_before_adjustments(dtype: str, engine: dict[str, Any]):
+    config = ModelConfig.from_dict({**FIELDS, "torch_dtype": dtype})
+    weights = random_weights(config, "cpu", getattr(torch, dtype), 0)
+    llm = LLM((config, weights), EngineConfig(dtype=dtype, kv_cache="paged", max_batch=3, **engine))  # type: ignore[arg-type]
+    prompt = list(range(2, 12))
+    settings = [
+        {"logit_bias": {77: 100.0, 5: -100.0}}, {"frequency_penalty": 2.0, "repetition_penalty": 1.5},
+        {"min_tokens": 6, "stop_token_ids": list(range(100))}, {},
+    ]  # fmt: skip
+    params = [SamplingParams(max_new_tokens=6, temperature=0.0, logprobs=4, ignore_eos=True, **s) for s in settings]
+    for done in llm.generate([prompt] * len(params), params):
+        assert done.logprobs is not None
+        for at, found in enumerate(done.logprobs):
+            plain = SamplingParams(max_new_tokens=0, prompt_logprobs=4)
+            (score,) = llm.generate([[*prompt, *done.token_ids[: at + 1]]], plain)
+            assert score.prompt_logprobs is not None and score.prompt_logprobs[-1] == found
+    assert llm.generate([prompt], params[0])[0].token_ids == [77] * 6
+
+
+def test_logits_of_infinity_have_log_probabilities():
+    """As fp16 overflows to: those tokens have all of the probability, and nothing is NaN. NaN alone is an error."""
+    llm = make_llm("cpu", max_batch=2)
+    head, forward = llm.model.weights.lm_head, llm.model.forward
+    changed = {"by": {7: torch.inf, 9: torch.inf, 8: torch.nan}, "row": slice(None)}
+
+    def overflow(*args: Any, **kwargs: Any) -> Tensor:
+        logits = forward(*args, **kwargs).clone()
+        for token, value in changed["by"].items():
+            logits[changed["row"], token] = value
+        return logits
+
+    assert head.shape[0] == 256
+    llm.model.forward = overflow  # type: ignore[method-assign]
+    params = SamplingParams(max_new_tokens=5, logprobs=3, prompt_logprobs=2, seed=3, ignore_eos=True)
+    done = llm.generate([[2, 9, 4, 8]], params)[0]
+    assert set(done.token_ids) <= {7, 9} and done.logprobs and done.prompt_logprobs
+    for found in done.logprobs:
+        assert found.logprob == pytest.approx(-0.6931472) and found.rank == 1 and found.top[2][1] == -torch.inf
+    assert [found and found.logprob for found in done.prompt_logprobs] == [
+        None, pytest.approx(-0.6931472), -torch.inf, -torch.inf,
+    ]  # fmt: skip
+    changed["by"], changed["row"] = dict.fromkeys(range(256), torch.nan), 1  # of a prompt's token alone
+    with pytest.raises(ArithmeticError, match="every logit after token 1 of a request is NaN"):
+        llm.generate([[2, 9, 4, 8]], SamplingParams(max_new_tokens=0, prompt_logprobs=2))
+
+
 def test_adjusted_logits():
     llm = make_llm("cpu", max_batch=3)
     prompt = list(range(2, 12))
@@ -288,7 +387,52 @@ def test_memory_that_is_too_small_is_said():
     with pytest.raises(ValueError, match=r"kv_tokens = 0"):
         make_llm("cpu", kv_tokens=0)
     llm = make_llm("cpu", kv_tokens=20)
-    assert llm.core.pool.pages == 3
+    assert llm.core.pool.pages == 3 and llm.max_model_len == 24
+    assert make_llm("cpu", kv_tokens=1).max_model_len == 8  # what a request may have is what there is room for
+    with pytest.raises(ValueError, match=r"kv_tokens = 20 is room for 24 tokens, and max_model_len = 25; raise kv_"):
+        make_llm("cpu", kv_tokens=20, max_model_len=25)
+    assert make_llm("cpu", kv_tokens=20, kv_cache="contiguous").max_model_len == 128
+
+
+def test_caches_follow_the_memory_of_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    token = 2 * 2 * 1 * 64 * 2  # keys and values, layers, heads, elements, bytes
+    fields = {"max_batch": 40, "max_step_tokens": 1}
+
+    def free(size: float) -> None:
+        monkeypatch.setattr("engine.core.free_bytes", lambda device: size)
+
+    free(1e12)
+    assert make_llm("cpu", **fields).core.pool.pages == 40 * 16
+    free(2 * (100 * 8 * token) + 1e6)  # half of it, less what a pass takes
+    assert 16 <= make_llm("cpu", **fields).core.pool.pages < 40 * 16
+    free(2 * (10 * 8 * token))
+    with pytest.raises(ValueError, match=r"of memory are free: no room for the KV cache of one request of 128 tokens"):
+        _ = make_llm("cpu", **fields).core
+    with pytest.raises(ValueError, match=r"kv_tokens = 1000000 takes 0.5 GB, and 0.0 GB of memory are free; lower kv"):
+        _ = make_llm("cpu", kv_tokens=10**6, **fields).core
+    with pytest.raises(ValueError, match=r"a contiguous cache of 40 slots of 128 tokens is 0.0 GB, and .* are free"):
+        _ = make_llm("cpu", kv_cache="contiguous", **fields).core
+
+
+def test_a_great_many_positions():
+    """A cache is no larger than memory, and takes of it what is written; tables too large for it are refused."""
+    config = ModelConfig.from_dict({**FIELDS, "max_position_embeddings": 1 << 18, "torch_dtype": "bfloat16"})
+    weights = random_weights(config, "cpu", torch.bfloat16, 0)
+    llm = LLM((config, weights), EngineConfig(kv_cache="paged", max_batch=256))  # 34 GB if all were full
+    before = psutil.Process().memory_info().rss
+    assert len(llm.generate([[2, 3]], SamplingParams(max_new_tokens=2, ignore_eos=True))[0].token_ids) == 2
+    assert psutil.Process().memory_info().rss - before < 200 << 20
+    config = replace(config, max_position_embeddings=10**12)
+    with pytest.raises(ValueError, match=r"rotary tables of 1000000000000 positions are 256000.0 GB, and .* lower max"):
+        LLM((config, weights), EngineConfig(kv_cache="paged"))
+
+
+def test_steps_suit_the_device():
+    assert EngineConfig().step_tokens == 256 and EngineConfig(device="cuda").step_tokens == 2048
+    assert EngineConfig(max_step_tokens=7).step_tokens == 7
+    llm = make_llm("cpu", max_batch=3)
+    assert llm.core.scheduler.step_tokens == 256
+    assert make_llm("cpu", max_batch=300).core.scheduler.step_tokens == 300
 
 
 @pytest.mark.slow

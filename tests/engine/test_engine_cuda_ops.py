@@ -209,6 +209,39 @@ def test_sampling_draws_what_the_reference_draws():
     assert torch.equal(penalised[0].nan_to_num(), penalised[1].cpu().nan_to_num())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_infinite_logits_and_tiny_temperatures_are_drawn_alike(dtype: torch.dtype):
+    nan, inf = float("nan"), float("inf")
+    rows = [
+        [1.0, inf, -inf, inf, nan, 5.0, 0.0, inf],
+        [20.0, -20.0, 19.9, 0.0, 20.0, -inf, nan, 19.0],
+        [-inf, nan, -inf, -inf, -inf, nan, -inf, -inf],
+        [-7.0, -7.01, -900.0, -8.0, -7.0, -30.0, -7.5, -inf],
+    ]
+    cases = [(row, t, seed) for row in rows for t in (2.0**-149, 1e-38, 1e-20, 0.7, 100.0) for seed in range(4)]
+    count = len(cases)
+    logits = torch.tensor([row for row, _, _ in cases]).to(dtype)
+    for top_k, top_p, min_p in ((0, 1.0, 0.0), (2, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.3)):
+        settings = {
+            "temperature": torch.tensor([t for _, t, _ in cases]),
+            "top_k": torch.full((count,), top_k, dtype=torch.int32),
+            "top_p": torch.full((count,), top_p),
+            "min_p": torch.full((count,), min_p),
+            "seed": torch.tensor([seed for _, _, seed in cases]),
+            "position": torch.arange(count, dtype=torch.int32),
+        }
+        expected = ReferenceOps().sample(logits, **settings).tolist()
+        there = {name: value.to(DEVICE) for name, value in settings.items()}
+        for version, stride in (("naive", 3), ("split", 40)):  # the simulator is slow, and takes a few of them
+            some = slice(top_k, None, 1 if DEVICE == "cuda" else stride)
+            few = {name: value[some].contiguous() for name, value in there.items()}
+            found = cuda_ops(sampling=version).sample(logits[some].contiguous().to(DEVICE), **few)
+            assert found.tolist() == expected[some]
+        assert {token for token, (row, _, _) in zip(expected, cases, strict=True) if row is rows[0]} == {1, 3, 7}
+        cold = {(row[4], token) for token, (row, t, _) in zip(expected, cases, strict=True) if t < 1e-6}
+        assert {token for first, token in cold if first in (20.0, -7.0)} == {0, 4}
+
+
 def test_random_words_are_the_kernels():
     from kernels.sampling import philox
 

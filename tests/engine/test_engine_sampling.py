@@ -26,6 +26,8 @@ OPS = ReferenceOps()
     [
         ("max_new_tokens", 0, "at least 1"), ("max_new_tokens", 1.5, "integer"), ("max_new_tokens", True, "integer"),
         ("temperature", -0.1, "0 or more"), ("temperature", math.nan, "finite"), ("temperature", math.inf, "finite"),
+        ("temperature", 1e39, "up to 3.4e38"), ("repetition_penalty", 1e39, "3.4e38"),
+        ("repetition_penalty", 1e-39, "from 1.2e-38"),
         ("temperature", "1", "number"), ("top_k", -1, "0 .off. or more"), ("top_k", 1.0, "integer"),
         ("top_p", 0.0, "above 0 and up to 1"), ("top_p", 1.01, "above 0 and up to 1"), ("min_p", -0.1, "from 0 to 1"),
         ("min_p", 1.1, "from 0 to 1"), ("repetition_penalty", 0.0, "above 0"), ("repetition_penalty", None, "above 0"),
@@ -120,6 +122,41 @@ def test_ties_are_kept():
     logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]]).expand(200, -1)
     assert set(sample(logits, list(range(200)), top_k=1).tolist()) == {1, 2, 3}
     assert set(sample(logits, list(range(200)), top_p=0.1).tolist()) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-37, 3e-39, 1e-42, 2.0**-149])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.2}], ids=str)
+def test_tiny_temperatures_are_as_greedy_and_leave_ties_to_chance(temperature: float, settings: dict[str, Any]):
+    torch.manual_seed(3)
+    logits = torch.randn(50, 30) * torch.tensor([0.01, 1.0, 30.0, 1e4, 1e30]).repeat(10)[:, None]
+    found = sample(logits, list(range(50)), temperature=temperature, **settings)
+    assert torch.equal(found, OPS.argmax(logits))
+    for row in ([5.0, 1.0, 5.0, 4.99], [-80.0, -81.0, -80.0, -1e4], [0.0, -1e-28, -0.0, -1.0]):
+        tied = torch.tensor([row]).expand(400, -1)
+        drawn = sample(tied, list(range(400)), temperature=temperature, **settings)
+        assert 140 < int((drawn == 0).sum()) < 260 and set(drawn.tolist()) == {0, 2}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 1}, {"top_p": 0.3}, {"min_p": 1.0}, {"temperature": 1e-40}], ids=str
+)
+def test_logits_of_infinity(settings: dict[str, Any]):
+    """+inf is taken, each as often; where nothing but -inf is left, that is no NaN."""
+    inf, nan = math.inf, math.nan
+    row = torch.tensor([[1.0, inf, nan, inf, -inf, 9.0]])
+    assert set(sample(row.expand(100, -1), list(range(100)), **settings).tolist()) == {1, 3}
+    row = torch.tensor([[-inf, nan, -inf, nan]])
+    assert set(sample(row.expand(100, -1), list(range(100)), **settings).tolist()) == {0, 2}
+    assert OPS.argmax(torch.tensor([[1.0, inf, nan, inf]])).tolist() == [1]
+
+
+def test_sampling_leaves_the_logits_alone():
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = torch.randn(4, 20).to(dtype)
+        before = logits.clone()
+        sample(logits, [1, 2, 3, 4], temperature=0.5, top_k=3)
+        OPS.argmax(logits)
+        assert torch.equal(logits, before)
 
 
 def test_greedy_and_unusable_logits():

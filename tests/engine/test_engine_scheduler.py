@@ -405,7 +405,8 @@ OTHER = Sequence("other", [5, 6], 4)
     [
         ({"tokens": []}, "'x' has no tokens"),
         ({"limit": 3}, "'x' has 3 tokens and a limit of 3: none is new"),
-        ({"limit": 65}, "'x' has a limit of 65 tokens, above max_len = 64"),
+        ({"limit": 66}, "'x' takes 65 positions, above max_len = 64"),
+        ({"tokens": numbers(65), "limit": 66}, "'x' takes 65 positions, above max_len = 64"),
         ({"limit": 26}, "'x' takes 7 pages for 26 tokens; the pool has 6"),
         ({"priority": -1}, "'x' has priority -1; it must be at least 0"),
         ({"id": "live"}, "'live' is live already"),

@@ -1,4 +1,6 @@
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,13 +10,14 @@ from kernels import sampling
 
 
 def draw(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seeds=None, positions=None):
-    """Tokens drawn from each row of logits; the filters are the same for all rows."""
+    """Tokens drawn from each row of logits; the filters are the same for all rows, temperatures may differ."""
     count = len(logits)
+    temperatures = temperature if isinstance(temperature, list) else [temperature] * count
     seeds = range(count) if seeds is None else seeds
     positions = [0] * count if positions is None else positions
     return sampling.sample(
         logits,
-        floats(*[temperature] * count),
+        floats(*temperatures),
         ints(*[top_k] * count),
         floats(*[top_p] * count),
         floats(*[min_p] * count),
@@ -102,7 +105,7 @@ def draws_that_tell(dtype, temperature, filters):
     """One row of logits, once for each of two seeds that tell what is kept: one whose winner is the least of the tokens
     to keep, one that the greatest of the tokens to drop would win if it were kept. (rows, seeds, the filtered row)"""
     logits = (torch.randn(40) * 10).to(dtype)
-    scaled = logits.double() / temperature
+    scaled = (logits.double() - logits.max().double()) / temperature
     kept = sampling.reference_filter(logits, temperature, **filters)
     dropped = scaled.masked_fill(kept.isfinite(), -math.inf)
     seeds = [seed_that_draws(scaled.masked_fill(~kept.isfinite(), math.inf).argmin().item(), kept)]
@@ -134,6 +137,71 @@ def test_nan_and_minus_infinity_are_never_drawn():
     drawn = draw(row.expand(20, 4).contiguous(), temperature=2.0).tolist()
     assert set(drawn) == {1, 3}
     assert draw(torch.full((1, 4), math.nan, device=DEVICE)).tolist() == [-1]
+
+
+WEIRD_TEMPERATURES = [1e-37, 1e-38, 2e-39, 1e-41, 2.0**-149, 3.4e38]
+WEIRD_ROWS = [
+    [3.0, 9.0, -2.0, 8.9375, 0.0, 9.0, -50.0, 1.0],
+    [-3.0, -9.0, -2.0, -8.0, -2.0, -60.0, -2.015625, -1e4],
+    [6e4, -6e4, 5.9e4, 0.0, 6e4, 1.0, -1.0, 6e4],
+    [0.0, -0.0, -1e-7, -1.0, 0.0, -0.0, -1e-7, -3.0],
+    [math.nan, 2.0, -math.inf, 1.0, math.nan, 1.9921875, 2.0, -math.inf],
+    [math.inf, 5.0, -math.inf, math.inf, math.nan, -5.0, math.inf, 0.0],
+    [-math.inf, math.nan, -math.inf, -math.inf, math.nan, -math.inf, -math.inf, -math.inf],
+    [math.nan] * 8,
+]
+WEIRD_FILTERS = [
+    {},
+    {"top_k": 1},
+    {"top_k": 3},
+    {"top_p": 0.6},
+    {"min_p": 0.5},
+    {"top_k": 5, "top_p": 0.9, "min_p": 0.1},
+]
+
+
+def weird_cases(dtype, index, stride):
+    """Every row at every temperature with three seeds; the simulator is slow, and takes one in `stride` of them, others
+    for each of WEIRD_FILTERS: logits, the settings of each row, the tokens the definition gives."""
+    filters = WEIRD_FILTERS[index]
+    cases = list(itertools.product(torch.tensor(WEIRD_ROWS).to(dtype), WEIRD_TEMPERATURES, (1, 77, 12345)))
+    cases = cases if DEVICE.type == "cuda" else cases[index::stride]
+    expected = []
+    for row, temperature, seed in cases:
+        usable = ~row.isnan()
+        kept = torch.full((8,), -math.inf, dtype=torch.float64)
+        if usable.any():
+            exact = torch.tensor(temperature, dtype=torch.float32).item()
+            scores = sampling.reference_filter(row[usable], exact)
+            least = scores[sampling.reference_filter(row[usable], exact, **filters) > -math.inf]
+            # transformers drops some of equal logits; here those equal to the last kept stay.
+            kept[usable] = scores.masked_fill(scores < least.min(), -math.inf) if len(least) else scores
+        expected.append(winner(kept, seed, 0) if usable.any() else -1)
+    settings: dict[str, Any] = {
+        "temperature": [t for _, t, _ in cases],
+        "seeds": [seed for *_, seed in cases],
+        **filters,
+    }
+    return torch.stack([row for row, *_ in cases]).to(DEVICE), settings, expected
+
+
+@pytest.mark.parametrize("index", range(len(WEIRD_FILTERS)))
+def test_tiny_temperatures_and_infinite_logits(dtype, index):
+    """The limit of small temperatures: one of the largest, each as likely as the others, and never a NaN."""
+    logits, settings, expected = weird_cases(dtype, index, 7)
+    assert draw(logits, **settings).tolist() == expected
+
+
+def test_infinite_logits_share_the_draws(dtype):
+    row = torch.tensor([math.inf, 5.0, -math.inf, math.inf, math.nan, -5.0, math.inf, 0.0], dtype=dtype, device=DEVICE)
+    assert set(draw(row.expand(30, 8).contiguous(), temperature=2.0).tolist()) == {0, 3, 6}
+
+
+def test_zero_and_minus_zero_are_equal(dtype):
+    row = torch.tensor([-0.0, -1.0, 0.0, -0.0], dtype=dtype, device=DEVICE)
+    several: list[dict[str, Any]] = [{"top_k": 1}, {"top_p": 0.2}]
+    for filters in several:
+        assert set(draw(row.expand(30, 4).contiguous(), temperature=0.1, **filters).tolist()) == {0, 2, 3}
 
 
 def test_a_draw_depends_on_its_row_alone(dtype):

@@ -69,16 +69,12 @@ class Tokenizer:
             if (found := self._tokenizer.token_to_id(text)) != index:
                 raise TokenizerError(f"{said_by}: {text!r} has the id {index}, but beside {path.name} it has {found}")
         self._tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
-        check_agreement(directory, config, self._tokenizer)
+        check_agreement(directory, config, special.named, self._tokenizer)
         self.special_tokens = special.named
         self.added_ids = added_around(self._tokenizer)  # that encode puts before and behind a text
         self.chat_template = chat_template(directory, config)
 
-        decoders = _parts(self._tokenizer.decoder)
-        kinds = {part["type"] for part in decoders}
-        odd = kinds - _DECODERS or {p["type"] for p in decoders if p.get("start", 0) > 1 or p.get("stop", 0)}
-        if odd or ("ByteLevel" in kinds and kinds - {"ByteLevel", "Fuse", "Sequence"}):
-            raise TokenizerError(f"{path}: decoder {' and '.join(sorted(odd or kinds))} is not supported")
+        kinds = _decoder_kinds(self._tokenizer.decoder, path)
         self._byte_level, self._byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
         # Two of a token, as the first one of a text may be decoded in another way.
         added = self._tokenizer.get_added_tokens_decoder()
@@ -86,7 +82,8 @@ class Tokenizer:
             index: token.content for index, token in added.items() if not self.decode([index, index], True)
         }
         # Some decoders drop the space that a text begins with, so a token is decoded after another one.
-        self._before = self._tokenizer.encode("a", add_special_tokens=False).ids
+        before = (self._tokenizer.encode("a", add_special_tokens=False).ids, *([i] for i in range(self.vocab_size)))
+        self._before = next((ids for ids in before if self.decode(ids)), [])
         self._skip = len(self.decode(self._before))
         self.piece = functools.lru_cache(maxsize=1 << 17)(self._piece)
         self._longest = self._longest_token()
@@ -294,6 +291,25 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _ALPHABET = _byte_alphabet()
+
+
+def _decoder_kinds(decoder: Any, path: Path) -> set[str]:
+    """What a decoder consists of.
+
+    Raises:
+        TokenizerError: A token's text may depend on tokens other than the one before it: it cannot be streamed.
+    """
+    parts = _parts(decoder)
+    kinds = [part["type"] for part in parts]
+    odd = set(kinds) - _DECODERS
+    if "ByteLevel" in kinds:
+        odd |= set(kinds) - {"ByteLevel", "Fuse", "Sequence"}
+    for place, part in enumerate(parts):  # of the whole text, one character at its beginning
+        if part["type"] == "Strip" and (part["start"] > 1 or part["stop"] or "Fuse" not in kinds[:place]):
+            odd.add("Strip")
+    if odd:
+        raise TokenizerError(f"{path}: a decoder with {' and '.join(sorted(odd))} as here is not supported")
+    return set(kinds)
 
 
 def _parts(component: Any) -> list[dict[str, Any]]:

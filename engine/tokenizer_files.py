@@ -100,7 +100,9 @@ def added_around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]
     return found.ids[:begin], found.ids[end:]
 
 
-def check_agreement(directory: Path, config: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> None:
+def check_agreement(
+    directory: Path, config: dict[str, Any], named: dict[str, str], tokenizer: tokenizers.Tokenizer
+) -> None:
     """Compare options of tokenizer_config.json that transformers 4 follows, and 5 does not, with tokenizer.json.
 
     Raises:
@@ -112,8 +114,7 @@ def check_agreement(directory: Path, config: dict[str, Any], tokenizer: tokenize
     if own := _OWN_TEMPLATE.match(name):
         before, after = added_around(tokenizer)
         for option, token, around in (("add_bos_token", "bos_token", before), ("add_eos_token", "eos_token", after)):
-            text = config.get(token)
-            checked[option] = text is not None and tokenizer.token_to_id(_content(text, directory)) in around
+            checked[option] = tokenizer.token_to_id(named[token]) in around if token in named else bool(around)
     if own or pre.get("type") == "ByteLevel":
         first = tokenizer.encode("a", add_special_tokens=False).tokens
         checked["add_prefix_space"] = bool(first) and first[0][0] in "▁Ġ"

@@ -225,7 +225,8 @@ def test_stream_of_any_ids(pair: tuple[Tokenizer, Any], data: st.DataObject):
 def single_bytes(tokenizer: Tokenizer) -> dict[int, int]:
     """The token of each byte."""
     names = {tokenizer.name(token): token for token in range(tokenizer.vocab_size)}
-    return {byte: names[f"<0x{byte:02X}>" if tokenizer.byte_fallback else SHOWN_AS[byte]] for byte in range(256)}
+    written = [f"<0x{byte:02X}>" for byte in range(256)]
+    return {byte: names[written[byte] if written[byte] in names else SHOWN_AS[byte]] for byte in range(256)}
 
 
 def byte_tokens(tokenizer: Tokenizer, data: bytes) -> list[int]:
@@ -512,6 +513,16 @@ def test_files_that_contradict_each_other_are_refused(tmp_path: Path, files: dic
         Tokenizer(tmp_path)
 
 
+def test_add_bos_token_and_a_name_in_special_tokens_map(tmp_path: Path):
+    save_llama(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for name in ("bos_token", "added_tokens_decoder"):
+        config.pop(name, None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>"}))
+    assert Tokenizer(tmp_path).special_tokens["bos_token"] == "<s>"
+
+
 def test_add_bos_token_that_tokenizer_json_does_not_confirm(tmp_path: Path):
     save_llama(tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -524,12 +535,53 @@ def test_add_bos_token_that_tokenizer_json_does_not_confirm(tmp_path: Path):
             assert Tokenizer(tmp_path).added_ids == ([1], [])
 
 
-def test_decoders_whose_text_depends_on_what_follows_are_refused(tmp_path: Path):
+DECODERS = tokenizers.decoders
+
+
+@pytest.mark.parametrize(
+    ("decoder", "named"),
+    [
+        (DECODERS.BPEDecoder(), "BPEDecoder"),
+        (DECODERS.Sequence([DECODERS.ByteFallback(), DECODERS.Strip(" ", 1, 0), DECODERS.Fuse()]), "Strip"),
+        (DECODERS.Sequence([DECODERS.Fuse(), DECODERS.Strip(" ", 1, 1)]), "Strip"),
+        (DECODERS.Sequence([DECODERS.Replace("x", "y"), DECODERS.ByteLevel()]), "Replace"),
+    ],
+)
+def test_decoders_that_cannot_be_streamed_are_refused(tmp_path: Path, decoder: Any, named: str):
     tokenizer = byte_level_tokenizer()
-    tokenizer.decoder = tokenizers.decoders.BPEDecoder()
+    tokenizer.decoder = decoder
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(TokenizerError, match="decoder BPEDecoder is not supported"):
+    with pytest.raises(TokenizerError, match=f"a decoder with {named} as here is not supported"):
         Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        None,
+        DECODERS.Metaspace(prepend_scheme="always"),
+        DECODERS.Metaspace(prepend_scheme="never"),
+        DECODERS.Sequence([DECODERS.ByteFallback(), DECODERS.Metaspace(prepend_scheme="first"), DECODERS.Fuse()]),
+        DECODERS.Sequence([DECODERS.Replace("▁", " "), DECODERS.ByteFallback(), DECODERS.Fuse()]),
+    ],
+    ids=str,
+)
+def test_streams_of_other_decoders(tmp_path: Path, decoder: Any):
+    save_llama(tmp_path)
+    written = json.loads((tmp_path / "tokenizer.json").read_text())
+    written["decoder"] = decoder and json.loads(decoder.__getstate__())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(written))
+    tokenizer, generator = Tokenizer(tmp_path), random.Random(0)
+    for _ in range(200):
+        ids: list[int] = []
+        for _ in range(generator.randrange(8)):
+            char = generator.choice("é👍a\n ")
+            token = generator.randrange(259, tokenizer.vocab_size)
+            ids += generator.choice([byte_tokens(tokenizer, char.encode()), [token], [generator.randrange(3)]])
+        cut, skip = generator.randint(0, len(ids)), generator.random() < 0.5
+        prompt, stream = tokenizer.stream(skip), tokenizer.stream(skip, ids[:cut])
+        text = prompt.push(ids[:cut]) + "".join(stream.push([token]) for token in ids[cut:]) + stream.finish()
+        assert text == tokenizer.decode(ids, skip), [tokenizer.name(token) for token in ids]
 
 
 def test_too_long_by_bytes(pair: tuple[Tokenizer, Any]):

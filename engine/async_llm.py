@@ -1,7 +1,7 @@
 """Requests that come and go at any time: `LLM` behind a thread of its own, with a stream of updates for each request.
 
 Three kinds of threads share the work: the caller's event loop takes requests and gives updates out; one thread steps
-the engine; one turns tokens into text and watches for stop strings. Prompts become token ids on a fourth.
+the engine; one turns tokens into text and watches for stop strings. Prompts become token ids on an `Encoder`'s.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from threading import Thread
 from types import TracebackType
+from typing import TypeVar
 
 from engine.core import EngineStats
 from engine.llm import LLM, Live
 from engine.requests import Update, completion
 from engine.sampling import SamplingParams
+
+T = TypeVar("T")
 
 
 class QueueFull(RuntimeError):
@@ -27,6 +30,28 @@ class QueueFull(RuntimeError):
 
 class EngineDead(RuntimeError):
     """The engine's thread has ended by an error, or was never started."""
+
+
+class Encoder:
+    """Threads that turn texts into token ids beside everything else: long texts one at a time, so that neither short
+    ones nor the memory wait for them.
+    """
+
+    LONG = 2**16  # characters
+
+    def __init__(self) -> None:
+        self._short = ThreadPoolExecutor(2, "afs-tokenize")
+        self._long = ThreadPoolExecutor(1, "afs-tokenize-long")
+
+    async def run(self, length: int, encode: Callable[[], T]) -> T:
+        """The result of `encode`, which turns `length` characters into ids."""
+        threads = self._long if length >= self.LONG else self._short
+        return await asyncio.get_running_loop().run_in_executor(threads, encode)
+
+    def shutdown(self) -> None:
+        """End the threads when they have done what they are at."""
+        self._short.shutdown(wait=False, cancel_futures=True)
+        self._long.shutdown(wait=False, cancel_futures=True)
 
 
 class Stream:
@@ -84,7 +109,7 @@ class AsyncLLM:
         self._streams: dict[str, Stream] = {}
         self._of_request: dict[object, tuple[Live, Stream]] = {}
         self._numbers = itertools.count()
-        self._encoder = ThreadPoolExecutor(1, "afs-tokenize")
+        self._encoder = Encoder()
         self._threads: list[Thread] = []
         self._failure: BaseException | None = None
         self._closing = False
@@ -93,7 +118,7 @@ class AsyncLLM:
 
     async def __aenter__(self) -> AsyncLLM:
         self._loop = asyncio.get_running_loop()
-        await self._loop.run_in_executor(self._encoder, lambda: self.llm.core)
+        await self._loop.run_in_executor(None, lambda: self.llm.core)
         self._threads = [
             Thread(target=target, name=name, daemon=True)
             for target, name in ((self._run_engine, "afs-engine"), (self._run_text, "afs-text"))
@@ -155,8 +180,8 @@ class AsyncLLM:
         self._submitted += params.n
         try:
             if isinstance(prompt, str):
-                ids = await self._loop.run_in_executor(
-                    self._encoder, self.llm.token_ids, prompt, "the prompt", add_special_tokens
+                ids = await self._encoder.run(
+                    len(prompt), lambda: self.llm.token_ids(prompt, "the prompt", add_special_tokens)
                 )
                 self._check_open()
             else:

@@ -95,6 +95,8 @@ class LLM:
             )
         self.engine = engine.for_model(self.config, ops, self.max_model_len)
         self.tokenizer = tokenizer
+        if tokenizer is not None:  # as in vLLM; a chat model's config.json may name only what ends a document
+            self.eos_ids |= frozenset(tokenizer.eos_ids)
         self.model = Model(self.config, self.weights, ops, self.max_model_len)
         preparation.finish()
         self._core: Engine | None = None
@@ -205,10 +207,15 @@ class LLM:
         return done
 
     def token_ids(self, prompt: str | Sequence[int], name: str, add_special_tokens: bool = True) -> list[int]:
-        """Of a text, or the ids themselves. Raises ValueError, beginning with `name`, for anything else."""
+        """Ids of a text, or the ids themselves.
+
+        Raises:
+            ValueError: The prompt is something else, or PromptTooLong; the message begins with `name`.
+        """
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(f"{name} is text, but this model has no tokenizer.json; give token ids")
+            self.tokenizer.check_length(prompt, self.max_model_len, name)
             return self.tokenizer.encode(prompt, add_special_tokens)
         if not isinstance(prompt, Sequence) or not all(
             issubclass(kind, int) and kind is not bool for kind in set(map(type, prompt))
@@ -262,8 +269,11 @@ class LLM:
                 parent=lives[0].request if lives else None, salt=salt, session=session, params=params,
                 seed=(seed + index) % 2**63, stop_ids=stop_ids, entered=entered, index=index,
             )  # fmt: skip
-            decoder = self.tokenizer.stream(skip_special_tokens=True) if self.tokenizer else None
-            lives.append(Live(request, Text(decoder, params, stop_ids)))
+            text = Text(None, params, stop_ids)
+            if self.tokenizer:
+                decoder = self.tokenizer.stream(skip_special_tokens=True, context=ids)
+                text = Text(decoder, params, stop_ids, self.tokenizer.special_texts)
+            lives.append(Live(request, text))
         return lives
 
 

@@ -141,7 +141,7 @@ def list_wheels(folder: Path | None) -> list[Entry]:
 
 def list_entries(sets: Mapping[str, tuple[list[str], Any]], archs: Sequence[str], wheels: Path | None) -> list[Entry]:
     """All files of the pack. Raises StageError."""
-    from kernels.launch import cache_directory
+    from kernels.cubins import cache_directory
 
     tracked = list_tracked()
     commit = read_commit()

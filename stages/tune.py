@@ -174,7 +174,7 @@ def merge(kept: Iterable[Line], new: Mapping[tuple[str, ...], Line | None]) -> s
 def build(shapes: Sequence[Shape], tokens: Sequence[int], machine: tuple[str, int]) -> set[str]:
     """Compile what is going to be timed; the names of kernels that spill, which are not worth timing."""
     from kernels.linear import tiled
-    from stages.build import build_kernels
+    from engine.progress import compile_kernels
 
     kernels = {}
     for shape in shapes:
@@ -182,7 +182,7 @@ def build(shapes: Sequence[Shape], tokens: Sequence[int], machine: tuple[str, in
             for tiling in list_candidates(count, shape, machine[1]):
                 kernel = tiled.warpgroups("bf16", tiling, shape[2], machine[0])
                 kernels[kernel.name] = kernel
-    return {done.kernel for done in build_kernels(list(kernels.values()), [machine[0]]) if done.spills}
+    return {done.kernel for done in compile_kernels(list(kernels.values()), [machine[0]]) if done.spills}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,6 +32,7 @@ class Prompt:
 
     text: str | None
     ids: list[int]
+    added: tuple[int, int] = (0, 0)  # of the ids, how many at the beginning and at the end are not of the text
 
 
 @dataclass
@@ -98,7 +99,8 @@ class Job:
         prompt = self.prompts[choice // self.n]
         if prompt.text is not None:
             return prompt.text
-        return self.tokenizer.decode(prompt.ids) if self.tokenizer else ""
+        # Without a character that its end has begun: the completion's text begins with that.
+        return self.tokenizer.stream().push(prompt.ids) if self.tokenizer else ""
 
 
 async def whole(job: Job) -> dict[str, Any]:
@@ -109,7 +111,7 @@ async def whole(job: Job) -> dict[str, Any]:
                 job.take(index, update)
     choices = []
     for index, done in sorted(job.completions.items()):
-        logprobs = _Logprobs(job)
+        logprobs = _Logprobs(job, index)
         entries = logprobs.of_prompt(done) + logprobs.of_tokens(done.token_ids, done.logprobs)
         ended = {"finish_reason": done.finish_reason, "stop_reason": done.stop}
         ids = {"token_ids": done.token_ids} if job.token_ids else {}
@@ -196,7 +198,7 @@ class _Choice:
 
     def __init__(self, job: Job, index: int) -> None:
         self._job, self._index = job, index
-        self._logprobs = _Logprobs(job)
+        self._logprobs = _Logprobs(job, index)
         self._begun = False
         # The prompt's log probabilities come with the completion, so all that would come after them waits for it.
         self._waits = job.echo and job.logprobs
@@ -241,36 +243,56 @@ class _Choice:
             yield {"index": self._index, "text": text, "logprobs": logprobs, **ended, **ids}
 
 
-_Entry = tuple[int, TokenLogprobs | None]  # a token; None where nothing is before it that could predict it
+# A token, where in the choice's text it begins, and None where nothing is before it that could predict it.
+_Entry = tuple[int, int, TokenLogprobs | None]
 
 
 class _Logprobs:
     """Log probabilities of one choice in the form of its endpoint; tokens are given in order."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._decoder: StreamDecoder | None = job.tokenizer.stream(skip_special_tokens=True) if job.tokenizer else None
-        self._offset = 0  # characters before the next token
+    def __init__(self, job: Job, choice: int) -> None:
+        self._job, self._prompt = job, job.prompts[choice // job.n]
+        self._echoed = job.echoed(choice) if job.logprobs else ""
+        self._decoder: StreamDecoder | None = None
+        if job.tokenizer and job.logprobs:
+            self._decoder = job.tokenizer.stream(skip_special_tokens=True, context=self._prompt.ids)
 
     def of_prompt(self, done: Completion) -> list[_Entry]:
         if not (self._job.echo and self._job.logprobs and done.prompt_logprobs is not None):
             return []
-        return list(zip(done.prompt_token_ids, done.prompt_logprobs, strict=True))
+        offsets = self._offsets_of_prompt(done.prompt_token_ids)
+        return list(zip(done.prompt_token_ids, offsets, done.prompt_logprobs, strict=True))
+
+    def _offsets_of_prompt(self, ids: list[int]) -> list[int]:
+        """Special tokens show in an echo, but for those that the tokenizer has put around the text."""
+        if self._job.tokenizer is None:
+            return [0] * len(ids)
+        decoder, end = self._job.tokenizer.stream(), len(ids) - self._prompt.added[1]
+        offsets, length = [], 0
+        for place, token in enumerate(ids):
+            if self._prompt.added[0] <= place < end:
+                length += len(decoder.push([token]))
+                offsets.append(min(decoder.start, len(self._echoed)))
+            else:
+                offsets.append(min(length, len(self._echoed)))
+        return offsets
 
     def of_tokens(self, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> list[_Entry]:
-        return list(zip(tokens, logprobs, strict=True)) if self._job.logprobs and logprobs is not None else []
+        if not self._job.logprobs or logprobs is None:
+            return []
+        return [(token, self._advance(token), entry) for token, entry in zip(tokens, logprobs, strict=True)]
 
     def write(self, entries: list[_Entry]) -> dict[str, Any] | None:
         """The endpoint's `logprobs`; None where they were not asked for."""
         if not self._job.logprobs:
             return None
         if self._job.chat:
-            return {"content": [self._chat(entry) for _, entry in entries if entry is not None], "refusal": None}
+            return {"content": [self._chat(entry) for _, _, entry in entries if entry is not None], "refusal": None}
         return {
-            "tokens": [self._text(token) for token, _ in entries],
-            "token_logprobs": [None if e is None else _finite(e.logprob) for _, e in entries],
-            "top_logprobs": [None if e is None else self._top(e) for _, e in entries],
-            "text_offset": [self._advance(token) for token, _ in entries],
+            "tokens": [self._text(token) for token, _, _ in entries],
+            "token_logprobs": [None if e is None else _finite(e.logprob) for _, _, e in entries],
+            "top_logprobs": [None if e is None else self._top(e) for _, _, e in entries],
+            "text_offset": [offset for _, offset, _ in entries],
         }
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
@@ -294,11 +316,11 @@ class _Logprobs:
         return self._job.texts.text(token)
 
     def _advance(self, token: int) -> int:
-        """Where in the choice's text the token's begins."""
-        offset = self._offset
-        if self._decoder is not None:
-            self._offset += len(self._decoder.push([token]))
-        return offset
+        """Where in the choice's text that of a generated token begins."""
+        if self._decoder is None:
+            return 0
+        self._decoder.push([token])
+        return len(self._echoed) + self._decoder.start
 
 
 def _finite(logprob: float) -> float:

@@ -24,13 +24,14 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
 
 from engine import __version__
-from engine.async_llm import AsyncLLM, EngineDead, QueueFull
+from engine.async_llm import AsyncLLM, Encoder, EngineDead, QueueFull
 from engine.server import answers, protocol
 from engine.server.answers import EventStream, Job, Prompt
 from engine.server.gate import ClientGone, Gate
 from engine.server.metrics import Metrics
 from engine.server.protocol import ApiError, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from engine.server.tokens import TokenTexts
+from engine.tokenizer import PromptTooLong
 
 if TYPE_CHECKING:
     from engine.llm import LLM
@@ -82,6 +83,7 @@ def create_app(engine: AsyncLLM, llm: LLM, settings: Settings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with engine:
             yield
+        service.encoder.shutdown()
 
     app = FastAPI(
         title="Attention-From-Scratch",
@@ -121,6 +123,7 @@ class Service:
         pages = llm.engine.page_size if llm.engine.kv_cache == "paged" else None
         self.metrics = Metrics(engine.stats, settings.models[0], llm.max_model_len, pages)
         self.created = int(time.time())
+        self.encoder = Encoder()
         self.draining = False
 
     def tokenizer(self) -> Tokenizer:
@@ -140,8 +143,20 @@ class Service:
             raise ApiError(404, f"the model {name!r:.200} does not exist; served: {served}", "model", "model_not_found")
         return name or models[0]
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self.tokenizer().encode(text, add_special_tokens=add_special_tokens)
+    async def encode(self, text: str, add_special_tokens: bool, field: str | None) -> Prompt:
+        """A text as a prompt. What is too long for the model whatever its tokens are is refused first, as `field`."""
+        tokenizer = self.tokenizer()
+
+        def encode() -> list[int]:
+            if field is not None:
+                try:
+                    tokenizer.check_length(text, self.llm.max_model_len)
+                except PromptTooLong as error:
+                    raise ApiError(400, str(error), field, "context_length_exceeded") from None
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+        before, after = tokenizer.added_ids if add_special_tokens else ([], [])
+        return Prompt(text, await self.encoder.run(len(text), encode), (len(before), len(after)))
 
     def render(self, body: protocol.ChatTemplateInput) -> str:
         """A conversation's prompt."""
@@ -159,14 +174,11 @@ class Service:
             raise ApiError(400, f"{asked}; at most {self.settings.max_waiting} completions can wait", "prompt")
         special = True if body.add_special_tokens is None else body.add_special_tokens
 
-        def prompts() -> list[Prompt]:
-            texts = (prompt for prompt in given)
-            return [Prompt(p, self.encode(p, special)) if isinstance(p, str) else Prompt(None, p) for p in texts]
-
+        prompts = [await self.encode(p, special, "prompt") if isinstance(p, str) else Prompt(None, p) for p in given]
         return await self._submit(
             body,
             request,
-            await asyncio.to_thread(prompts) if isinstance(given[0], str) else prompts(),
+            prompts,
             most=body.max_tokens,
             usual=16,
             chat=False,
@@ -176,15 +188,11 @@ class Service:
 
     async def chat(self, body: ChatRequest, request: Request) -> Job:
         """Submit what /v1/chat/completions was asked for."""
-
-        def prompt() -> Prompt:
-            text = self.render(body)
-            return Prompt(text, self.encode(text, bool(body.add_special_tokens)))
-
+        text = await asyncio.to_thread(self.render, body)
         return await self._submit(
             body,
             request,
-            [await asyncio.to_thread(prompt)],
+            [await self.encode(text, bool(body.add_special_tokens), "messages")],
             most=body.max_completion_tokens or body.max_tokens,
             usual=None,
             chat=True,
@@ -359,22 +367,25 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """Token ids of a text or of a conversation."""
         service.check_model(body.model)
 
-        def tokens() -> list[int]:
+        with _refusing():
             if (body.prompt is None) == (body.messages is None):
                 raise ApiError(400, "one of prompt and messages must be given", "prompt")
-            if body.messages is None:
-                return service.encode(body.prompt or "", body.add_special_tokens is not False)
-            conversation = protocol.ChatTemplateInput(
-                messages=body.messages,
-                add_generation_prompt=body.add_generation_prompt,
-                chat_template_kwargs=body.chat_template_kwargs,
-            )
-            return service.encode(service.render(conversation), bool(body.add_special_tokens))
+            text, special = body.prompt, body.add_special_tokens is not False
+            if text is None:
+                conversation = protocol.ChatTemplateInput(
+                    messages=body.messages or [],
+                    add_generation_prompt=body.add_generation_prompt,
+                    chat_template_kwargs=body.chat_template_kwargs,
+                )
+                text, special = await asyncio.to_thread(service.render, conversation), bool(body.add_special_tokens)
+            ids = (await service.encode(text, special, field=None)).ids
 
-        with _refusing():
-            ids = await asyncio.to_thread(tokens)
-        texts = [service.texts.text(i) for i in ids] if body.return_token_strs and service.texts else None
-        return _json({"count": len(ids), "max_model_len": llm.max_model_len, "tokens": ids, "token_strs": texts})
+        def answer() -> Response:
+            texts = [service.texts.text(i) for i in ids] if body.return_token_strs and service.texts else None
+            limit = llm.max_model_len
+            return _json({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": texts})
+
+        return await asyncio.to_thread(answer)
 
     @app.post("/detokenize", responses=_answers(protocol.DetokenizeAnswer) | _errors(400, 401, 404, 408, 413))
     async def detokenize(body: DetokenizeRequest) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,17 @@ def byte_level_tokenizer() -> tokenizers.Tokenizer:
     while tokenizer.get_vocab_size() < SIZES["vocab_size"]:
         tokenizer.add_tokens([f"filler{tokenizer.get_vocab_size()}"])
     return tokenizer
+
+
+def save_llama(path: Path) -> None:
+    """SentencePiece fashion: ▁ for spaces, bytes as tokens, a beginning-of-sequence token."""
+    import transformers
+
+    base = tokenizers.Tokenizer(tokenizers.models.BPE())
+    base.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    base.train_from_iterator([CORPUS], trainer)
+    model = json.loads(base.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    transformers.LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True).save_pretrained(path)

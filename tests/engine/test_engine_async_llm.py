@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, TypeVar
 import pytest
 from engine_checkpoints import Reference
 
-from engine.async_llm import AsyncLLM, EngineDead, QueueFull, Stream
+from engine.async_llm import AsyncLLM, Encoder, EngineDead, QueueFull, Stream
 from engine.llm import LLM, EngineConfig
 from engine.requests import Completion, Update
 from engine.sampling import SamplingParams
@@ -181,3 +182,23 @@ def test_sessions_keep_their_pages(path: Path):
 
     found = run(work())
     assert found[:5] == [0] * 5 and found[5] == 40 and found[6] < 40
+
+
+def test_short_texts_do_not_wait_for_long_ones():
+    async def work() -> None:
+        encoder, gate, order = Encoder(), threading.Event(), []
+
+        def encode() -> bool:
+            order.append("long")
+            return gate.wait(30)
+
+        long = [asyncio.create_task(encoder.run(2**20, encode)) for _ in "ab"]
+        while not order:
+            await asyncio.sleep(0.001)
+        assert [await encoder.run(9, lambda: "short") for _ in range(5)] == ["short"] * 5
+        assert order == ["long"]  # the second one waits for the first
+        gate.set()
+        assert all(await asyncio.gather(*long)) and order == ["long"] * 2
+        encoder.shutdown()
+
+    run(work())

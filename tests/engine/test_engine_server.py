@@ -649,3 +649,22 @@ def test_a_log_line_of_an_exception():
         record = logging.LogRecord("a", logging.ERROR, "f", 1, "broke %s", ("it",), sys.exc_info())
     line = json.loads(JsonLines().format(record))
     assert line["message"] == "broke it" and line["level"] == "error" and "KeyError: 'x'" in line["traceback"]
+
+
+def test_a_prompt_too_long_by_its_bytes_is_not_encoded(client: httpx.Client, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tokenizer(), "encode", lambda *_, **__: pytest.fail("encoded"))
+    text = "word " * 10**6
+    for path, body, param in (
+        ("completions", {"prompt": text}, "prompt"),
+        ("chat/completions", {"messages": [{"role": "user", "content": text}]}, "messages"),
+    ):
+        answer = client.post(f"/v1/{path}", json=body)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+        assert "prompt is too long" in error["message"]
+        assert "This model's maximum context length is 2048 tokens" in error["message"]
+
+
+def test_tokenize_counts_what_is_too_long_for_the_model(client: httpx.Client):
+    answer = client.post("/tokenize", json={"prompt": "def " * 5000}).json()
+    assert answer["count"] == len(tokenizer().encode("def " * 5000)) > 2048

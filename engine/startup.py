@@ -1,7 +1,8 @@
 """What an engine does before its first request, so that no request waits for it: kernels are compiled and loaded.
 
 Which kernels a model needs follows from its configuration, the engine's and the GPU. Nobody lists them: a rehearsal
-runs the forward graph on tensors without memory and enters what would have been launched.
+runs the forward graph on tensors of the host whose memory is never touched, and enters what would have been launched.
+(On torch's "meta" device it would be the same, but that takes three seconds to import.)
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from kernels.launch import Kernel
 
 # Prompts whose passes differ by more than their products: by whether tiles of queries are divided, for one.
-PROMPTS = (2, 17, 300)
+PROMPTS, LONG = (2, 17, 300), 1024
 
 
 def kernels_of(
@@ -47,15 +48,14 @@ def kernels_of(
     if engine.backend != "cuda":
         return []
     from engine.cuda_ops import CudaOps
-    from kernels.cuda import SIMULATED
     from kernels.launch import rehearsal
 
     # Layers differ in what they are told, not in their kernels; but the last computes fewer rows.
     layers = config.layer_types[:2]
     config = replace(config, num_hidden_layers=len(layers), layer_types=layers)
     with rehearsal(machine) as found, torch.inference_mode():
-        ops = CudaOps("cpu" if SIMULATED else "meta", engine.attention, engine.linear, engine.sampling)
-        weights = empty_weights(config, "meta", engine.torch_dtype)
+        ops = CudaOps("cpu", engine.attention, engine.linear, engine.sampling)
+        weights = empty_weights(config, "cpu", engine.torch_dtype)
         capacity = max_len or engine.max_model_len or config.max_position_embeddings
         # Of the rotary tables no row is looked at.
         model = Model(config, weights, ops, max_positions=1)
@@ -64,14 +64,14 @@ def kernels_of(
         else:
             cache = model.new_cache(1, capacity)
         most = max(engine.step_tokens, engine.max_batch)
-        _rehearse_passes(model, cache, min(most, capacity))
+        _rehearse_passes(model, cache, min(most, LONG, capacity))
         _rehearse_products(model, most)
         _rehearse_choice(model)
     return list(found.values())
 
 
 def _ints(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.int32, device="meta")
+    return torch.zeros(shape, dtype=torch.int32)
 
 
 def _rehearse_passes(model: Model, cache: KVCache, most: int) -> None:
@@ -102,7 +102,7 @@ def _rehearse_products(model: Model, most: int) -> None:
 
     ops, layer = model.ops, model.weights.layers[0]
     counts = {1, *streamed.TOKENS, *range(tiled.STEP, most + tiled.STEP, tiled.STEP)}
-    for count in sorted(count for count in counts):
+    for count in counts:
         for weight in (layer.qkv, layer.o, layer.down, model.weights.lm_head):
             ops.linear(weight.new_empty((count, weight.shape[1])), weight)
         ops.linear_swiglu(layer.gate_up.new_empty((count, layer.gate_up.shape[1])), layer.gate_up)
@@ -111,13 +111,12 @@ def _rehearse_products(model: Model, most: int) -> None:
 def _rehearse_choice(model: Model) -> None:
     """Choices of a token: from logits as they are, and from fp32 ones that penalties have changed."""
     ops, vocabulary = model.ops, model.config.vocab_size
-    one = torch.empty(1, device="meta")
-    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    one, seed = torch.ones(1), torch.zeros(1, dtype=torch.int64)
     for dtype in (model.weights.dtype, torch.float32):
-        logits = torch.empty((1, vocabulary), dtype=dtype, device="meta")
+        logits = torch.empty((1, vocabulary), dtype=dtype)
         ops.argmax(logits, out=_ints(1))
         ops.sample(logits, one, _ints(1), one, one, seed, _ints(1), out=_ints(1))
-    ops.repetition_penalty(logits, torch.empty((1, vocabulary), dtype=torch.bool, device="meta"), one)
+    ops.repetition_penalty(logits, torch.empty((1, vocabulary), dtype=torch.bool), one)
     ops.advance(_ints(1), _ints(1), _ints(1), _ints(1), _ints(1, 2))
 
 

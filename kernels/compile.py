@@ -112,8 +112,12 @@ def _compile_beside(tasks: Sequence[_Task], count: int) -> Iterable[tuple[Kernel
                     pipe.close()  # type: ignore[union-attr]
 
 
+# To compile takes nothing of torch but the names of its dtypes, and torch takes seconds to import.
+_WITHOUT_TORCH = "import kernels.no_torch as torch; sys.modules['torch'] = torch"
+
+
 def _start() -> subprocess.Popen[bytes]:
-    code = f"import sys; sys.path[:] = {sys.path!r}; from kernels.compile import work; work()"
+    code = f"import sys; sys.path[:] = {sys.path!r}; {_WITHOUT_TORCH}; from kernels.compile import work; work()"
     # It is to compile, whatever this process was told, and needs no GPU.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

@@ -370,7 +370,7 @@ def late_kernels() -> Sequence[str]:
 def rehearsal(machine: tuple[str, int] | None = None) -> Iterator[dict[str, Kernel]]:
     """Within, in this thread, launches do nothing but enter their kernel, by its name, into the dictionary given.
 
-    Tensors may be on torch's "meta" device. machine: architecture and multiprocessors that `machine_of` answers with.
+    Tensors may be the host's, of any memory. machine: architecture and multiprocessors that `machine_of` answers with.
     """
     before = _thread.rehearsed, _thread.machine
     found: dict[str, Kernel] = {}

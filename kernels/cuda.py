@@ -8,6 +8,7 @@ With NUMBA_ENABLE_CUDASIM=1 (`SIMULATED`) the same names run the kernels on a CP
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,6 +75,17 @@ def device_function(fn: Callable[..., Any]) -> Any:
     return fn if SIMULATED else cuda.jit(device=True, forceinline=True)(fn)
 
 
+OLDEST = (8, 0)  # capability for which Numba's part compiles; from there on it asks no capability
+
+
+def _unfit(name: str) -> str:
+    """What is wrong where Numba has another inside than this file knows."""
+    return (
+        f"numba-cuda {versions()['numba-cuda']} has no {name}, which kernels/cuda.py compiles by: install the version "
+        "that requirements.lock pins"
+    )
+
+
 @contextmanager
 def _callees_for(capability: tuple[Any, ...]) -> Iterator[None]:
     """Within, Numba compiles callees for `capability`.
@@ -88,10 +100,7 @@ def _callees_for(capability: tuple[Any, ...]) -> Iterator[None]:
     dispatcher: Any = numba.cuda.dispatcher
     ask = getattr(dispatcher, "get_current_device", None)
     if not callable(ask):
-        raise RuntimeError(
-            f"numba-cuda {versions()['numba-cuda']} compiles callees in a way that kernels/cuda.py does not know (it "
-            "has no numba.cuda.dispatcher.get_current_device): install the version that requirements.lock pins"
-        )
+        raise RuntimeError(_unfit("numba.cuda.dispatcher.get_current_device"))
     with global_compiler_lock:
         dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
         try:
@@ -113,9 +122,24 @@ def compile_ptx(fn: Callable[..., Any], signature: Any, arch: str, launch_bounds
     suffix = digits[len(digits.rstrip("abcdefghijklmnopqrstuvwxyz")) :]
     number = int(digits.removesuffix(suffix))
     capability = (number // 10, number % 10, suffix) if suffix else (number // 10, number % 10)
-    with _callees_for(capability):
-        ptx, _ = cuda.compile(fn, signature, cc=capability, device=False, abi="numba", launch_bounds=launch_bounds)
+    (ptx,) = _lowered(fn, signature, launch_bounds).get_asm_strs(cc=capability)
     return ptx
+
+
+@functools.lru_cache(maxsize=1)  # of one kernel after the other each architecture is asked for
+def _lowered(fn: Callable[..., Any], signature: Any, launch_bounds: tuple[int, ...]) -> Any:
+    """Numba's own part, which takes the most time and is the same for every architecture: from Python to LLVM's IR.
+
+    `cuda.compile` is this and libnvvm for one architecture. Raises RuntimeError where this numba-cuda has no such part.
+    """
+    import numba.cuda.compiler
+
+    lower: Any = getattr(numba.cuda.compiler, "_compile_pyfunc_with_fixup", None)
+    if not callable(lower):
+        raise RuntimeError(_unfit("numba.cuda.compiler._compile_pyfunc_with_fixup"))
+    with _callees_for(OLDEST):
+        library, _ = lower(fn, signature, device=False, abi="numba", cc=OLDEST, launch_bounds=launch_bounds)
+    return library
 
 
 def versions() -> dict[str, str]:

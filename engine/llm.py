@@ -211,7 +211,7 @@ class LLM:
         """Ids of a text, or the ids themselves.
 
         Raises:
-            ValueError: The prompt is something else, or PromptTooLong; the message begins with `name`.
+            ValueError: The prompt is something else, or ContextLengthError; the message begins with `name`.
         """
         if isinstance(prompt, str):
             if self.tokenizer is None:

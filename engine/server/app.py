@@ -33,7 +33,6 @@ from engine.server.gate import ClientGone, Gate, Limits
 from engine.server.metrics import Metrics
 from engine.server.protocol import RETRY, ApiError, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from engine.server.tokens import TokenTexts
-from engine.tokenizer import PromptTooLong
 
 if TYPE_CHECKING:
     from engine.llm import LLM
@@ -162,16 +161,13 @@ class Service:
             raise ApiError(404, f"the model {name!r:.200} does not exist; served: {served}", "model", "model_not_found")
         return name or models[0]
 
-    async def encode(self, text: str, add_special_tokens: bool, field: str | None) -> Prompt:
-        """A text as a prompt. What is too long for the model whatever its tokens are is refused first, as `field`."""
+    async def encode(self, text: str, add_special_tokens: bool, limited: bool = True) -> Prompt:
+        """A text as a prompt. limited: what is too long for the model whatever its tokens are is refused first."""
         tokenizer = self.tokenizer()
 
         def encode() -> list[int]:
-            if field is not None:
-                try:
-                    tokenizer.check_length(text, self.llm.max_model_len)
-                except PromptTooLong as error:
-                    raise ApiError(400, str(error), field, "context_length_exceeded") from None
+            if limited:
+                tokenizer.check_length(text, self.llm.max_model_len)
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
         before, after = tokenizer.added_ids if add_special_tokens else ([], [])
@@ -193,7 +189,7 @@ class Service:
             raise ApiError(400, f"{asked}; at most {self.settings.max_waiting} completions can wait", "prompt")
         special = True if body.add_special_tokens is None else body.add_special_tokens
 
-        prompts = [await self.encode(p, special, "prompt") if isinstance(p, str) else Prompt(None, p) for p in given]
+        prompts = [await self.encode(p, special) if isinstance(p, str) else Prompt(None, p) for p in given]
         return await self._submit(
             body,
             request,
@@ -211,7 +207,7 @@ class Service:
         return await self._submit(
             body,
             request,
-            [await self.encode(text, bool(body.add_special_tokens), "messages")],
+            [await self.encode(text, bool(body.add_special_tokens))],
             most=body.max_completion_tokens or body.max_tokens,
             usual=None,
             chat=True,
@@ -383,7 +379,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """Token ids of a text or of a conversation."""
         service.check_model(body.model)
 
-        with _refusing():
+        with _refusing(body):
             if (body.prompt is None) == (body.messages is None):
                 raise ApiError(400, "one of prompt and messages must be given", "prompt")
             text, special = body.prompt, body.add_special_tokens is not False
@@ -394,7 +390,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
                     chat_template_kwargs=body.chat_template_kwargs,
                 )
                 text, special = await asyncio.to_thread(service.render, conversation), bool(body.add_special_tokens)
-            ids = (await service.encode(text, special, field=None)).ids
+            ids = (await service.encode(text, special, limited=False)).ids
 
         def answer() -> Response:
             texts = [service.texts.text(i) for i in ids] if body.return_token_strs and service.texts else None

@@ -265,7 +265,20 @@ def serve(
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="Site whose pages may ask; may be given more than once.")
     ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Names under which the server may be asked, as example.com or *.example.com, separated by commas; "
+            "against pages that give their own name to this address. May be given more than once. Default: any."
+        ),
+    ] = None,
+    keep_alive: Annotated[
+        float, typer.Option(help="Seconds that a connection stays open without a request; longer than a proxy's.")
+    ] = 75,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    log_format: Annotated[
+        str, typer.Option(help="json, text, or auto: text where stderr is a terminal, else json.")
+    ] = "auto",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
     backend: BackendOption = "auto",
     dtype: DtypeOption = "auto",
@@ -285,6 +298,8 @@ def serve(
         max_body=max_body,
         request_timeout=request_timeout,
         cors_origins=tuple(cors_origin or ()),
+        allowed_hosts=tuple(name for names in allowed_hosts or () for name in names.split(",")),
+        keep_alive=keep_alive,
         log_prompts=log_prompts,
     )
     engine = EngineConfig.for_machine(
@@ -295,7 +310,7 @@ def serve(
         max_model_len=max_model_len,
         max_step_tokens=max_step_tokens,
     )
-    run(lambda: _make(name, weights, engine), settings, host, port, grace, log_level)
+    run(lambda: _make(name, weights, engine), settings, host, port, grace, log_level, log_format)
 
 
 @app.command()

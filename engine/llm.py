@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from engine.config import ConfigError, ModelConfig
 from engine.core import Engine, EngineStats
 from engine.engine_config import EngineConfig, make_ops
+from engine.errors import ContextLengthError, RequestError
 from engine.hub import find_model
 from engine.model import Model
 from engine.requests import Completion, Request, Text, completion
@@ -210,7 +211,7 @@ class LLM:
         """Ids of a text, or the ids themselves.
 
         Raises:
-            ValueError: The prompt is something else, or PromptTooLong; the message begins with `name`.
+            ValueError: The prompt is something else, or ContextLengthError; the message begins with `name`.
         """
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -224,23 +225,26 @@ class LLM:
         return list(prompt)
 
     def check(self, ids: Sequence[int], params: SamplingParams, name: str) -> None:
-        """Raises ValueError, beginning with `name`, where the model cannot complete these tokens so."""
-        vocabulary = self.config.vocab_size
+        """Raises RequestError, of a prompt beginning with `name`, where the model cannot complete these tokens so."""
         if not ids:
-            raise ValueError(f"{name} is empty; it must have at least one token")
-        if min(ids) < 0 or max(ids) >= vocabulary:
-            token = next(token for token in ids if not 0 <= token < vocabulary)
-            raise ValueError(f"{name} holds token id {token}; ids are 0 to {vocabulary - 1}")
+            raise RequestError(f"{name} is empty; it must have at least one token", "prompt")
+        self.check_ids(ids, f"{name} holds")
         if len(ids) + params.max_new_tokens > self.max_model_len:
-            raise ValueError(
+            raise ContextLengthError(
                 f"{name} has {len(ids)} tokens and max_new_tokens = {params.max_new_tokens}: "
                 f"{len(ids) + params.max_new_tokens} is above the limit of {self.max_model_len}"
             )
         if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop = {list(params.stop)!r} needs a tokenizer, and this model has no tokenizer.json")
-        for token in params.logit_bias:
-            if token >= vocabulary:
-                raise ValueError(f"logit_bias is for token id {token}; ids are 0 to {vocabulary - 1}")
+            without = "needs a tokenizer, and this model has no tokenizer.json"
+            raise RequestError(f"stop = {list(params.stop)!r} {without}", "stop")
+        self.check_ids(params.logit_bias, "logit_bias is for", "logit_bias")
+
+    def check_ids(self, ids: Collection[int], where: str, field: str = "prompt") -> None:
+        """Raises RequestError, which begins with `where`, if one of `ids` is no token of the model."""
+        vocabulary = self.config.vocab_size
+        if ids and not (min(ids) >= 0 and max(ids) < vocabulary):
+            token = next(token for token in ids if not 0 <= token < vocabulary)
+            raise RequestError(f"{where} token id {token}; ids are 0 to {vocabulary - 1}", field)
 
     def requests(
         self,

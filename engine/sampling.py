@@ -5,6 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from engine.errors import RequestError
+
 TOP_K_MAX = 2**31 - 1
 MOST_COMPLETIONS = 128
 MOST_LOGPROBS = 20
@@ -15,12 +17,12 @@ _LEAST, _MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 def _number(name: str, value: object, right: str, low: float, high: float, open_low: bool = False) -> None:
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not good or not (low < value <= high if open_low else low <= value <= high):  # type: ignore[operator]
-        raise ValueError(f"{name} = {value!r}; it must be {right}")
+        raise RequestError(f"{name} = {value!r}; it must be {right}", name.partition("[")[0])
 
 
 def _integer(name: str, value: object, right: str, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{name} = {value!r}; it must be {right}")
+        raise RequestError(f"{name} = {value!r}; it must be {right}", name)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class SamplingParams:
     max_new_tokens 0 generates nothing, which asks for prompt_logprobs alone.
 
     Raises:
-        ValueError: A value is of the wrong type or outside its range; names the field, the value and the range.
+        RequestError: A value is of the wrong type or outside its range; names the field, the value and the range.
     """
 
     max_new_tokens: int = 16
@@ -75,13 +77,17 @@ class SamplingParams:
             _integer("seed", self.seed, "None or an integer from 0 to 2^63 - 1", 0, 2**63 - 1)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) and text for text in stop):
-            raise ValueError(f"stop = {self.stop!r}; it must be a string or a list of strings, none of them empty")
+            raise RequestError(
+                f"stop = {self.stop!r}; it must be a string or a list of strings, none of them empty", "stop"
+            )
         if not isinstance(self.stop_token_ids, (list, tuple)):
-            raise ValueError(f"stop_token_ids = {self.stop_token_ids!r}; it must be a list of token ids")
+            raise RequestError(
+                f"stop_token_ids = {self.stop_token_ids!r}; it must be a list of token ids", "stop_token_ids"
+            )
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, "a list of token ids, integers of at least 0", 0, TOP_K_MAX)
         if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos = {self.ignore_eos!r}; it must be True or False")
+            raise RequestError(f"ignore_eos = {self.ignore_eos!r}; it must be True or False", "ignore_eos")
         _integer("n", self.n, f"an integer from 1 to {MOST_COMPLETIONS}", 1, MOST_COMPLETIONS)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
@@ -90,7 +96,7 @@ class SamplingParams:
         for name in ("frequency_penalty", "presence_penalty"):
             _number(name, getattr(self, name), "a number from -2 to 2", -2.0, 2.0)
         if not isinstance(self.logit_bias, Mapping):
-            raise ValueError(f"logit_bias = {self.logit_bias!r}; it must map token ids to numbers")
+            raise RequestError(f"logit_bias = {self.logit_bias!r}; it must map token ids to numbers", "logit_bias")
         for token, bias in self.logit_bias.items():
             _integer("logit_bias", token, "of token ids, integers of at least 0", 0, TOP_K_MAX)
             _number(f"logit_bias[{token}]", bias, "a number from -100 to 100", -100.0, 100.0)

@@ -18,6 +18,7 @@ from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engine.errors import ContextLengthError
 from engine.tokenizer_files import (
     TokenizerError,
     added_around,
@@ -27,16 +28,12 @@ from engine.tokenizer_files import (
     read_special_tokens,
 )
 
-__all__ = ["PromptTooLong", "StreamDecoder", "Tokenizer", "TokenizerError"]
+__all__ = ["StreamDecoder", "Tokenizer", "TokenizerError"]
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _DECODERS = frozenset({"ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Sequence", "Strip"})
 # Every kind of character, and runs of space: what a pre-tokenizer drops of these, it would drop of a text.
 _PROBE = "".join(map(chr, range(0x2FFF))) + "a  b   \n\n \t\n 12 , 。漢字かな 한글 \U0001f44d\U0001f3fd\U000e0067"
-
-
-class PromptTooLong(TokenizerError):
-    """A prompt that cannot fit into the model's context."""
 
 
 class Tokenizer:
@@ -125,7 +122,7 @@ class Tokenizer:
         """Refuse a text that has more than `limit` tokens whatever they are, without encoding it.
 
         Raises:
-            PromptTooLong: It has; the message begins with `name`.
+            ContextLengthError: It has; the message begins with `name`.
         """
         if self._longest is None or len(text) * 4 <= limit * self._longest:
             return
@@ -133,7 +130,7 @@ class Tokenizer:
         words = text.split() if self._strips else [text]
         size = sum(len(word.encode(errors="replace")) for word in words)
         if size > limit * self._longest:
-            raise PromptTooLong(
+            raise ContextLengthError(
                 f"{name} is too long: its {size} bytes are at least {-(-size // self._longest)} tokens. "
                 f"This model's maximum context length is {limit} tokens"
             )

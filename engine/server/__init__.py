@@ -2,5 +2,6 @@
 
 `serve.py` starts it; `app.py` has the routes, `protocol.py` what requests and answers look like, `answers.py` makes the
 answers out of what the engine yields, `tokens.py` writes tokens as text, `gate.py` stands between HTTP and the
-routes, `metrics.py` is what /metrics shows, and `page.html` the page.
+routes, `connection.py` is HTTP itself, `logs.py` what goes to stderr, `metrics.py` is what /metrics shows, and
+`page.html` the page.
 """

@@ -20,28 +20,29 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from jinja2 import TemplateSyntaxError
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from engine import __version__
 from engine.async_llm import AsyncLLM, Encoder, EngineDead, QueueFull
 from engine.server import answers, protocol
 from engine.server.answers import EventStream, Job, Prompt
-from engine.server.gate import ClientGone, Gate
+from engine.server.gate import ClientGone, Gate, Limits
 from engine.server.metrics import Metrics
-from engine.server.protocol import ApiError, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from engine.server.protocol import RETRY, ApiError, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from engine.server.tokens import TokenTexts
-from engine.tokenizer import PromptTooLong
 
 if TYPE_CHECKING:
     from engine.llm import LLM
+    from engine.sampling import SamplingParams
     from engine.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 PAGE = Path(__file__).with_name("page.html")
 MAX_SESSION = 512  # characters of a session's name, which is kept as long as its pages
-RETRY = {"Retry-After": "1"}  # s, at the least; clients wait longer by themselves where that is not enough
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class Settings:
     max_body: int = 8 * 2**20  # bytes
     request_timeout: float | None = None  # s that a request may take in the engine; more are answered 504
     cors_origins: tuple[str, ...] = ()  # other sites whose pages may ask
+    # names under which the server may be asked, as Host headers have them; *.example.com: all below it; none: any
+    allowed_hosts: tuple[str, ...] = ()
+    # s that a connection stays open without a request: longer than those of load balancers (60), which must close first
+    keep_alive: float = 75.0
     log_prompts: bool = False  # write prompts to the log
 
     def __post_init__(self) -> None:
@@ -65,9 +70,14 @@ class Settings:
             raise ValueError(f"models = {self.models!r}; it must hold at least one name, none of them empty")
         if self.api_key is not None and not re.fullmatch(r"[!-~]+", self.api_key):
             raise ValueError("api_key must be printable ASCII characters without spaces, at least one")
+        for host in self.allowed_hosts:
+            if not re.fullmatch(r"\*|(\*\.)?[A-Za-z0-9._-]+|\[?[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\]?", host):
+                raise ValueError(f"allowed_hosts holds {host!r}; it must hold names as example.com or *.example.com")
         for name in ("max_waiting", "max_body"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
+        if not self.keep_alive > 0:
+            raise ValueError(f"keep_alive = {self.keep_alive}; it must be above 0")
         if self.request_timeout is not None and not self.request_timeout > 0:
             raise ValueError(f"request_timeout = {self.request_timeout}; it must be above 0")
 
@@ -97,11 +107,9 @@ def create_app(engine: AsyncLLM, llm: LLM, settings: Settings) -> FastAPI:
     _add_routes(app, service)
     app.add_middleware(
         Gate,  # type: ignore[arg-type]
-        api_key=settings.api_key,
-        max_body=settings.max_body,
-        # Those that wait, those that run, and those whose bodies are being read.
-        max_active=settings.max_waiting + llm.engine.max_batch + 256,
-        answered=lambda path, status: service.metrics.answers.labels(path, str(status)).inc(),
+        limits=Limits(settings.api_key, settings.allowed_hosts, settings.max_body, max_active(llm, settings)),
+        answered=service.answered,
+        closing=lambda: service.draining,
     )
     if settings.cors_origins:  # around the gate, so that a page may read what the gate answers
         app.add_middleware(
@@ -112,6 +120,11 @@ def create_app(engine: AsyncLLM, llm: LLM, settings: Settings) -> FastAPI:
             expose_headers=["Retry-After", "X-Request-Id"],
         )
     return app
+
+
+def max_active(llm: LLM, settings: Settings) -> int:
+    """Requests answered at a time: those that wait, those that run, and those whose bodies are being read."""
+    return settings.max_waiting + llm.engine.max_batch + 256
 
 
 class Service:
@@ -125,6 +138,11 @@ class Service:
         self.created = int(time.time())
         self.encoder = Encoder()
         self.draining = False
+        _check_template(llm.tokenizer)
+
+    def answered(self, path: str, status: int) -> None:
+        """Count an answer."""
+        self.metrics.answers.labels(path, str(status)).inc()
 
     def tokenizer(self) -> Tokenizer:
         if self.llm.tokenizer is None:
@@ -143,16 +161,13 @@ class Service:
             raise ApiError(404, f"the model {name!r:.200} does not exist; served: {served}", "model", "model_not_found")
         return name or models[0]
 
-    async def encode(self, text: str, add_special_tokens: bool, field: str | None) -> Prompt:
-        """A text as a prompt. What is too long for the model whatever its tokens are is refused first, as `field`."""
+    async def encode(self, text: str, add_special_tokens: bool, limited: bool = True) -> Prompt:
+        """A text as a prompt. limited: what is too long for the model whatever its tokens are is refused first."""
         tokenizer = self.tokenizer()
 
         def encode() -> list[int]:
-            if field is not None:
-                try:
-                    tokenizer.check_length(text, self.llm.max_model_len)
-                except PromptTooLong as error:
-                    raise ApiError(400, str(error), field, "context_length_exceeded") from None
+            if limited:
+                tokenizer.check_length(text, self.llm.max_model_len)
             return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
         before, after = tokenizer.added_ids if add_special_tokens else ([], [])
@@ -174,7 +189,7 @@ class Service:
             raise ApiError(400, f"{asked}; at most {self.settings.max_waiting} completions can wait", "prompt")
         special = True if body.add_special_tokens is None else body.add_special_tokens
 
-        prompts = [await self.encode(p, special, "prompt") if isinstance(p, str) else Prompt(None, p) for p in given]
+        prompts = [await self.encode(p, special) if isinstance(p, str) else Prompt(None, p) for p in given]
         return await self._submit(
             body,
             request,
@@ -192,7 +207,7 @@ class Service:
         return await self._submit(
             body,
             request,
-            [await self.encode(text, bool(body.add_special_tokens), "messages")],
+            [await self.encode(text, bool(body.add_special_tokens))],
             most=body.max_completion_tokens or body.max_tokens,
             usual=None,
             chat=True,
@@ -210,21 +225,17 @@ class Service:
         **how: Any,
     ) -> Job:
         """Submit prompts for `most` tokens each; where that is None, for `usual`, or for as many as there is room."""
-        name = "messages" if chat else "prompt"
         limit = self.llm.max_model_len
+        params_of: dict[int, SamplingParams] = {}  # many prompts share them
         asked = []
         for prompt in prompts:
             room = limit - len(prompt.ids)
             if room < (1 if most is None else most):
-                wanted = "at least 1 token" if most is None else f"{most} tokens"
-                raise ApiError(
-                    400,
-                    f"the prompt has {len(prompt.ids)} tokens and {wanted} are to follow; "
-                    f"together they must be at most {limit}",
-                    name,
-                    "context_length_exceeded",
-                )
-            asked.append(body.params(most if most is not None else min(usual or room, room)))
+                raise protocol.too_long(len(prompt.ids), most, limit)
+            count = most if most is not None else min(usual or room, room)
+            if count not in params_of:
+                params_of[count] = body.params(count)
+            asked.append(params_of[count])
         session = request.headers.get("x-session-id") or body.prompt_cache_key or body.user or None
         if session is not None and len(session) > MAX_SESSION:
             raise ApiError(400, f"a session of {len(session)} characters; at most {MAX_SESSION} are taken", "user")
@@ -282,7 +293,7 @@ class Service:
         if self.draining:
             raise self.unavailable()
         self.check_model(body.model)
-        with _refusing():
+        with _refusing(body):
             job = await (self.chat(body, request) if isinstance(body, ChatRequest) else self.completion(body, request))
         if body.stream:
             return EventStream(job)
@@ -329,6 +340,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             "model": settings.models[0],
             "max_batch": llm.engine.max_batch,
             "max_model_len": llm.max_model_len,
+            "chat": llm.tokenizer is not None and llm.tokenizer.chat_template is not None,
         }
 
     def card(name: str) -> dict[str, Any]:
@@ -367,7 +379,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """Token ids of a text or of a conversation."""
         service.check_model(body.model)
 
-        with _refusing():
+        with _refusing(body):
             if (body.prompt is None) == (body.messages is None):
                 raise ApiError(400, "one of prompt and messages must be given", "prompt")
             text, special = body.prompt, body.add_special_tokens is not False
@@ -378,7 +390,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
                     chat_template_kwargs=body.chat_template_kwargs,
                 )
                 text, special = await asyncio.to_thread(service.render, conversation), bool(body.add_special_tokens)
-            ids = (await service.encode(text, special, field=None)).ids
+            ids = (await service.encode(text, special, limited=False)).ids
 
         def answer() -> Response:
             texts = [service.texts.text(i) for i in ids] if body.return_token_strs and service.texts else None
@@ -391,7 +403,10 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids."""
         service.check_model(body.model)
-        return _json({"prompt": await asyncio.to_thread(service.tokenizer().decode, body.tokens)})
+        tokenizer = service.tokenizer()
+        with _refusing():
+            llm.check_ids(body.tokens, "tokens holds", "tokens")
+        return _json({"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)})
 
     @app.get("/tokenizer_info", responses=_errors(400, 401))
     async def tokenizer_info() -> dict[str, Any]:
@@ -421,13 +436,24 @@ def _add_errors(app: FastAPI) -> None:
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
+def _refusing(body: BaseModel | None = None) -> Iterator[None]:
     """A ValueError says that what was asked for cannot be done: the engine's and the tokenizer's name what and why."""
     try:
         yield
     except ValueError as error:
-        name = re.match(r"(\w+) = ", str(error))
-        raise ApiError(400, str(error), name[1] if name else None) from None
+        raise protocol.refusal(error, body) from None
+
+
+def _check_template(tokenizer: Tokenizer | None) -> None:
+    """Raises ValueError where the chat template is none; warns where it does not take what is simplest."""
+    if tokenizer is None or tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "hello"}])
+    except Exception as error:
+        if isinstance(error.__context__, TemplateSyntaxError) or not isinstance(tokenizer.chat_template, str):
+            raise ValueError(f"the model's chat template is broken: {error.__context__ or error}") from None
+        log.warning("the chat template does not take a message alone", extra={"why": str(error)})
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

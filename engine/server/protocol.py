@@ -7,17 +7,23 @@ ignored, as is a field that nobody knows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WrapValidator
 
+from engine.errors import ContextLengthError, RequestError
 from engine.sampling import MOST_COMPLETIONS, MOST_LOGPROBS, SamplingParams
+from engine.tokenizer import TokenizerError
 
+RETRY = {"Retry-After": "1"}  # s, at the least; clients wait longer by themselves where that is not enough
 # What an error of a status is called where nothing more is known: OpenAI's type, and a code.
 _KINDS: dict[int, tuple[str, str | None]] = {
     400: ("invalid_request_error", None),
     401: ("invalid_request_error", "invalid_api_key"),
+    403: ("invalid_request_error", "forbidden"),
     404: ("invalid_request_error", "not_found"),
     405: ("invalid_request_error", "method_not_allowed"),
     408: ("invalid_request_error", "request_timeout"),
@@ -27,6 +33,7 @@ _KINDS: dict[int, tuple[str, str | None]] = {
     500: ("server_error", "internal_error"),
     503: ("server_error", "unavailable"),
     504: ("server_error", "deadline_exceeded"),
+    505: ("invalid_request_error", "http_version_not_supported"),
 }
 
 
@@ -88,17 +95,30 @@ REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
     "message": {"audio": (), "function_call": (), "tool_call_id": (), "tool_calls": ([],)},
 }
 
+T = TypeVar("T")
+# Of a wrong list the first wrong item is named. All of them, as pydantic names them by itself, would take minutes and
+# gigabytes for a body of 8 MiB, in which nothing else is answered.
+Listed = Annotated[list[T], Field(fail_fast=True)]
+NonEmptyList = Annotated[list[T], Field(min_length=1, fail_fast=True)]
+
+
+def _piece_by_piece(value: Any, validate: Callable[[Any], Any]) -> Any:
+    """A mapping's entries, a few at a time: the first wrong ones are named, not all of them."""
+    if not isinstance(value, dict):
+        return validate(value)
+    entries, found = iter(value.items()), {}
+    while some := dict(islice(entries, 64)):
+        found |= validate(some)
+    return found
+
+
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Biases = Annotated[dict[Annotated[str, Field(pattern="^[0-9]{1,10}$")], Bias], WrapValidator(_piece_by_piece)]
 NonEmpty = Annotated[str, Field(min_length=1)]
-Prompts = (
-    str
-    | Annotated[list[str], Field(min_length=1)]
-    | Annotated[list[TokenId], Field(min_length=1)]
-    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
-)
+Prompts = str | NonEmptyList[str] | NonEmptyList[TokenId] | NonEmptyList[NonEmptyList[TokenId]]
 # What is right, for fields whose own validation names each alternative by itself.
 ALTERNATIVES = {
     "prompt": "a string, a list of strings, a list of token ids, or a list of lists of token ids, none of them empty",
@@ -128,12 +148,10 @@ class Request(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,10}$")], Bias] | None = Field(
-        None, description="By token id, -100 to 100."
-    )
+    logit_bias: Biases | None = Field(None, description="By token id, -100 to 100.")
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(None, description="-1: a fresh one.")
-    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=64)] | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=64, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=8192, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
     best_of: int | None = Field(None, description="Refused where it is not n.")
@@ -212,7 +230,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: str | Listed[Part] | None = None
     name: str | None = None
 
     def for_template(self, index: int) -> dict[str, str]:
@@ -238,7 +256,7 @@ class Message(BaseModel):
 class ChatTemplateInput(BaseModel):
     """What a chat template is rendered with."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: NonEmptyList[Message]
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template.")
 
@@ -281,7 +299,7 @@ class TokenizeRequest(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: NonEmptyList[Message] | None = None
     add_special_tokens: bool | None = Field(None, description="Default true for a prompt, false for messages.")
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -292,7 +310,32 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True)
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Listed[TokenId]
+
+
+def refusal(error: ValueError, body: BaseModel | None = None) -> ApiError:
+    """What the engine or the tokenizer finds wrong with a request, in the words of the API."""
+    names = {
+        "prompt": "messages" if getattr(body, "messages", None) is not None else "prompt",
+        "max_new_tokens": "max_completion_tokens" if getattr(body, "max_completion_tokens", None) else "max_tokens",
+        "prompt_logprobs": "logprobs",
+    }
+    message = re.sub("max_new_tokens|prompt_logprobs", lambda found: names[found[0]], str(error))
+    if isinstance(error, RequestError):
+        code = "context_length_exceeded" if isinstance(error, ContextLengthError) else "invalid_value"
+        return ApiError(400, message, names.get(error.field, error.field), code)
+    return ApiError(400, message, names["prompt"] if body and isinstance(error, TokenizerError) else None)
+
+
+def too_long(prompt: int, most: int | None, limit: int) -> ContextLengthError:
+    """The error of a prompt that leaves no room for `most` tokens (None: for one), in words that clients look for:
+    they shorten the prompt and ask again.
+    """
+    wanted = "at least 1 token" if most is None else f"{most} tokens"
+    return ContextLengthError(
+        f"This model's maximum context length is {limit} tokens. However, the prompt has {prompt} tokens and {wanted} "
+        f"are to follow, which is {prompt + (most or 1)} together: the prompt is too long for that"
+    )
 
 
 def refuse(model: BaseModel, kind: str, where: str = "") -> None:
@@ -304,14 +347,14 @@ def refuse(model: BaseModel, kind: str, where: str = "") -> None:
             raise ApiError(400, f"{where}{name} is not served{allowed}", f"{where}{name}", "unsupported_parameter")
 
 
-def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
-    """One line about the first thing that pydantic found wrong with a body: (message, field)."""
+def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None, str | None]:
+    """One line about the first thing that pydantic found wrong with a body: (message, field, code)."""
     first = errors[0]
     place = first["loc"][1:]  # without "body"
     if first["type"] == "json_invalid":
-        return f"the body is not JSON: {first['ctx']['error']} at {first['loc'][-1]}", None
+        return f"the body is not JSON: {first['ctx']['error']} at {first['loc'][-1]}", None, None
     if not place:
-        return "the body must be a JSON object, sent with Content-Type: application/json", None
+        return "the body must be a JSON object, sent with Content-Type: application/json", None, None
     path = ""
     for part in place:
         if isinstance(part, int):
@@ -321,12 +364,12 @@ def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
             break
         path += f".{part:.80}" if path else str(part)
         if part in ALTERNATIVES and first["type"] != "missing":
-            return f"{path} must be {ALTERNATIVES[part]}", path
+            return f"{path} must be {ALTERNATIVES[part]}", path, "invalid_value"
     if first["type"] == "missing":
-        return f"{path} is missing", path
+        return f"{path} is missing", path, "missing_required_parameter"
     value = first["input"]
     shown = str(value) if isinstance(value, float) and not math.isfinite(value) else f"{value!r:.80}"
-    return f"{path} = {shown}: {first['msg'][0].lower()}{first['msg'][1:]}", path
+    return f"{path} = {shown}: {first['msg'][0].lower()}{first['msg'][1:]}", path, "invalid_value"
 
 
 # The answers, for the OpenAPI document: they are written by answers.py without these models, which would cost time.

@@ -18,8 +18,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from engine.async_llm import EngineDead, QueueFull
+from engine.config import ModelConfig
 from engine.core import EngineStats
+from engine.errors import RequestError
 from engine.requests import Completion, TokenLogprobs, Update
 from engine.sampling import SamplingParams
 from engine.server.app import Settings
@@ -38,9 +42,17 @@ def tokenizer() -> Tokenizer:
 
 def fake_llm(**fields: Any) -> Any:
     """What the server reads of an LLM."""
-    engine = SimpleNamespace(max_batch=8, page_size=16, kv_cache="paged")
-    known = {"tokenizer": tokenizer(), "max_model_len": 2048, "engine": engine, "core": None}
-    return SimpleNamespace(**known | fields)
+    engine = SimpleNamespace(
+        max_batch=8, page_size=16, kv_cache="paged", backend="reference", device="cpu", dtype="bfloat16",
+        torch_dtype=torch.bfloat16, max_step_tokens=2048,
+    )  # fmt: skip
+
+    def check_ids(ids: Sequence[int], where: str, field: str = "prompt") -> None:
+        if ids and max(ids) >= 4096:
+            raise RequestError(f"{where} token id {max(ids)}; ids are 0 to 4095", field)
+
+    given = {"tokenizer": tokenizer(), "max_model_len": 2048, "engine": engine, "check_ids": check_ids, "core": None}
+    return SimpleNamespace(**given | {"config": ModelConfig.from_file(TINY / "config.json")} | fields)
 
 
 class FakeEngine:
@@ -78,7 +90,7 @@ class FakeEngine:
         if self.failure:
             raise EngineDead("the engine has failed")
         if len(prompt) > 0 and max(prompt) >= 4096:
-            raise ValueError(f"prompt holds token id {max(prompt)}; ids are 0 to 4095")
+            raise RequestError(f"prompt holds token id {max(prompt)}; ids are 0 to 4095", "prompt")
         if sum(not stream.done for stream in self.streams) >= self.room:
             raise QueueFull(f"{self.room} requests wait already")
         asked = {"id": id, "priority": priority, "timeout": timeout, "session": session}
@@ -207,10 +219,13 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(engine: Any, llm: Any = None, grace: float = 5.0, **settings: Any) -> Iterator[Running]:
+def running(
+    engine: Any, llm: Any = None, grace: float = 5.0, max_connections: int = 2000, **settings: Any
+) -> Iterator[Running]:
     """Serve `engine` on a free port while the block runs."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = Server(engine, llm or fake_llm(), Settings(**{"models": ("tiny", "other"), **settings}), grace)
+        given = Settings(**{"models": ("tiny", "other"), **settings})
+        server = Server(engine, llm or fake_llm(), given, grace, max_connections)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         end = time.monotonic() + 20

@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import ConfigError, ModelConfig
+from engine.errors import ContextLengthError
 from engine.llm import LLM, Completion, EngineConfig
 from engine.requests import Text
 from engine.sampling import SamplingParams
-from engine.tokenizer import PromptTooLong, Tokenizer
+from engine.tokenizer import Tokenizer
 from engine.weights import random_weights
 
 GREEDY = SamplingParams(max_new_tokens=20, temperature=0, ignore_eos=True)
@@ -285,7 +286,7 @@ def test_the_tokenizers_end_of_sequence_ends_a_text(olmo2: Reference, tmp_path: 
 
 def test_a_text_too_long_by_its_bytes_is_not_encoded(llm: LLM, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(llm.tokenizer, "encode", lambda text, *_: pytest.fail("encoded") if len(text) > 9 else [1])
-    with pytest.raises(PromptTooLong, match=r"^prompt 1 is too long: its 9000000 bytes are at least \d+ tokens\."):
+    with pytest.raises(ContextLengthError, match=r"^prompt 1 is too long: its 9000000 bytes are at least \d+ tokens\."):
         llm.generate(["the", "the " * 2_250_000], GREEDY)
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -14,11 +15,16 @@ from fake_engine import REPLY, TINY, FakeEngine, Running, fake_llm, running, tok
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import ValidationError
 
+from engine.errors import ContextLengthError, RequestError
 from engine.requests import Completion, Update
-from engine.server.app import Settings
+from engine.server.app import Settings, create_app
+from engine.server.gate import MAX_VALUES
+from engine.server.logs import JsonLines, TextLines, is_text, log_to_stderr
 from engine.server.metrics import Metrics, token_buckets
-from engine.server.serve import JsonLines, log_to_stderr, serve
+from engine.server.protocol import ChatRequest, CompletionRequest, refusal
+from engine.server.serve import serve
 from engine.server.tokens import TokenTexts
 from engine.tokenizer import Tokenizer
 
@@ -314,8 +320,8 @@ def test_without_a_tokenizer():
         ({"prompt": ["a", 1]}, "prompt", "prompt must be"),
         ({"prompt": [True]}, "prompt", "prompt must be"),
         ({"prompt": [-1]}, "prompt", "prompt must be"),
-        ({"prompt": [5000]}, None, "prompt holds token id 5000"),
-        ({"prompt": "\ud800"}, None, ""),
+        ({"prompt": [5000]}, "prompt", "prompt holds token id 5000"),
+        ({"prompt": "\ud800"}, "prompt", "unpaired surrogate"),
         ({"prompt": "x", "max_tokens": -1}, "max_tokens", "max_tokens = -1: "),
         ({"prompt": "x", "max_tokens": "5"}, "max_tokens", "max_tokens = '5': "),
         ({"prompt": "x", "max_tokens": 2048}, "prompt", "1 tokens and 2048 tokens are to follow"),
@@ -406,6 +412,92 @@ def test_statuses(client: httpx.Client):
     assert error["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "counted"),
+    [
+        ("/v1/completions", {"prompt": [1] * 2000, "max_tokens": 49}, "2049"),
+        ("/v1/completions", {"prompt": [1] * 2048}, "2049"),
+        ("/v1/completions", {"prompt": [[1], [1] * 3000], "stream": True}, "3001"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello world " * 2000}]}, "2048"),
+        ("/v1/chat/completions", {"messages": CHAT, "max_completion_tokens": 2048}, "2048"),
+    ],
+)
+def test_clients_know_that_the_context_is_too_short(client: httpx.Client, path: str, body: Any, counted: str):
+    error = refused(client, path, body)
+    assert error["type"] == "invalid_request_error" and error["code"] == "context_length_exceeded"
+    assert error["param"] == ("messages" if "messages" in body else "prompt")
+    # What litellm, LangChain and, over litellm, aider look for.
+    assert re.search(r"This model's maximum context length is 2048 tokens", error["message"])
+    assert "prompt is too long" in error["message"] and counted in error["message"]
+
+
+def test_refusals_speak_of_the_apis_fields():
+    body = CompletionRequest.model_validate({"prompt": "x", "max_tokens": 5, "min_tokens": 6})
+    with pytest.raises(RequestError) as caught:
+        body.params(5)
+    error = refusal(caught.value, body).body["error"]
+    assert error["param"] == "min_tokens" and error["message"].endswith("from 0 to max_tokens")
+    talk = ChatRequest.model_validate({"messages": CHAT, "max_completion_tokens": 5})
+    error = refusal(RequestError("max_new_tokens = 5 with prompt_logprobs", "max_new_tokens"), talk).body["error"]
+    assert error == {
+        "message": "max_completion_tokens = 5 with logprobs",
+        "type": "invalid_request_error",
+        "param": "max_completion_tokens",
+        "code": "invalid_value",
+    }
+    error = refusal(ContextLengthError("too long"), talk).body["error"]
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+
+
+WRONG = {
+    "ids": {"prompt": [*[1] * 50_000, "a"]},
+    "floats": {"prompt": [0.5] * 50_000},
+    "lists": {"prompt": [[1, "a"]] * 50_000},
+    "bias": {"prompt": "x", "logit_bias": {f"a{i}": 1 for i in range(50_000)}},
+    "biases": {"prompt": "x", "logit_bias": {str(i): 101 for i in range(50_000)}},
+    "stop": {"prompt": "x", "stop": [1] * 50_000},
+    "tokens": {"prompt": "x", "stop_token_ids": [-1] * 50_000},
+    "messages": {"messages": [1] * 50_000},
+    "parts": {"messages": [{"role": "user", "content": [1] * 50_000}]},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_of_many_wrong_values_the_first_ones_are_looked_at(name: str):
+    """A body of 8 MiB of them took minutes and gigabytes, in which nothing else was answered."""
+    kind = ChatRequest if "messages" in WRONG[name] else CompletionRequest
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(WRONG[name])
+    assert caught.value.error_count() <= 64
+
+
+def test_many_right_values(client: httpx.Client, engine: FakeEngine):
+    bias = {str(token): -1.0 for token in range(3000)}
+    completion(client, logit_bias=bias, stop_token_ids=list(range(4096)))
+    assert len(engine.streams[-1].params.logit_bias) == 3000
+    error = refused(client, "/v1/completions", {"prompt": "x", "stop_token_ids": [1] * 8193})
+    assert error["param"] == "stop_token_ids" and error["code"] == "invalid_value"
+    body = b'{"prompt": "' + b"," * (MAX_VALUES + 1) + b'"}'
+    answer = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413 and str(MAX_VALUES) in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("source", ["{% if %}", "{{ x | nofilter }}", "{% for m in messages %}", 5])
+def test_a_broken_chat_template_is_refused_at_start(source: Any):
+    broken = Tokenizer(TINY)
+    broken.chat_template = source
+    with pytest.raises(ValueError, match="chat template is broken: "):
+        create_app(cast(Any, FakeEngine()), fake_llm(tokenizer=broken), Settings(("m",)))
+
+
+def test_a_chat_template_may_refuse_a_message_alone(logs: Callable[[], str]):
+    log_to_stderr("info")
+    strict = Tokenizer(TINY)
+    strict.chat_template = "{{ raise_exception('a system message must come first') }}"
+    create_app(cast(Any, FakeEngine()), fake_llm(tokenizer=strict), Settings(("m",)))
+    assert json.loads(logs())["why"] == "chat template: a system message must come first"
+
+
 @pytest.mark.parametrize(("reason", "status"), [("error", 500), ("deadline", 504), ("abort", 503)])
 def test_failures_of_the_engine(server: Running, reason: str, status: int):
     engine = FakeEngine()
@@ -484,6 +576,9 @@ def test_tokenize(client: httpx.Client):
     refused(client, "/tokenize", {})
     refused(client, "/tokenize", {"prompt": "a", "messages": CHAT})
     refused(client, "/detokenize", {"tokens": ["a"]})
+    error = refused(client, "/detokenize", {"tokens": [1, 4096]})  # as completions refuse it
+    assert error["param"] == "tokens" and error["code"] == "invalid_value"
+    assert error["message"] == "tokens holds token id 4096; ids are 0 to 4095"
     assert client.get("/tokenizer_info").json()["eos_token"] == "<|endoftext|>"
 
 
@@ -491,7 +586,21 @@ def test_health_version_stats(client: httpx.Client):
     assert client.get("/health").status_code == 200
     assert client.get("/version").json()["version"]
     stats = client.get("/stats").json()
-    assert stats["max_batch"] == 8 and stats["pages"] == 100 and stats["model"] == "tiny"
+    assert stats["max_batch"] == 8 and stats["pages"] == 100 and stats["model"] == "tiny" and stats["chat"] is True
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/stats", "/version", "/v1/models", "/docs", "/nothing"])
+def test_head_is_get_without_a_body(client: httpx.Client, path: str):
+    got, head = client.get(path), client.head(path)
+    assert head.status_code == got.status_code and head.content == b""
+    assert head.headers["content-type" if path != "/health" else "date"]
+    if path not in ("/metrics", "/stats"):  # which change
+        assert head.headers["content-length"] == got.headers["content-length"]
+
+
+def test_head_of_what_is_no_get(client: httpx.Client):
+    answer = client.head("/v1/completions")
+    assert answer.status_code == 405 and answer.headers["allow"] == "POST" and answer.content == b""
 
 
 def test_page(client: httpx.Client):
@@ -606,6 +715,10 @@ def test_every_token_has_bytes():
         ({"api_key": "two words"}, "api_key must be"),
         ({"max_waiting": 0}, "max_waiting = 0"),
         ({"max_body": 0}, "max_body = 0"),
+        ({"keep_alive": 0}, "keep_alive = 0"),
+        ({"allowed_hosts": ("a", "")}, "allowed_hosts holds ''"),
+        ({"allowed_hosts": ("http://a",)}, "allowed_hosts holds 'http://a'"),
+        ({"allowed_hosts": ("a.*",)}, "allowed_hosts holds 'a.*'"),
         ({"request_timeout": 0}, "request_timeout = 0"),
     ],
 )
@@ -616,11 +729,13 @@ def test_wrong_settings(fields: dict[str, Any], message: str):
 
 def test_serve_says_what_is_wrong():
     with pytest.raises(ValueError, match="grace = -1"):
-        serve(fake_llm(), Settings(("m",)), grace=-1)
+        serve(fake_llm, Settings(("m",)), grace=-1)
     with pytest.raises(ValueError, match="log_level = 'loud'"):
-        serve(fake_llm(), Settings(("m",)), log_level="loud")
+        serve(fake_llm, Settings(("m",)), log_level="loud")
+    with pytest.raises(ValueError, match="log_format = 'xml'; it must be one of auto, json, text"):
+        serve(fake_llm, Settings(("m",)), log_format="xml")
     with pytest.raises(OSError):
-        serve(fake_llm(), Settings(("m",)), host="192.0.2.1", port=1)
+        serve(fake_llm, Settings(("m",)), host="192.0.2.1", port=1)
 
 
 def test_logs_are_json_lines_without_prompts(logs: Callable[[], str]):
@@ -668,3 +783,52 @@ def test_a_prompt_too_long_by_its_bytes_is_not_encoded(client: httpx.Client, mon
 def test_tokenize_counts_what_is_too_long_for_the_model(client: httpx.Client):
     answer = client.post("/tokenize", json={"prompt": "def " * 5000}).json()
     assert answer["count"] == len(tokenizer().encode("def " * 5000)) > 2048
+
+
+def test_lines_for_people(logs: Callable[[], str]):
+    log_to_stderr("info", "text")
+    with running(FakeEngine()) as server, httpx.Client(base_url=server.url) as client:
+        completion(client, "hello", max_tokens=2)
+        client.get("/\x1b[31m\x07nowhere".encode("unicode_escape").decode().replace("\\x", "%"))
+    lines = logs().splitlines()
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d answered POST /v1/completions 200 in \d+ ms, 1 \+ 2 tokens, id cmpl-\w+, finished length",
+        lines[0],
+    )
+    assert "GET /\\x1b[31m\\x07nowhere 404" in lines[1]
+
+
+def test_a_line_for_people_of_an_exception():
+    try:
+        raise KeyError("x")
+    except KeyError:
+        record = logging.LogRecord("a", logging.ERROR, "f", 1, "broke %s", ("it",), sys.exc_info())
+    record.host = "h"
+    first, *rest = TextLines().format(record).splitlines()
+    assert first.endswith(" ERROR: broke it, host h") and rest[-1] == "KeyError: 'x'"
+
+
+def test_lines_are_json_where_stderr_is_no_terminal(monkeypatch: pytest.MonkeyPatch):
+    assert not is_text("auto") and is_text("text") and not is_text("json")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert is_text("auto") and not is_text("json")
+
+
+def test_what_is_served_is_shown(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """The address, what runs and where, and the limits: a table for people, one line of JSON for all else."""
+    import engine.server.serve as serving
+
+    monkeypatch.setattr(serving, "AsyncLLM", lambda llm, max_waiting: FakeEngine())
+    monkeypatch.setattr(serving.Server, "run", lambda self, sockets: self._announce())
+    try:
+        serving.serve(fake_llm, Settings(("m",)), port=0, log_format="text")
+        shown = " ".join(capfd.readouterr().err.split())
+        assert "model m: Olmo2ForCausalLM, 7.2 M parameters" in shown and "API http://127.0.0.1:" in shown
+        assert "cpu, bfloat16, backend reference" in shown and "KV cache 1,600 tokens" in shown
+        assert "1,024 requests that wait" in shown and "bodies of 8 MiB" in shown
+        serving.serve(fake_llm, Settings(("m",)), port=0)
+        line = json.loads(capfd.readouterr().err)
+    finally:
+        logging.getLogger("engine").handlers.clear()
+    assert line["message"] == "serving" and line["models"] == ["m"] and line["kv_tokens"] == 1600
+    assert line["url"].startswith("http://127.0.0.1:") and line["max_connections"] > 100 and line["dtype"] == "bfloat16"

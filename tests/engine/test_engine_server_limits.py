@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gc
 import json
 import logging
+import re
 import signal
 import socket
 import subprocess
@@ -13,13 +16,16 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 from fake_engine import ROOT, FakeEngine, Running, eventually, fake_llm, running
 
-from engine.server.gate import Connection
+import engine.server.serve as serving
+from engine.server import gate
+from engine.server.connection import Connection
+from engine.server.logs import log_to_stderr
 
 BODY = {"prompt": "hello", "max_tokens": 2000}
 
@@ -165,29 +171,220 @@ def test_large_bodies():
         assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
 
 
+LARGE = b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 40_000 + b"\r\n\r\n"
+
+
 @pytest.mark.parametrize(
-    "request_bytes",
+    ("request_bytes", "status", "said"),
     [
-        b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 40_000 + b"\r\n\r\n",
-        b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"".join(b"A%d: bbbbb\r\n" % n for n in range(5000)) + b"\r\n",
-        b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03",  # TLS
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: x\r\n\r\n",
-        b"\r\n\r\n\0\0\r\n\r\n",
+        (LARGE, 431, "at most 32768|more than 32768"),
+        (LARGE.replace(b"a" * 40_000, b"a" * 400_000), 431, "more than 32768"),
+        (LARGE[:-4], 431, "more than 32768"),
+        (b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431, "at most 32768|more than 32768"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"".join(b"A%d: b\r\n" % n for n in range(5000)) + b"\r\n", 431, "32768"),
+        (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03" + b"\x07" * 500, 400, "this is TLS, .* http://"),
+        (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n\r\n", 400, "this is TLS"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "this is HTTP/2.0, and the server speaks HTTP/1.1"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", 400, "not HTTP/1.1: illegal request line"),
+        (b"\x05\x01\x00", 400, "not HTTP/1.1: illegal request line"),
+        (b"\r\n\r\n\0\0\r\n\r\n", 400, "not HTTP/1.1"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n", 400, "Content-Length"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"1" * 5000 + b"\r\n\r\n", 400, "Length"),
+        (b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: x\r\n\r\n", 501, "Transfer-Encoding"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400, "not HTTP/1.1: "),
     ],
 )
-def test_what_is_no_http(request_bytes: bytes):
+@pytest.mark.parametrize("piece", [1 << 20, 999])
+def test_what_is_no_http(plain: Running, request_bytes: bytes, status: int, said: str, piece: int):
+    """The same answer, read to its end, however the bytes arrive."""
+    with socket.create_connection(("127.0.0.1", plain.port)) as client:
+        client.settimeout(5)
+        for begin in range(0, len(request_bytes), piece):
+            client.sendall(request_bytes[begin : begin + piece])
+        head, _, body = read_answer(client).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 %d " % status), head
+        assert re.search(said, json.loads(body)["error"]["message"])
+    assert httpx.get(plain.url + "/health").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[Running]:
+    with running(FakeEngine()) as server:
+        yield server
+
+
+def read_answer(client: socket.socket) -> bytes:
+    """An answer that is an error, to the end of its body."""
+    answer = b""
+    while not answer.endswith(b"}}") and (data := client.recv(4096)):
+        answer += data
+    return answer
+
+
+def test_refusals_of_the_connection_are_counted_and_logged(capfd: pytest.CaptureFixture[str]):
+    log_to_stderr("info")
     with running(FakeEngine()) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as client:
-            client.settimeout(5)
-            client.sendall(request_bytes)
-            try:
-                answer = client.recv(2000)
-            except ConnectionResetError:  # the server closes on what it does not read
-                answer = b"HTTP/1.1 400"
-            assert answer.startswith((b"HTTP/1.1 400", b"HTTP/1.1 431", b"HTTP/1.1 501")), answer
+            client.sendall(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
+            read_answer(client)
+        assert 'afs_http_requests_total{path="other",status="400"} 1.0' in httpx.get(server.url + "/metrics").text
+    logging.getLogger("engine").handlers.clear()
+    (line,) = [json.loads(line) for line in capfd.readouterr().err.splitlines() if "refused" in line]
+    assert line["status"] == 400 and line["client"] == "127.0.0.1" and "request line" in line["why"]
+
+
+def test_answers_are_counted_under_their_path(impatient: None):
+    """Those too that no route has seen."""
+    begun = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{"
+    with running(FakeEngine(), max_body=1000, api_key="k") as server, httpx.Client(base_url=server.url) as client:
+        key = {"Authorization": "Bearer k"}
+        client.post("/v1/completions", json={"prompt": "x" * 2000}, headers=key)
+        client.post("/tokenize", json={"prompt": "x"})
+        client.get("/v1/models/a/b", headers=key | {"A": "a" * 33_000})
+        client.get("/nowhere")
+        with_key = begun.replace(b"Host: x", b"Host: x\r\nAuthorization: Bearer k")
+        with socket.create_connection(("127.0.0.1", server.port)) as leaving:
+            leaving.sendall(with_key)
+            time.sleep(0.1)
+        with socket.create_connection(("127.0.0.1", server.port)) as slow:
+            slow.sendall(with_key)
+            assert read_answer(slow).startswith(b"HTTP/1.1 408 Request Timeout")
+        wanted = [("/v1/completions", 413), ("/tokenize", 401), ("/v1/models/{name:path}", 431), ("other", 401),
+                  ("/v1/completions", 499), ("/v1/completions", 408)]  # fmt: skip
+        text = client.get("/metrics").text
+        for path, status in wanted:
+            assert f'afs_http_requests_total{{path="{path}",status="{status}"}} 1.0' in text, (path, status)
+
+
+def test_a_request_of_which_a_head_is_asked_may_be_slow_too(impatient: None, plain: Running):
+    with socket.create_connection(("127.0.0.1", plain.port)) as client:
+        client.sendall(b"HEAD /health HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n")
+        client.settimeout(5)
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("engine.server.gate.BODIES", 3)
+    begun = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"x" * 90_000
+    with running(FakeEngine(), max_body=100_000) as server, httpx.Client(base_url=server.url) as client:
+        many = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
+        for one in many:
+            one.sendall(begun)
+        small = {"prompt": "x", "max_tokens": 1}
+        assert client.post("/v1/completions", json=small).status_code == 200
+        large = small | {"user": "u" * 90_000}
+        eventually(lambda: client.post("/v1/completions", json=large).status_code == 429)
+        for one in many:
+            one.close()
+        eventually(lambda: client.post("/v1/completions", json=large).status_code == 400)
+
+
+def test_the_memory_of_a_large_body_is_given_back(monkeypatch: pytest.MonkeyPatch):
+    trimmed: list[int] = []
+    monkeypatch.setattr("engine.server.gate.trim", lambda: trimmed.append(1))
+    with running(FakeEngine()) as server, httpx.Client(base_url=server.url) as client:
+        client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
+        for _ in range(3):
+            client.post("/detokenize", json={"tokens": [10] * 400_000})
+        eventually(lambda: len(trimmed) == 1)  # once for all that end together
+    gate.trim()
+
+
+# --- connections ------------------------------------------------------------------------------------------------------
+
+
+def connect(server: Running, count: int) -> list[socket.socket]:
+    return [socket.create_connection(("127.0.0.1", server.port), timeout=5) for _ in range(count)]
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /he", b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"])
+def test_connections_that_wait_give_way(sent: bytes, capfd: pytest.CaptureFixture[str]):
+    log_to_stderr("warning")
+    with running(FakeEngine(), max_connections=20, grace=0.1) as server:
+        waiting: list[socket.socket] = []
+        for _ in range(60):
+            waiting += connect(server, 1)
+            waiting[-1].sendall(sent)
+        for _ in range(3):
+            assert httpx.get(server.url + "/health").status_code == 200
+        eventually(lambda: len(server.server.server_state.connections) <= 20)
+        # Those that came first have gone.
+        for one in waiting[:40]:
+            with contextlib.suppress(ConnectionResetError):
+                assert one.recv(1000)[:12] in (b"", b"HTTP/1.1 503")
+        waiting[-1].settimeout(0.05)
+        with pytest.raises(TimeoutError):
+            waiting[-1].recv(1)
+        for one in waiting:
+            one.close()
+    logging.getLogger("engine").handlers.clear()
+    said = [json.loads(line)["message"] for line in capfd.readouterr().err.splitlines()]
+    assert said == ["no room for more connections: those that wait are closed"]  # once
+
+
+def test_connections_that_are_being_answered_do_not_give_way():
+    engine = FakeEngine(delay=0.03)
+    with running(engine, max_connections=5, grace=0.1) as server:
+        busy = connect(server, 5)
+        for one in busy:
+            one.sendall(message({**BODY, "stream": True}))
+        eventually(lambda: len(engine.streams) == 5)
+        (late,) = connect(server, 1)
+        assert late.recv(1000).startswith(b"HTTP/1.1 503 Service Unavailable")
+        assert not any(stream.aborted for stream in engine.streams)
+        busy[0].close()
+        eventually(lambda: len(server.server.server_state.connections) < 5)
         assert httpx.get(server.url + "/health").status_code == 200
+        for one in (*busy, late):
+            one.close()
+
+
+def test_kept_connections_are_closed_in_their_time():
+    with running(FakeEngine(), keep_alive=0.3) as server, socket.create_connection(("127.0.0.1", server.port)) as kept:
+        kept.settimeout(5)
+        for _ in range(2):
+            kept.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert kept.recv(1000).startswith(b"HTTP/1.1 200")
+            time.sleep(0.1)
+        begin = time.monotonic()
+        assert kept.recv(1000) == b"" and time.monotonic() - begin < 2
+
+
+def test_kept_connections_are_no_slow_ones(impatient: None, plain: Running):
+    with socket.create_connection(("127.0.0.1", plain.port)) as kept:
+        kept.settimeout(5)
+        for _ in range(2):
+            kept.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert kept.recv(1000).startswith(b"HTTP/1.1 200")
+            time.sleep(0.5)
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "expected"), [(1024, 1024, 1024), (1024, 1_000_000, None), (1024, -1, None), (256, 300, 300)]
+)
+def test_open_files(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, expected: int | None):
+    """As many connections as the hard limit has room for, and always fewer than files."""
+    limit = [soft, hard]
+    monkeypatch.setattr(serving.resource, "getrlimit", lambda _: tuple(limit))
+    monkeypatch.setattr(serving.resource, "setrlimit", lambda _, wanted: limit.__setitem__(0, wanted[0]))
+    room = serving.room_for_connections()
+    if expected is None:
+        assert room == serving.MAX_CONNECTIONS and limit[0] > room
+    else:
+        assert limit == [expected, hard] and 16 <= room < expected - 2 * serving.ACCEPTED
+
+
+def test_a_system_without_files_is_logged_once(capfd: pytest.CaptureFixture[str]):
+    log_to_stderr("info")
+    handle = serving._log_once_a_minute()
+    loop = cast(Any, None)
+    for _ in range(100):
+        handle(loop, {"message": "socket.accept() out of system resource", "exception": OSError(errno.EMFILE, "files")})
+    handle(loop, {"message": "another", "exception": KeyError("x")})
+    logging.getLogger("engine").handlers.clear()
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [line["message"] for line in lines] == ["no connection can be accepted", "another"]
+    assert "KeyError" in lines[1]["traceback"]
 
 
 def test_the_queue_is_bounded():
@@ -233,8 +430,27 @@ def test_api_key():
             assert client.get(path).status_code == 401
         for path in ("/", "/health", "/metrics", "/stats", "/openapi.json", "/version"):
             assert client.get(path).status_code == 200
-        right = {"Authorization": "Bearer s3cret"}
-        assert client.post("/v1/completions", json=body, headers=right).status_code == 200
+        for scheme in ("Bearer", "bearer", "BEARER", "Bearer "):
+            right = {"Authorization": f"{scheme} s3cret"}
+            assert client.post("/v1/completions", json=body, headers=right).status_code == 200
+        for given in ("Bearer", "Basic s3cret", "bearers3cret", "Bearer s3cret s3cret", "Bearer S3CRET"):
+            assert client.get("/v1/models", headers={"Authorization": given}).status_code == 401
+        assert client.get("/v1/models").headers["www-authenticate"] == "Bearer"
+        wrong = client.get("/v1/models", headers={"Authorization": "Bearer no"})
+        assert wrong.headers["www-authenticate"] == 'Bearer error="invalid_token"'
+
+
+def test_allowed_hosts():
+    names = ("api.example", "*.inner.example", "127.0.0.1", "::1")
+    with running(FakeEngine(), allowed_hosts=names) as server, httpx.Client(base_url=server.url) as client:
+        assert client.get("/health").status_code == 200
+        for host in ("api.example", "API.example:8000", "api.example.", "a.inner.example", "[::1]:80"):
+            assert client.get("/health", headers={"Host": host}).status_code == 200, host
+        for host in ("evil.example", "api.example.evil.example", "inner.example", "xapi.example", "localhost", ""):
+            answer = client.get("/v1/models", headers={"Host": host})
+            assert answer.status_code == 403 and answer.json()["error"]["code"] == "host_not_allowed", host
+    with running(FakeEngine()) as server:
+        assert httpx.get(server.url + "/health", headers={"Host": "anything"}).status_code == 200
 
 
 def test_other_sites_may_ask_only_where_told():
@@ -308,6 +524,44 @@ def test_what_does_not_end_within_the_grace_gets_an_error():
         httpx.get(server.url + "/health")
 
 
+def test_a_body_that_is_still_coming_does_not_hold_up_the_end(capfd: pytest.CaptureFixture[str]):
+    log_to_stderr("info")
+    with running(FakeEngine(), grace=20.0) as server, socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.settimeout(5)
+        client.sendall(message(BODY)[:-1])
+        time.sleep(0.1)
+        begin = time.monotonic()
+        server.stop()
+        assert time.monotonic() - begin < 3
+        assert client.recv(1000).startswith(b"HTTP/1.1 503")
+    logging.getLogger("engine").handlers.clear()
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [line["message"] for line in lines] == ["shutting down", "broken off", "stopped"]
+    assert lines[1]["status"] == 503
+
+
+def test_while_it_drains_the_server_says_so():
+    engine = FakeEngine(delay=0.02)
+    with running(engine, grace=20.0) as server:
+        found: list[list[str]] = []
+        stream = threading.Thread(target=lambda: found.append(read_stream(server, 60)))
+        stream.start()
+        eventually(lambda: len(engine.streams) == 1)
+        server.server.should_exit = True
+        eventually(lambda: server.server.app.state.service.draining)
+        for path in ("/health", "/v1/completions"):  # on connections of their own
+            body = None if path == "/health" else BODY
+            answer = httpx.request("POST" if body else "GET", server.url + path, json=body)
+            assert answer.status_code == 503 and answer.headers["retry-after"] == "1", path
+            assert answer.headers["connection"] == "close" and "shutting down" in answer.json()["error"]["message"]
+        assert httpx.get(server.url + "/stats").json()["running"] == 1
+        stream.join(20)
+        assert json.loads(found[0][-2])["choices"][0]["finish_reason"] == "length"
+        server.thread.join(10)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(server.url + "/health")
+
+
 def test_a_second_signal_does_not_wait():
     engine = FakeEngine(delay=0.02)
     found: list[list[str]] = []
@@ -365,8 +619,6 @@ def test_signals(number: signal.Signals):
 
 
 def test_a_warning_where_anyone_may_ask(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    import engine.server.serve as serving
-
     monkeypatch.setattr(serving, "AsyncLLM", lambda llm, max_waiting: FakeEngine())
     frozen: list[int] = []
     monkeypatch.setattr(serving.Server, "run", lambda self, sockets: frozen.append(gc.get_freeze_count()))

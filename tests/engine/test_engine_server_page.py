@@ -8,7 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import REPLY, FakeEngine, Running, eventually, running
+from fake_engine import REPLY, TINY, FakeEngine, Running, eventually, fake_llm, running, tokenizer
+
+from engine.tokenizer import Tokenizer
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -159,6 +161,131 @@ def test_refusals_are_shown(page: Any):
     page.keyboard.press("Enter")
     expect(page.get_by_role("alert")).to_contain_text("5000 tokens are to follow")
     expect(page.locator("#send")).to_be_enabled()
+
+
+def prompt_ids(*messages: str) -> list[int]:
+    """Token ids of a conversation that the user begins."""
+    roles = ("user", "assistant")
+    conversation = [{"role": roles[i % 2], "content": text} for i, text in enumerate(messages)]
+    return tokenizer().encode(tokenizer().apply_chat_template(conversation), add_special_tokens=False)
+
+
+def test_a_new_chat_has_nothing_of_the_answer_that_it_ends(page: Any, engine: FakeEngine):
+    page.click("summary")
+    page.fill("#max_tokens", "2000")
+    page.fill("#prompt", "the old one")
+    page.keyboard.press("Enter")
+    expect(page.locator(".token").nth(5)).to_be_visible()
+    page.click("#new")
+    page.fill("#max_tokens", "3")
+    expect(page.locator("#send")).to_be_enabled()
+    assert page.input_value("#prompt") == ""
+    page.fill("#prompt", "the new one")
+    page.keyboard.press("Enter")
+    expect(page.locator(".assistant h2")).to_contain_text("as long as allowed")
+    assert engine.streams[-1].prompt_token_ids == prompt_ids("the new one")
+
+
+def test_any_temperature_is_sent_with_settings_closed(page: Any, engine: FakeEngine):
+    page.click("summary")
+    for name, value in {"temperature": "0.77", "top_p": "0.333", "max_tokens": "3", "seed": "12345"}.items():
+        page.fill(f"#{name}", value)
+    page.click("summary")
+    page.fill("#prompt", "x")
+    page.click("#send")
+    expect(page.locator(".assistant h2")).to_contain_text("as long as allowed")
+    params = engine.streams[-1].params
+    assert (params.temperature, params.top_p, params.max_new_tokens, params.seed) == (0.77, 0.333, 3, 12345)
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("max_tokens", "0"), ("max_tokens", "1.5"), ("temperature", "-1")])
+def test_a_wrong_setting_is_shown(page: Any, name: str, wrong: str):
+    page.click("summary")
+    page.fill(f"#{name}", wrong)
+    page.click("summary")
+    page.fill("#prompt", "x")
+    page.click("#send")
+    expect(page.locator(f"#{name}")).to_be_visible()
+    expect(page.locator(f"#{name}")).to_be_focused()
+    assert page.input_value("#prompt") == "x" and page.locator("article").count() == 0
+
+
+def test_what_failed_can_be_sent_again(page: Any, engine: FakeEngine):
+    page.click("summary")
+    page.fill("#max_tokens", "5000")
+    page.fill("#prompt", "a long message")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("maximum context length is 2048 tokens")
+    assert page.input_value("#prompt") == "a long message"
+    page.fill("#max_tokens", "3")
+    page.click("#send")
+    expect(page.locator(".assistant h2").last).to_contain_text("as long as allowed")
+    assert engine.streams[-1].prompt_token_ids == prompt_ids("a long message")
+    assert page.input_value("#prompt") == ""
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"status": 502, "body": "<html>bad gateway", "content_type": "text/html"}, "502"),
+        ({"status": 200, "body": "", "content_type": "text/event-stream"}, "broke off"),
+        (None, "the server does not answer"),
+    ],
+)
+def test_failures_that_are_not_the_servers(browser: Any, server: Running, answer: dict[str, Any] | None, said: str):
+    page = browser.new_page()
+    page.route("**/v1/chat/completions", lambda r: r.fulfill(**answer) if answer else r.abort())
+    page.goto(server.url)
+    page.fill("#prompt", "once more")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text(said)
+    assert page.input_value("#prompt") == "once more"
+    page.close()
+
+
+def test_the_tip_of_a_tapped_token_stays_while_tokens_come(browser: Any):
+    with running(FakeEngine(delay=0.01), grace=0.2) as server:
+        page = browser.new_page(viewport={"width": 375, "height": 667}, has_touch=True)
+        page.goto(server.url)
+        page.evaluate("() => { document.getElementById('max_tokens').value = 2000; }")
+        page.fill("#prompt", "x")
+        page.keyboard.press("Enter")
+        expect(page.locator(".token").nth(130)).to_be_attached()  # it scrolls by now
+        count = page.locator(".token").count()
+        page.locator(".token").nth(count - 10).tap()
+        expect(page.locator("#tip")).to_be_visible()
+        expect(page.locator(".token").nth(count + 60)).to_be_attached()
+        expect(page.locator("#tip")).to_be_visible()
+        page.locator(".user .text").tap()
+        expect(page.locator("#tip")).to_be_hidden()
+        page.close()
+
+
+@pytest.mark.parametrize("height", [667, 568])
+def test_most_of_a_phone_is_the_conversation(browser: Any, height: int):
+    with running(FakeEngine(delay=0.01), grace=0.2) as server:
+        page = browser.new_page(viewport={"width": 375, "height": height})
+        page.goto(server.url)
+        room = "() => document.getElementById('log').clientHeight"
+        assert page.evaluate(room) > height - 220
+        page.fill("#prompt", "x")
+        page.keyboard.press("Enter")
+        expect(page.locator("#stop")).to_be_visible()
+        assert page.evaluate(room) > height - 220
+        page.close()
+
+
+def test_without_a_chat_template_texts_are_continued(browser: Any):
+    plain = Tokenizer(TINY)
+    plain.chat_template = None
+    with running(FakeEngine(), fake_llm(tokenizer=plain)) as server:
+        page = browser.new_page()
+        page.goto(server.url)
+        expect(page.locator("#mode")).to_have_value("text")
+        page.fill("#prompt", "import os")
+        page.keyboard.press("Enter")
+        expect(page.locator("#status")).to_have_text("as long as allowed", timeout=20_000)
+        page.close()
 
 
 def test_api_key(browser: Any):

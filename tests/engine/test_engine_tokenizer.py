@@ -21,7 +21,8 @@ from engine_checkpoints import CORPUS, Reference, byte_level_tokenizer, save_lla
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.tokenizer import PromptTooLong, Tokenizer, TokenizerError
+from engine.errors import ContextLengthError
+from engine.tokenizer import Tokenizer, TokenizerError
 
 DOLMA2 = Path(
     os.environ.get("AFS_DOLMA2_TOKENIZER")
@@ -589,7 +590,7 @@ def test_too_long_by_bytes(pair: tuple[Tokenizer, Any]):
     tokenizer, _ = pair
     for text in TEXTS:
         tokenizer.check_length(text, len(tokenizer.encode(text, add_special_tokens=False)))
-    with pytest.raises(PromptTooLong, match=r"^the prompt is too long: .*maximum context length is 100 tokens"):
+    with pytest.raises(ContextLengthError, match=r"^the prompt is too long: .*maximum context length is 100 tokens"):
         tokenizer.check_length("abc d" * 2**20, 100)
 
 

@@ -3,6 +3,7 @@
 Heavy modules are imported inside the commands, so that `afs --help` answers at once.
 """
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure the engine on this machine.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(bench, name="bench")
+SERVED_STEP_TOKENS = 2048  # of a server's passes: longer ones keep those waiting that decode
 DEFAULT_MODEL = "data/models/olmo2-tiny"
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -310,6 +312,8 @@ def serve(
         max_model_len=max_model_len,
         max_step_tokens=max_step_tokens,
     )
+    if max_step_tokens is None:
+        engine = dataclasses.replace(engine, max_step_tokens=min(SERVED_STEP_TOKENS, engine.step_tokens))
     run(lambda: _make(name, weights, engine), settings, host, port, grace, log_level, log_format)
 
 

@@ -30,7 +30,7 @@ _CHOICES = {
 }
 # Tokens of one forward pass by device, where nothing else is asked for. Who decodes waits for a pass: on a CPU one over
 # 2,048 tokens takes seconds, and shorter ones cost it nothing; a GPU needs many tokens to be busy.
-STEP_TOKENS = {"cpu": 256, "cuda": 2048}
+STEP_TOKENS = {"cpu": 256, "cuda": 8192}
 
 
 @dataclass(frozen=True)

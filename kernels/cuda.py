@@ -135,7 +135,7 @@ def _lowered(fn: Callable[..., Any], signature: Any, launch_bounds: tuple[int, .
     import numba.cuda.compiler
 
     lower: Any = getattr(numba.cuda.compiler, "_compile_pyfunc_with_fixup", None)
-    if not callable(lower):
+    if lower is None:
         raise RuntimeError(_unfit("numba.cuda.compiler._compile_pyfunc_with_fixup"))
     with _callees_for(OLDEST):
         library, _ = lower(fn, signature, device=False, abi="numba", cc=OLDEST, launch_bounds=launch_bounds)

@@ -206,7 +206,7 @@ def _facts(llm: LLM, settings: Settings, pages: int) -> dict[str, Any]:
         "kv_tokens": tokens,
         "kv_bytes": tokens * kv_bytes_per_token(llm.config, engine.torch_dtype),
         "max_batch": engine.max_batch,
-        "max_step_tokens": engine.max_step_tokens,
+        "max_step_tokens": engine.step_tokens,
         "max_waiting": settings.max_waiting,
         "max_body": settings.max_body,
         "request_timeout": settings.request_timeout,

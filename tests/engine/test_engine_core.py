@@ -428,7 +428,7 @@ def test_a_great_many_positions():
 
 
 def test_steps_suit_the_device():
-    assert EngineConfig().step_tokens == 256 and EngineConfig(device="cuda").step_tokens == 2048
+    assert EngineConfig().step_tokens == 256 and EngineConfig(device="cuda").step_tokens == 8192
     assert EngineConfig(max_step_tokens=7).step_tokens == 7
     llm = make_llm("cpu", max_batch=3)
     assert llm.core.scheduler.step_tokens == 256

@@ -63,7 +63,7 @@ def kernels_of(
             cache: KVCache = model.new_paged_cache(pages=1, slots=1, capacity=capacity, page_size=engine.page_size)
         else:
             cache = model.new_cache(1, capacity)
-        most = max(engine.step_tokens, engine.max_batch)
+        most = min(max(engine.step_tokens, engine.max_batch), engine.max_batch * capacity)
         _rehearse_passes(model, cache, min(most, LONG, capacity))
         _rehearse_products(model, most)
         _rehearse_choice(model)

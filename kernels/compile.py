@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import IO, Any
 
 from kernels.architectures import ARCHITECTURES, BuildError
 from kernels.cubins import Build
 from kernels.launch import Kernel
 
 Progress = Callable[[int, int, str], None]
+TASKS = 8  # kernels that a process compiles: 0.7 s go to its start
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,12 @@ def _compile_here(tasks: Sequence[_Task]) -> Iterable[tuple[Kernel, Build]]:
 
 
 def _compile_beside(tasks: Sequence[_Task], count: int) -> Iterable[tuple[Kernel, Build]]:
-    """In `count` processes; what takes long begins first."""
+    """In `count` processes at a time; what takes long begins first."""
     waiting: SimpleQueue[_Task] = SimpleQueue()
     for task in sorted(tasks, key=lambda task: -task.size):
         waiting.put(task)
     done: SimpleQueue[tuple[Kernel, Build] | Exception] = SimpleQueue()
-    processes = [_start() for _ in range(count)]
+    processes = [_Process() for _ in range(count)]
     threads = [Thread(target=_feed, args=(process, waiting, done), daemon=True) for process in processes]
     try:
         for thread in threads:
@@ -102,34 +103,13 @@ def _compile_beside(tasks: Sequence[_Task], count: int) -> Iterable[tuple[Kernel
             while True:
                 waiting.get_nowait()
         for process in processes:
-            process.kill()
+            process.stop()
         for thread in threads:
             thread.join()
-        for process in processes:
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):
-                    pipe.close()  # type: ignore[union-attr]
 
 
-# To compile takes nothing of torch but the names of its dtypes, and torch takes seconds to import.
-_WITHOUT_TORCH = "import kernels.no_torch as torch; sys.modules['torch'] = torch"
-
-
-def _start() -> subprocess.Popen[bytes]:
-    code = f"import sys; sys.path[:] = {sys.path!r}; {_WITHOUT_TORCH}; from kernels.compile import work; work()"
-    # It is to compile, whatever this process was told, and needs no GPU.
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-    )
-
-
-def _feed(
-    process: subprocess.Popen[bytes], waiting: SimpleQueue[_Task], done: SimpleQueue[tuple[Kernel, Build] | Exception]
-) -> None:
-    """One process's tasks, one after another."""
-    assert process.stdin and process.stdout
+def _feed(process: _Process, waiting: SimpleQueue[_Task], done: SimpleQueue[tuple[Kernel, Build] | Exception]) -> None:
+    """Give one process tasks, one after another, until there are none, or one ends it."""
     while True:
         try:
             task = waiting.get_nowait()
@@ -137,15 +117,56 @@ def _feed(
             return
         arch = task.archs[0]
         try:
-            _send(process.stdin, task)
+            answers = process.begin(task)
             for arch in task.archs:  # noqa: B007 the one it ended with
-                result = pickle.load(process.stdout)
+                result = pickle.load(answers)
                 done.put(result if isinstance(result, Exception) else (task.kernel, result))
-        except (EOFError, OSError, pickle.UnpicklingError):
-            status = process.wait()
-            how = f"was ended by signal {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-            done.put(BuildError(f"{task.kernel.name}: the process that compiled it for {arch} {how}"))
+        except (EOFError, OSError, ValueError, pickle.UnpicklingError):
+            done.put(BuildError(f"{task.kernel.name}: the process that compiled it for {arch} {process.stop()}"))
             return
+
+
+class _Process:
+    """A process that compiles, and another in its place after TASKS kernels: Numba keeps all that it compiled, and gets
+    slower."""
+
+    def __init__(self) -> None:
+        self._tasks = 0
+        self._popen = self._start()
+
+    @staticmethod
+    def _start() -> subprocess.Popen[bytes]:
+        code = f"import sys; sys.path[:] = {sys.path!r}; {_WITHOUT_TORCH}; from kernels.compile import work; work()"
+        # It is to compile, whatever this process was told, and needs no GPU.
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
+
+    def begin(self, task: _Task) -> IO[bytes]:
+        """Let it compile a kernel; where its answers, one an architecture, are read. Raises OSError where it died."""
+        if self._tasks == TASKS:
+            self.stop()
+            self._popen, self._tasks = self._start(), 0
+        self._tasks += 1
+        assert self._popen.stdin and self._popen.stdout
+        _send(self._popen.stdin, task)
+        return self._popen.stdout
+
+    def stop(self) -> str:
+        """End it; how it ended, if it had before."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(0.1)  # one that died by itself may not have been noticed
+        self._popen.kill()
+        status = self._popen.wait()
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()  # type: ignore[union-attr]
+        return f"was ended by signal {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+
+
+# To compile takes nothing of torch but the names of its dtypes, and torch takes seconds to import.
+_WITHOUT_TORCH = "import kernels.no_torch as torch; sys.modules['torch'] = torch"
 
 
 def _send(pipe: Any, value: Any) -> None:
@@ -167,8 +188,7 @@ def work() -> None:
         os._exit(0)
 
     Thread(target=read, daemon=True).start()
-    # What Numba makes is a great many objects, few of which are garbage before the kernel is done.
-    gc.freeze()
+    # What Numba makes is a great many objects, of which few are garbage before this process is done.
     gc.disable()
     while True:
         task = tasks.get()
@@ -181,4 +201,3 @@ def work() -> None:
             except Exception as error:
                 _send(answers, BuildError(f"{task.kernel.name}: does not compile for {arch}: {error!r}"))
                 break
-        gc.collect()

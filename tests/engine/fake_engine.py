@@ -44,7 +44,7 @@ def fake_llm(**fields: Any) -> Any:
     """What the server reads of an LLM."""
     engine = SimpleNamespace(
         max_batch=8, page_size=16, kv_cache="paged", backend="reference", device="cpu", dtype="bfloat16",
-        torch_dtype=torch.bfloat16, max_step_tokens=2048,
+        torch_dtype=torch.bfloat16, step_tokens=2048,
     )  # fmt: skip
 
     def check_ids(ids: Sequence[int], where: str, field: str = "prompt") -> None:

@@ -140,9 +140,12 @@ def test_models_of_the_hub(olmo2: Reference, monkeypatch: pytest.MonkeyPatch):
 
     for module in ("engine.hub", "engine.llm"):
         monkeypatch.setattr(f"{module}.find_model", find_model)
-    monkeypatch.setattr(
-        "engine.server.serve.serve", lambda llm, settings, *_: asked.append(("named", *settings.models))
-    )
+
+    def serve(load: Any, settings: Any, *_: Any) -> None:
+        load()
+        asked.append(("named", *settings.models))
+
+    monkeypatch.setattr("engine.server.serve.serve", serve)
     assert "allenai/OLMo@v1: Olmo2ForCausalLM" in afs("inspect", "allenai/OLMo@v1").stdout
     assert afs("serve", "allenai/OLMo@v1").exit_code == 0
     found = throughput("allenai/OLMo", "--weights", "random", "--format", "json")
@@ -156,7 +159,7 @@ def test_models_of_the_hub(olmo2: Reference, monkeypatch: pytest.MonkeyPatch):
 
 def test_shapes_alone_are_measured_with_random_weights():
     shapes = ROOT / "conf/model/olmo2_tiny.yaml"
-    failed(throughput(shapes), r"olmo2_tiny\.yaml says a model's shapes alone; measure them with --weights random")
+    failed(throughput(shapes), r"olmo2_tiny\.yaml says a model's shapes alone; use it with --weights random")
     assert throughput(shapes, "--weights", "random", "--format", "csv").exit_code == 0
 
 

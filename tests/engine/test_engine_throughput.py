@@ -45,6 +45,8 @@ class QueueFull(RuntimeError):
 class Stats:
     generated_tokens: int = 0
     preemptions: int = 0
+    late_kernels: int = 0
+    late_graphs: int = 0
 
 
 def complete(prompt: Sequence[int], params: SamplingParams, first: float = 5.0, gap: float = 1.0) -> Completion:

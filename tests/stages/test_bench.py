@@ -11,6 +11,7 @@ import torch
 
 from engine.config import ModelConfig
 from engine.cost import Ceilings, step_cost
+from engine.throughput import LATE
 from stages import bench, throughput
 from stages.params import ParamsError, Workload
 from stages.stage import Run
@@ -132,6 +133,9 @@ def test_a_cpu_measures_the_reference_backend_and_no_other(here: Path):
     run_bench(tiny.make_week(bench=(PREFILL, DECODE)))
     frame = tiny.read("reports/metrics/bench_w04.parquet")
     ours = frame[frame.backend == "reference"]
+    late = ours.metric.isin(LATE)
+    assert (ours[late].value == 0).all() and set(ours[late].suite) == {PREFILL, DECODE}
+    ours = ours[~late]
     measured = ours[ours.metric != "peak_memory_bytes"]
     assert set(measured.status) == {"ok"} and (measured.value > 0).all() and (measured.limit > 0).all()
     tpot = measured[measured.metric == "tpot_ms"]
@@ -169,6 +173,9 @@ def test_many_requests_run_here_beside_rows_of_what_needs_a_gpu(here: Path):
     sizes = bench.read_sizes(tiny.WORKLOAD)
     assert set(missing.status) == {"not_measured"} and set(missing.note) == {"no GPU on this host"}
     assert len(missing) == sum(len(throughput.list_rows(suite, sizes, gpu=True)) for suite in throughput.SUITES)
+    late = run.metric.isin(LATE)
+    assert (run[late].value == 0).all() and set(run[late].suite) == {throughput.THROUGHPUT, throughput.PREFIX}
+    run = run[~late]
     assert len(run) == sum(len(throughput.list_rows(suite, sizes, gpu=False)) for suite in throughput.SUITES)
     assert set(run[run.status != "ok"].metric) == {"peak_memory_bytes"}
     computed = run[(run.metric == "computed_tokens") & run.case.str.endswith("all at once")]
@@ -188,11 +195,16 @@ def test_the_server_is_loaded_before_the_engine(here: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(throughput, "serving", serving)
     monkeypatch.setattr(throughput, "bench_server", bench_server)
+    monkeypatch.setattr(throughput, "read_stats", lambda url: {"late_kernels": 0, "late_graphs": 2})
     monkeypatch.setattr(bench.Context, "llm", property(lambda _: pytest.fail("the engine is loaded")))
     run_bench(tiny.make_week(bench=(throughput.SERVE,)))
     assert called == ["7", ("http://x", "model", 320, bench.read_sizes(tiny.WORKLOAD), "reference")]
     frame = tiny.read("reports/metrics/bench_w04.parquet")
     ours = frame[frame.suite == throughput.SERVE]
+    late = ours[ours.metric.isin(LATE)].set_index("metric")
+    assert late.value.to_dict() == {"late_kernels": 0, "late_graphs": 2}
+    assert late.note["late_graphs"] == "the engine was not ready: times hold this"
+    ours = ours[~ours.metric.isin(LATE)]
     assert set(ours.status) == {"not_measured"} and set(ours.backend) == {"cuda"} and len(ours) > 20
 
 

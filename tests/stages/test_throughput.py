@@ -64,7 +64,7 @@ class FakeLLM:
         )
 
     def stats(self) -> Any:
-        return SimpleNamespace(preemptions=0, generated_tokens=0, kv_wasted_share=0.02)
+        return SimpleNamespace(preemptions=0, generated_tokens=0, kv_wasted_share=0.02, late_kernels=0, late_graphs=0)
 
 
 def collect(suite: str, llm: Any, sizes: throughput.Sizes = SIZES) -> dict[tuple[str, str], dict[str, Any]]:

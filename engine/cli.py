@@ -550,16 +550,17 @@ def latency(
     else:
         wanted = [Case.parse(name) for name in tests.split(",")]
     name, most = _one_model(argument, model), max(batches)
-    llm = _load_shaped(name, weights, backend, dtype, cuda_graph, kv_cache="contiguous", max_batch=most)
+    # The caches and graphs are the measurement's own: the engine takes none.
+    llm = _load_shaped(name, weights, backend, dtype, cuda_graph=False, kv_cache="contiguous", max_batch=most)
+    engine = dataclasses.replace(llm.engine, cuda_graph=cuda_graph)
     ceilings = measure_ceilings(llm.weights.device)
-    chunk, results = llm.engine.step_tokens, []
+    chunk, results = engine.step_tokens, []
     for test in wanted:
         for size in batches:
             try:
-                results.append(measure(llm.model, test, size, repetitions, llm.engine.captures, chunk, ceilings))
+                results.append(measure(llm.model, test, size, repetitions, engine.captures, chunk, ceilings))
             except TooLarge as reason:
                 typer.echo(f"left out: {test.name}, batch {size}: {reason}", err=True)
-    engine = llm.engine
     described = _describe_measured(llm, name, weights)
     device = described["gpu_info"]
     rows = records(

@@ -110,6 +110,7 @@ class Context:
             self.loaded = None
             free(self.gpu)
             self.loaded = LLM(self.path, self.engine(dtype))
+            self.loaded.release()  # checks take caches of their own; a request takes the engine's again
         return self.loaded
 
     @property

@@ -111,6 +111,7 @@ def load(checkpoint: Path, settings: Mapping[str, Any]) -> LLM:
     llm = LLM(checkpoint, EngineConfig(**settings))
     set_threads(llm.config.parameter_count())
     llm.tokenizer = None
+    llm.release()  # what is profiled takes a cache of its own
     return llm
 
 

@@ -173,8 +173,8 @@ def merge(kept: Iterable[Line], new: Mapping[tuple[str, ...], Line | None]) -> s
 
 def build(shapes: Sequence[Shape], tokens: Sequence[int], machine: tuple[str, int]) -> set[str]:
     """Compile what is going to be timed; the names of kernels that spill, which are not worth timing."""
-    from kernels.linear import tiled
     from engine.progress import compile_kernels
+    from kernels.linear import tiled
 
     kernels = {}
     for shape in shapes:

@@ -157,5 +157,8 @@ class Preparation:
             self._thread.join()
         if self._error is not None:
             raise self._error
+        device = torch.cuda.current_device() if torch.cuda.is_available() else 0
         for kernel in self._kernels:
-            kernel.prepare(build=self._builds.get(kernel.name))
+            # One that another engine has loaded stays as it is: that one's graphs launch it.
+            if not kernel.is_prepared(device):
+                kernel.prepare(build=self._builds.get(kernel.name))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from kernels.cuda import SIMULATED, cgutils, device_function, intrinsic, ir, types, uint32, uint64
-from kernels.simulator import SimulationError, current, shared_bytes, simulated_tensor_map
+from kernels.simulator import SimulationError, current, shared_bytes, shared_span, simulated_tensor_map
 from kernels.simulator import shared_address as shared_address_of
 
 FULL_MASK = 0xFFFFFFFF
@@ -629,20 +629,17 @@ def _mma(dtype: str) -> Any:
     name = f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32"
     asm = f"{name} {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
 
-    def values(registers: list[Any]) -> np.ndarray:
-        return _values(dtype, np.array(registers, np.uint32).view(np.uint16))
-
     def mma(a0: Any, a1: Any, a2: Any, a3: Any, b0: Any, b1: Any, c0: Any, c1: Any, c2: Any, c3: Any) -> Any:
         def multiply(lanes: dict[int, Any]) -> dict[int, Any]:
-            a, b, c = np.empty((16, 16)), np.empty((16, 8)), np.empty((16, 8))
-            for lane, held in lanes.items():
-                row, pair = lane // 4, lane % 4 * 2
-                a[row, pair : pair + 2], a[row + 8, pair : pair + 2] = values(held[0:1]), values(held[1:2])
-                a[row, pair + 8 : pair + 10], a[row + 8, pair + 8 : pair + 10] = values(held[2:3]), values(held[3:4])
-                b[pair : pair + 2, row], b[pair + 8 : pair + 10, row] = values(held[4:5]), values(held[5:6])
-                c[row, pair : pair + 2], c[row + 8, pair : pair + 2] = held[6:8], held[8:10]
-            d = (a @ b + c).astype(np.float32)
-            return {lane: (*d[lane // 4, lane % 4 * 2 :][:2], *d[lane // 4 + 8, lane % 4 * 2 :][:2]) for lane in lanes}
+            # Of each register, the lanes' two elements one after another are a matrix [8, 8].
+            words = np.array([held[:6] for held in lanes.values()], np.uint32)
+            parts = _values(dtype, words.view(np.uint16)).reshape(8, 4, 6, 2).transpose(2, 0, 1, 3).reshape(6, 8, 8)
+            a = np.block([[parts[0], parts[2]], [parts[1], parts[3]]])
+            b = np.hstack([parts[4], parts[5]]).T
+            c = np.array([held[6:] for held in lanes.values()], np.float64)
+            c = c.reshape(8, 4, 2, 2).transpose(2, 0, 1, 3).reshape(16, 8)
+            d = (a @ b + c).astype(np.float32).reshape(2, 8, 4, 2).transpose(1, 2, 0, 3).reshape(32, 4)
+            return dict(zip(lanes, map(tuple, d), strict=True))
 
         return current().collective(name, FULL_MASK, [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3], multiply)
 
@@ -712,9 +709,8 @@ def _operand(dtype: str, descriptor: Any, rows: int, major: str) -> np.ndarray:
     else:
         place = start + row // 64 * leading + k // 8 * stride + k % 8 * 128 + row % 64 * 2
     place ^= (place >> 7 & 7) << 4
-    chunks, where = np.unique(place >> 4, return_inverse=True)
-    held = np.array([shared_bytes(int(chunk) << 4, 16).view(np.uint16) for chunk in chunks])
-    return _values(dtype, held[where.reshape(place.shape), place >> 1 & 7])
+    begin, end = int(place.min()) & ~15, (int(place.max()) | 15) + 1
+    return _values(dtype, shared_span(begin, end).view(np.uint16)[place - begin >> 1])
 
 
 @functools.cache
@@ -739,18 +735,12 @@ def _wgmma_m64k16(dtype: str, n: int, a: str = "shared", b_major: str = "k") -> 
             if a == "shared":
                 left = _operand(dtype, fragments, 64, "k")
             else:
-                left = np.empty((64, 16))
-                for lane, (_, held) in lanes.items():
-                    row, pair = lane // 32 * 16 + lane % 32 // 4, lane % 4 * 2
-                    for i, word in enumerate(held):
-                        values = _values(dtype, np.array([word], np.uint32).view(np.uint16))
-                        left[row + i % 2 * 8, pair + i // 2 * 8 :][:2] = values
-            product = left @ b.T
-            for lane, (sums, _) in lanes.items():
-                row, pair = lane // 32 * 16 + lane % 32 // 4, lane % 4 * 2
-                columns = np.arange(0, n, 8)[:, None] + [pair, pair + 1]
-                added = np.stack([product[row][columns], product[row + 8][columns]], 1).reshape(-1)
-                sums[:] = (added + sums if scale else added).astype(np.float32)
+                words = np.array([held for _, held in lanes.values()], np.uint32)
+                left = _values(dtype, words.view(np.uint16)).reshape(4, 8, 4, 2, 2, 2)
+                left = left.transpose(0, 4, 1, 3, 2, 5).reshape(64, 16)
+            added = (left @ b.T).reshape(4, 2, 8, n // 8, 4, 2).transpose(0, 2, 4, 3, 1, 5).reshape(WARPGROUP, count)
+            for row, (sums, _) in zip(added, lanes.values(), strict=True):
+                sums[:] = row + sums if scale else row
             return dict.fromkeys(lanes)
 
         every = (1 << WARPGROUP) - 1

@@ -2,8 +2,9 @@
 
 Numba's own simulator starts one operating-system thread for each CUDA thread and polls them: about 3 ms a thread in a
 kernel with ten barriers. Here one CUDA thread runs at a time, in order, and gives way only at a barrier or a warp-wide
-instruction: a hundred times cheaper, the same every time, and a barrier that not all threads reach is an error, not a
-hang. A block's threads share workers: a worker runs one CUDA thread after another until one of them has to wait.
+instruction: hundreds of times cheaper, the same every time, and a barrier that not all threads reach is an error, not a
+hang. A block's threads share workers, which are greenlets: a worker runs one CUDA thread after another until one of
+them has to wait.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from greenlet import getcurrent, greenlet
 
 WARP = 32
 
@@ -111,8 +113,8 @@ class _Local:
         return np.empty(shape, dtype)
 
 
-class _Worker(threading.Thread):
-    """An operating-system thread that plays CUDA threads, one after another."""
+class _Worker(greenlet):
+    """A greenlet that plays CUDA threads, one after another."""
 
     threadIdx: Dim3
     blockIdx: Dim3
@@ -121,22 +123,17 @@ class _Worker(threading.Thread):
     result: Any
 
     def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.wake = threading.Lock()
-        self.wake.acquire()
+        super().__init__()
         self.copies: list[list[tuple[np.ndarray, np.ndarray]]] = []
-        self.start()
 
     def run(self) -> None:
-        while True:
-            self.wake.acquire()
-            block = self.block
-            with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):
+            while True:
+                block = self.block
                 while block.unstarted and block.failure is None:
                     self._play(block, block.unstarted.popleft())
-            following = block.following()
-            block.launch.idle.append(self)
-            (following.wake if following else block.control).release()
+                block.launch.idle.append(self)
+                block.control.switch()
 
     def _play(self, block: _Block, index: int) -> None:
         dim = block.launch.block_dim
@@ -156,10 +153,7 @@ class _Worker(threading.Thread):
             block.live -= 1
 
     def _park(self) -> None:
-        following = self.block.following()
-        if following is not self:
-            (following.wake if following else self.block.control).release()
-            self.wake.acquire()
+        self.block.control.switch()
         if self.block.failure is not None:
             raise _Abandoned
 
@@ -275,14 +269,12 @@ class _Block:
         self.named: dict[tuple[int, int], list[Any]] = {}  # barrier and its threads: how many came, who waits
         self.phases = _Phases(self.ready)
         self.failure: BaseException | None = None
-        self.control = threading.Lock()
-        self.control.acquire()
+        self.control = getcurrent()
 
     def run(self) -> None:
-        first = self.following()
-        assert first is not None
-        first.wake.release()
-        self.control.acquire()
+        # All workers are switched to from here: one that another starts would begin at that one's depth of calls.
+        while (worker := self.following()) is not None:
+            worker.switch()
         if self.failure is not None:
             self._abandon()
 
@@ -325,8 +317,7 @@ class _Block:
         waiting += [w for _, workers in self.named.values() for w in workers]
         waiting += [w for workers in self.phases.waiting.values() for w in workers]
         for worker in dict.fromkeys(waiting):
-            worker.wake.release()
-            self.control.acquire()
+            worker.switch()
         assert self.failure is not None
         raise self.failure
 
@@ -334,12 +325,11 @@ class _Block:
 class _Launch:
     """One kernel launch: what its blocks have in common."""
 
-    idle: list[_Worker] = []  # noqa: RUF012 - workers are kept for the next launch on purpose
-
     def __init__(self, kernel: Callable[..., None], args: Sequence[Any], block_dim: tuple[int, int, int]):
         self.kernel = kernel
         self.args = args
         self.block_dim = block_dim
+        self.idle: list[_Worker] = []
 
 
 class _SimulatedCuda:
@@ -394,7 +384,7 @@ cuda = _SimulatedCuda()
 
 def current() -> _Worker:
     """The CUDA thread that is running. Raises SimulationError outside a kernel."""
-    worker = threading.current_thread()
+    worker = getcurrent()
     if not isinstance(worker, _Worker):
         raise SimulationError("this runs inside a kernel only")
     return worker
@@ -416,6 +406,13 @@ def shared_bytes(address: int, size: int) -> np.ndarray:
     if address % size:
         raise SimulationError(f"{size} bytes at shared address {address} do not begin at a multiple of {size}")
     return cuda.shared.window[begin : begin + size]
+
+
+def shared_span(begin: int, end: int) -> np.ndarray:
+    """A view of the running block's shared window from address `begin` up to `end`."""
+    if begin < _Shared.BASE or end - _Shared.BASE > cuda.shared.used:
+        raise SimulationError(f"addresses {begin} to {end} are outside the block's shared memory")
+    return cuda.shared.window[begin - _Shared.BASE : end - _Shared.BASE]
 
 
 class TensorMap:

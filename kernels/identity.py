@@ -68,6 +68,11 @@ def code_identity(function: FunctionType) -> str:
     return _known[function]
 
 
+def code_words(file: str) -> list[str]:
+    """The tokens of a Python file, without comments, docstrings and layout."""
+    return _tokens(file)[1]
+
+
 def _is_ours(value: FunctionType | ModuleType) -> bool:
     name = value.__name__ if isinstance(value, ModuleType) else value.__module__
     return (name or "").partition(".")[0] == _PACKAGE

@@ -7,17 +7,15 @@ and architecture. A kernel that spills registers to memory fails the stage unles
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stages.host import read_host, stopwatch
 from stages.metrics import Rows
-from stages.params import Gpu, Weeks
+from stages.params import Gpu
 from stages.stage import Run, StageError, stage, write_whole
 
 if TYPE_CHECKING:
     from kernels.cubins import Build
-    from kernels.launch import Kernel
 
 # Kernel name -> why spilling costs less than not doing so.
 EXPLAINED_SPILLS: dict[str, str] = {}
@@ -56,20 +54,8 @@ def add_build(rows: Rows, build: Build) -> str | None:
     return problem
 
 
-def describe_weeks(weeks: Weeks, kernels: Sequence[Kernel]) -> dict[str, Any]:
-    """The engine manifest: which version of each operation a week runs, and the kernels there are."""
-    manifest = {}
-    for name, week in weeks.weeks.items():
-        engine = week.engine
-        manifest[name] = None if engine is None else {
-            "attention": engine.attention, "linear": engine.linear, "sampling": engine.sampling,
-            "kv_cache": engine.kv_cache, "cuda_graph": engine.cuda_graph, "dtype": engine.dtype,
-        }  # fmt: skip
-    return {"weeks": manifest, "kernels": sorted({kernel.name for kernel in kernels})}
-
-
-@stage(Gpu, Weeks)
-def main(run: Run, gpu: Gpu, weeks: Weeks) -> None:
+@stage(Gpu)
+def main(run: Run, gpu: Gpu) -> None:
     from engine.progress import compile_kernels
     from kernels import catalogue
     from kernels.architectures import ARCHITECTURES, BuildError
@@ -90,8 +76,8 @@ def main(run: Run, gpu: Gpu, weeks: Weeks) -> None:
         rows.write_parquet(failed)
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise StageError(f"{problems[0]}{more}: all rows are in {failed}")
-    manifest = describe_weeks(weeks, kernels)
-    write_whole(run.out("reports/metrics/engine_manifest.json"), json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    manifest = {"kernels": sorted(kernel.name for kernel in kernels), "architectures": list(ARCHITECTURES)}
+    write_whole(run.out("reports/metrics/engine_manifest.json"), json.dumps(manifest, indent=2) + "\n")
     rows.write(target, headline=lambda row: row["metric"] in HEADLINE)
 
 

@@ -197,6 +197,31 @@ class Sampler:
             self.gpu_memory_bytes.append(int(pynvml.nvmlDeviceGetMemoryInfo(handle).used))
 
 
+class OtherLoad:
+    """Meter of what other processes take of this machine's cores while one, with its children, measures."""
+
+    def __init__(self) -> None:
+        self._begin = self._read()
+
+    def share(self) -> float:
+        """The share of all cores, 0 to 1, that other processes kept busy on the average since the meter was made."""
+        busy, own, now = (after - before for before, after in zip(self._begin, self._read(), strict=True))
+        return round(min(max((busy - own) / (max(now, 0.01) * (psutil.cpu_count() or 1)), 0.0), 1.0), 4)
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        """Seconds: cores busy with anything, with this process and its children, and the clock."""
+        system = psutil.cpu_times()
+        # Guests' time is part of user's.
+        busy = sum(system) - system.idle - sum(getattr(system, name, 0) for name in ("iowait", "guest", "guest_nice"))
+        process, own = psutil.Process(), 0.0
+        for member in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = member.cpu_times()
+                own += times.user + times.system + times.children_user + times.children_system
+        return busy, own, time.monotonic()
+
+
 @contextlib.contextmanager
 def stopwatch() -> Iterator[list[float]]:
     """A list that holds the block's wall-clock seconds once it has ended."""

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages.commit import read_commit
-from stages.host import Host
+from stages.host import Host, OtherLoad
 from stages.stage import write_whole
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "cuda": pa.string(),
     "packages": pa.string(),
     "commit": pa.string(),
+    "other_load": pa.float64(),
     "note": pa.string(),
 }
 REQUIRED = frozenset({"stage", "suite", "case", "metric", "unit", "status", "gpu"})
@@ -61,6 +62,8 @@ KNOBS = (
 )  # fmt: skip
 IDENTITY = ("stage", "week", "suite", "case", "metric", "model", "gpu", *KNOBS)
 PLOTTED = ("baseline", "bench")
+BUSY = 0.25
+"""The share of a machine's cores, as `other_load` has it, from which other processes are in a measurement's way."""
 STATUSES = ("ok", "not_measured", "failed")
 
 
@@ -76,6 +79,7 @@ class Rows:
 
     def __init__(self, stage: str, week: str | None, model: str | None, host: Host) -> None:
         self.rows: list[dict[str, Any]] = []
+        self._load = OtherLoad()
         self.common = {
             "stage": stage,
             "week": week,
@@ -150,7 +154,12 @@ class Rows:
             write_whole(path.with_suffix(".csv"), tabulate(self.rows))
 
     def write_parquet(self, path: Path) -> None:
-        """Only `write`'s Parquet file."""
+        """Only `write`'s Parquet file; rows of the stages in PLOTTED get the `other_load` they were measured beside."""
+        if self.common["stage"] in PLOTTED:
+            share = self._load.share()
+            for row in self.rows:
+                if row["other_load"] is None:
+                    row["other_load"] = share
         check(self.rows)
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(self.rows, schema=SCHEMA), sink, compression="zstd")

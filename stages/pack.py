@@ -79,7 +79,7 @@ def plan_stages(pipeline: Mapping[str, Any], model: str) -> dict[str, dict[str, 
 
     planned = {}
     for name, stage in pipeline["stages"].items():
-        if stage.get("frozen") or name == "report":
+        if stage.get("frozen") or name in ("code", "report"):
             continue
         entries = [entry for kind in ("outs", "metrics", "plots") for entry in stage.get(kind, [])]
         paths = [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]

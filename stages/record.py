@@ -195,6 +195,17 @@ def check_ready(run: Measured) -> Iterator[Refusal]:
             yield Refusal(name, f"{say(late[0])}: {late[0]['value']:.0f} while it was measured; should be 0")
 
 
+def check_alone(run: Measured) -> Iterator[Refusal]:
+    """Other processes left the machine to what was measured."""
+    for name, rows in run.tables.items():
+        busy = [row for row in rows if (row["other_load"] or 0) > metrics.BUSY]
+        if busy:
+            text = f"other processes kept {busy[0]['other_load']:.0%} of the cores busy while it was measured"
+            again = f"bench@{week_of(name)}" if week_of(name) else name
+            text += f"; should be {metrics.BUSY:.0%} at most (`dvc repro --force --single-item {again}`)"
+            yield Refusal(name, text, True)
+
+
 def check_commits(run: Measured) -> Iterator[Refusal]:
     """Rows name commits that git has whole; the weeks' and build's the same one."""
     measured: dict[str, set[str]] = {}
@@ -266,7 +277,7 @@ def record(
     kept = {name: path for name, path in there.items() if name not in promoted.tables}
     refusals = [
         *check_machine(run), *check_model(run), *check_passed(run, params), *check_ready(run),
-        *check_commits(promoted),
+        *check_commits(promoted), *check_alone(promoted),
         *check_noise(promoted), *check_kept(run, kept),
     ]  # fmt: skip
     stopping = [refusal for refusal in refusals if not (reason and refusal.forceable)]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stages.metrics import BUSY
 from stages.report_figures import plot_heat, plot_weeks
 from stages.report_kernels import find_ceilings, kernel_section, layer_section, roofline_section
 from stages.report_parts import (
@@ -695,7 +696,26 @@ def host_section(inputs: Inputs) -> Section:
         for host, packages in sorted({(host_of(row), row.packages or "{}") for row in inputs.of(run)}):
             said = ", ".join(f"{name} {version}" for name, version in sorted(json.loads(packages).items()))
             lines.append([Cell(run), Cell(host), Cell(said or "not recorded")])
-    return Section("host", "Hosts and ceilings", [*blocks, Table(["run", "host", "packages"], lines, "Software")])
+    blocks.append(Table(["run", "host", "packages"], lines, "Software"))
+    if busy := list_busy(inputs):
+        blocks.append(
+            Table(["run", "measured", "other processes' share of the cores"], busy, "Measured on a busy machine")
+        )
+    return Section("host", "Hosts and ceilings", blocks)
+
+
+def list_busy(inputs: Inputs) -> list[list[Cell]]:
+    """What was measured while other processes were in its way: run, stage and week, their share of the cores."""
+    found = {
+        (run, f"{row.stage}@{row.week}" if row.week else row.stage): row.other_load
+        for run in inputs.runs
+        for row in inputs.of(run)
+        if row.other_load is not None and row.other_load > BUSY
+    }
+    return [
+        [Cell(run), Cell(measured), Cell(f"{share:.0%}", numeric=True, tone="warn")]
+        for (run, measured), share in sorted(found.items())
+    ]
 
 
 def missing_section(inputs: Inputs) -> Section:

@@ -146,6 +146,10 @@ def resolve(sections: tuple[type, ...], arguments: list[str], by_hand: bool) -> 
         )
     if weeks and Week not in sections:
         raise ParamsError("this stage takes no week")
+    if overrides and not sections:
+        raise ParamsError(f"'{overrides[0]}' given to a stage without parameters")
+    if not sections:
+        return []
     params = as_dict(compose_conf(overrides)) if by_hand else read_params()
     return [select(section, params, weeks[0] if weeks else None) for section in sections]
 

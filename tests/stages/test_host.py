@@ -107,3 +107,42 @@ def test_stopwatch():
     with stopwatch() as seconds:
         time.sleep(0.01)
     assert 0.01 <= seconds[0] < 5
+
+
+def test_load_of_others_is_what_is_neither_this_process_nor_its_children(monkeypatch):
+    cpu = SimpleNamespace
+    clock, system, own = [100.0], [1000.0], [10.0]
+    monkeypatch.setattr(host_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(host_module.psutil, "cpu_count", lambda: 4)
+
+    class Times(tuple):
+        idle, iowait, guest, guest_nice = 500.0, 20.0, 5.0, 0.0
+
+    monkeypatch.setattr(host_module.psutil, "cpu_times", lambda: Times((system[0], 500.0, 20.0, 5.0)))
+
+    class Process:
+        def children(self, recursive):
+            return [Process(), Gone()] if recursive else []
+
+        def cpu_times(self):
+            return cpu(user=own[0], system=1.0, children_user=2.0, children_system=0.0)
+
+    class Gone(Process):
+        def cpu_times(self):
+            raise host_module.psutil.NoSuchProcess(1)
+
+    monkeypatch.setattr(host_module.psutil, "Process", Process)
+    load = host_module.OtherLoad()
+    # In 10 s of four cores 26 were busy: 8 by this process, 8 by its child.
+    clock[0], system[0], own[0] = 110.0, 1026.0, 18.0
+    assert load.share() == 0.25
+    own[0] = 40.0
+    assert load.share() == 0.0
+
+
+def test_load_of_others_on_this_machine():
+    load = host_module.OtherLoad()
+    before = time.process_time()
+    while time.process_time() - before < 0.3:
+        pass
+    assert 0 <= load.share() <= 1

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -27,7 +28,7 @@ def test_columns_are_the_design_s():
     assert list(COLUMNS) == [
         "stage", "week", "suite", "case", "metric", "value", "unit", "better", "status", "samples", "limit",
         "limit_kind", "model", "dtype", "quantization", "backend", "batch", "prompt_tokens", "new_tokens", "context",
-        "tensor_parallel", "kernel_versions", "gpu", "driver", "cuda", "packages", "commit", "note",
+        "tensor_parallel", "kernel_versions", "gpu", "driver", "cuda", "packages", "commit", "other_load", "note",
     ]  # fmt: skip
 
 
@@ -54,6 +55,18 @@ def test_the_same_rows_are_the_same_bytes(rows, tmp_path):
     for name in ("a.parquet", "b.parquet"):
         rows.write(tmp_path / name)
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["baseline", "bench"])
+def test_what_was_timed_says_what_others_took(stage, tmp_path, monkeypatch):
+    rows = Rows(stage, None, None, HOST)
+    rows.add(**ROW, value=1)
+    monkeypatch.setattr(rows, "_load", SimpleNamespace(share=lambda: 0.4))
+    rows.write(tmp_path / "rows.parquet")
+    monkeypatch.setattr(rows, "_load", SimpleNamespace(share=lambda: 0.8))
+    rows.write(tmp_path / "rows.parquet")
+    assert metrics.read(tmp_path / "rows.parquet")["other_load"].tolist() == [0.4]
+    assert "0.4" not in (tmp_path / "rows.json").read_text()
 
 
 def test_a_cpu_host_says_so():

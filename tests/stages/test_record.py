@@ -265,6 +265,16 @@ def test_several_commits_in_one_file(run: Path, recorded: Path):
     assert f"bench_w03.parquet: measured at {COMMIT}, {OTHER}; should be one commit" in refused(run, recorded)
 
 
+def test_a_busy_machine(run: Path, recorded: Path):
+    write(run, "bench_w03", other_load=0.25)
+    keep(run, recorded)
+    write(run, "bench_w03", other_load=0.5)
+    said = refused(run, recorded)
+    assert "bench_w03.parquet: other processes kept 50% of the cores busy while it was measured; should be 25%" in said
+    assert "--single-item bench@w03" in said
+    keep(run, recorded, reason="it is always so")
+
+
 def test_noise(run: Path, recorded: Path):
     write(run, "bench_w03", samples=NOISY)
     said = refused(run, recorded)

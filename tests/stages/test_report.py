@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -278,6 +279,20 @@ def test_failed_rows_are_shown_as_failed(place: Path, commit: Callable[[str], No
     main([])
     text = (place / "reports/REPORT.md").read_text()
     assert "failed: 1 rows" in text and "4 times the 1.25 allowed" in text and "| embedding |" not in text
+
+
+def test_what_ran_beside_a_measurement_is_said(
+    place: Path, commit: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = place / "reports/metrics"
+    folder.mkdir(parents=True)
+    for week, share in (("w03", 0.1), ("w04", 0.62)):
+        monkeypatch.setattr(metrics, "OtherLoad", lambda share=share: SimpleNamespace(share=lambda: share))
+        write_speed(folder / f"bench_{week}.parquet", week, CPU, "olmo2_tiny", 1.0)
+    main([])
+    text = (place / "reports/REPORT.md").read_text()
+    busy = text[text.index("Measured on a busy machine") :]
+    assert "| this host | bench@w04 | 62% |" in busy and "bench@w03 |" not in busy
 
 
 @pytest.mark.parametrize("kept", ["provision", "build", "parity_w03", "bench_w03", "baseline"])

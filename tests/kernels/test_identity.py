@@ -39,7 +39,7 @@ EDITS = {
 
 def keys(folders):
     """The names and keys that each folder's kernels/ has."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("NUMBA_ENABLE_CUDASIM", "PYTHONPATH")}
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
     command = [sys.executable, "-c", KEYS, *map(str, folders)]
     done = subprocess.run(command, cwd=folders[0], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -107,8 +107,8 @@ def test_lengths(tiling, count, dtype):
         (16, 1, 64, 0, [(2, 0, 63)], BF16),
         (2, 1, 128, 20, [(10, 0, 125), (1, 1, 5)], BF16),
         (1, 1, 64, 3, [(5, 2, 126), (7, 1, 0)], BF16),
-        (2, 1, 128, 20, [(10, 0, 125), (1, 1, 5)], F16),
-        (1, 1, 64, 0, [(5, 2, 126), (7, 1, 0)], F16),
+        pytest.param(2, 1, 128, 20, [(10, 0, 125), (1, 1, 5)], F16, marks=pytest.mark.slow),
+        pytest.param(1, 1, 64, 0, [(5, 2, 126), (7, 1, 0)], F16, marks=pytest.mark.slow),
     ],
 )
 def test_runs_at_any_position(tiling, heads, kv_heads, width, window, runs, dtype):
@@ -228,7 +228,7 @@ def test_a_plan_divides_the_tiles_of_few_queries(monkeypatch):
 
 
 @WGMMA
-@pytest.mark.parametrize("window", [0, 400])
+@pytest.mark.parametrize("window", [0, pytest.param(400, marks=pytest.mark.slow)])
 def test_segments_of_a_tile_on_blocks_of_their_own(window, monkeypatch):
     monkeypatch.setattr(prefill, "_choice", lambda *_: (TILINGS["wgmma"], "sm_90a", 132))
     cache, q, runs = caches(2, 1100, 1, 64), randn(17, 1, 64, dtype=BF16), [(17, 1, 1015)]

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from stages.commit import read_commit
 from stages.host import Host, OtherLoad
-from stages.stage import write_whole
+from stages.stage import StageError, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,7 +67,7 @@ BUSY = 0.25
 STATUSES = ("ok", "not_measured", "failed")
 
 
-class MetricsError(ValueError):
+class MetricsError(StageError):
     """A row or a file that breaks the schema."""
 
 
@@ -202,7 +202,7 @@ def read_table(path: str | Path) -> pa.Table:
     except pa.ArrowInvalid as error:
         raise MetricsError(f"{path} is not Parquet: {error}") from None
     if table.schema.names != SCHEMA.names or table.schema.types != SCHEMA.types:
-        raise MetricsError(f"{path} does not have the columns of the metrics' schema")
+        raise MetricsError(f"{path} does not have the columns of the metrics' schema: run the stage that writes it")
     return table
 
 

@@ -377,7 +377,7 @@ def main(arguments: list[str]) -> int:
     except ParamsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (StageError, metrics.MetricsError) as error:
+    except StageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -32,11 +32,8 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def read_rows(path: Path, run: str, name: str) -> list[Row]:
-    """The rows of a metrics file, with None for what it leaves empty. Raises StageError where it is no metrics file."""
-    try:
-        records = metrics.read(path).to_dict("records")
-    except metrics.MetricsError as error:
-        raise StageError(str(error)) from None
+    """The rows of a metrics file, with None for what it leaves empty. Raises MetricsError for any other."""
+    records = metrics.read(path).to_dict("records")
     return [
         Row(**{str(key): plain(value) for key, value in record.items()}, run=run, source=f"{name}, row {place}")
         for place, record in enumerate(records)

@@ -178,21 +178,25 @@ class _Worker(greenlet):
         group, lane = divmod(self.thread_id, size)
         if not mask >> lane & 1:
             raise SimulationError(f"{name}: lane {lane} executes it but is not in its mask {mask:#010x}")
-        met = self.block.meetings.setdefault((group, mask), {})
+        block = self.block
+        met = block.meetings.get((group, mask))
+        if met is None:
+            met = block.meetings[group, mask] = {}
         met[lane] = (self, name, value)
         if len(met) < mask.bit_count():
             self._park()
             return self.result
-        del self.block.meetings[group, mask]
-        names = {n for _, n, _ in met.values()}
-        if len(names) > 1:
+        del block.meetings[group, mask]
+        lanes = {i: met[i] for i in range(size) if i in met}
+        if any(other is not name and other != name for _, other, _ in lanes.values()):
+            names = {n for _, n, _ in lanes.values()}
             raise SimulationError(f"lanes of warp {group} meet at different instructions: {sorted(names)}")
-        results = compute({i: met[i][2] for i in sorted(met)})
-        for i, (worker, _, _) in met.items():
+        results = compute({i: held for i, (_, _, held) in lanes.items()})
+        for i, (worker, _, _) in lanes.items():
+            worker.result = results[i]
             if worker is not self:
-                worker.result = results[i]
-                self.block.ready.append(worker)
-        return results[lane]
+                block.ready.append(worker)
+        return self.result
 
     def named_barrier(self, number: int, threads: int, wait: bool) -> None:
         """Arrive at barrier `number` of `threads` threads, and with `wait` give way until all have."""

@@ -46,6 +46,9 @@ def keys(folders):
     return json.loads(done.stdout)
 
 
+pytestmark = pytest.mark.xdist_group("identity")
+
+
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory):
     """Names of the kernels whose key an edit changes, by edit; and all names."""

@@ -47,7 +47,8 @@ def built(tmp_path_factory):
         "(kernels := [k for k in catalogue(('bf16',)) if 'naive' in k.name]) + ptx_kernels.everything() + kernels[:2]"
     )
     code = BUILT.format(kernels=f"{small}, ['sm_80']")
-    return json.loads(run_compiled(code, AFS_CACHE=str(tmp_path_factory.mktemp("built"))))
+    folder = str(tmp_path_factory.mktemp("built"))
+    return {**json.loads(run_compiled(code, AFS_CACHE=folder)), "folder": folder}
 
 
 @pytest.mark.xdist_group("built")
@@ -69,6 +70,37 @@ def test_every_ptx_instruction_assembles_for_the_oldest_architecture(built):
                 assert mix.get(family), f"{name} has no {family}: {mix}"
         assert "ld.local" not in mix and "st.local" not in mix
     assert mixes["test_fma"]["fma"] == 1 and len(mixes) > 20
+
+
+NO_TOOLKIT = """
+from cuda import pathfinder
+
+def find(name):
+    if name in ("nvvm", "nvJitLink"):
+        raise pathfinder.DynamicLibNotFoundError(f'Failure finding "lib{name}.so"')
+    return load(name)
+
+load, pathfinder.load_nvidia_dynamic_lib = pathfinder.load_nvidia_dynamic_lib, find
+from kernels import residual
+from kernels.architectures import BuildError
+from kernels.compile import build_all
+
+print(*(build.kernel for build in build_all([residual.naive("bf16")], ["sm_80"])))
+try:
+    build_all([residual.naive("bf16")], ["sm_89"])
+except BuildError as error:
+    print(error)
+"""
+
+
+@pytest.mark.xdist_group("built")
+def test_without_a_toolkit_kept_cubins_are_taken_and_others_are_said_to_be_missing(built):
+    kept, said = run_compiled(NO_TOOLKIT, AFS_CACHE=built["folder"]).splitlines()
+    assert kept == "residual_naive_bf16"
+    assert said == (
+        "residual_naive_bf16: does not compile for sm_89: Failure finding \"libnvvm.so\"; "
+        "libnvvm comes with pip install 'numba-cuda[cu13]'"
+    )
 
 
 @pytest.mark.slow

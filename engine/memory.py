@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 # Of a control group, version 2 and 1: its limit, what it uses, and in memory.stat what of that can be taken back.
 _GROUPS = (
@@ -17,7 +20,14 @@ _GROUPS = (
 def free_bytes(device: torch.device) -> int:
     """Bytes free on a GPU; for a CPU those that the machine, and a container around this process, has unswapped."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
+    return free_host_bytes()
+
+
+def free_host_bytes() -> int:
+    """Bytes of a CPU's memory, as `free_bytes` has them; without importing torch."""
     return min([psutil.virtual_memory().available, *_container_bytes(Path("/"))])
 
 

@@ -23,7 +23,7 @@ from stages.hf import (
 )
 from stages.host import Sampler, read_host, use_gpu
 from stages.metrics import Rows
-from stages.params import Gpu, Model, Workload
+from stages.params import Gpu, Model, StagedModel, Workload
 from stages.reference import GreedyReference, Prompt, checkpoint_id, write_bundle
 from stages.stage import Run, stage
 from stages.standard import (
@@ -137,13 +137,13 @@ def measure_prompts(
     )  # fmt: skip
 
 
-@stage(Gpu, Model, Workload)
+@stage(Gpu, StagedModel, Workload)
 def main(run: Run, gpu: Gpu, model: Model, workload: Workload) -> None:
     import torch
 
     from engine.config import ModelConfig
 
-    path = run.find(f"data/hf/hf_snapshot/{model.name}")
+    path = run.find_snapshot(model.name)
     checkpoint = checkpoint_id(run.find(f"data/hf/{model.name}.manifest.json"))
     use_cuda = use_gpu(gpu)
     device = "cuda" if use_cuda else "cpu"

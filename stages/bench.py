@@ -18,7 +18,7 @@ from engine.throughput import LATE
 from stages import decode, peers, prefill, throughput
 from stages.host import read_host, use_gpu
 from stages.metrics import COLUMNS, KNOBS, Rows, read
-from stages.params import Gpu, Model, ParamsError, Week, Workload
+from stages.params import Gpu, Model, ParamsError, StagedModel, Week, Workload
 from stages.profile import TOOLS, profile_week
 from stages.stage import Run, stage
 from stages.standard import (
@@ -58,7 +58,7 @@ class Context:
 
     @cached_property
     def path(self) -> Path:
-        return self.run.find(f"data/hf/hf_snapshot/{self.model.name}")
+        return self.run.find_snapshot(self.model.name)
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -392,7 +392,7 @@ SUITES: dict[str, Callable[[Context], None]] = {
 }
 
 
-@stage(Gpu, Model, Week, Workload, options={"profile": TOOLS})
+@stage(Gpu, StagedModel, Week, Workload, options={"profile": TOOLS})
 def main(
     run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload, profile: str | None = None
 ) -> None:  # fmt: skip

@@ -26,6 +26,7 @@ from typing import Any
 
 from stages import metrics
 from stages.metrics import IDENTITY
+from stages.stage import reported
 
 Row = Mapping[str, Any]
 CASE = ("stage", "week", "suite", "case", "metric", "model")
@@ -224,4 +225,5 @@ def share(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with reported("compare"):
+        sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,8 @@
-"""Composes `conf/` with Hydra. `python -m stages.compose` writes params.yaml (`make params`), `--check` compares it."""
+"""Composes `conf/` with Hydra.
+
+`python -m stages.compose` writes params.yaml (`make params`), `--check` compares it, `--show key=value …` prints what
+these overrides compose to and says what is wrong with it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from stages.params import CONF, PARAMS, Gpu, Model, ParamsError, Weeks, Workload, check_choice, select
+from stages.params import CONF, PARAMS, Gpu, Model, ParamsError, Weeks, Workload, check_choice, select_all
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -28,10 +32,15 @@ def compose_conf(overrides: list[str] | None = None) -> DictConfig:
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
+    if not (CONF / "config.yaml").is_file():
+        raise ParamsError(f"{CONF}/config.yaml is not here: run from the repository's root")
     for override in overrides or []:
         group, _, value = override.partition("=")
         if group in GROUPS:
             check_choice(group, value)
+        group, _, key = group.lstrip("+").partition(".")
+        if group in GROUPS and key == "name":
+            raise ParamsError(f"'{override}' would rename what another {group} is made of: say {group}={value}")
     try:
         with initialize_config_dir(str(CONF.resolve()), version_base=None):
             composed = compose("config", overrides=overrides or [], return_hydra_config=True)
@@ -85,17 +94,25 @@ def read_params(path: Path = PARAMS) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """Writes params.yaml; with `--check` returns 1 and names the remedy where it is not what `conf/` composes to."""
+    """Writes params.yaml. With `--check` returns 1 and names the remedy where it is not what `conf/` composes to; with
+    `--show` prints what `conf/` and the overrides after it compose to. Wrong parameters: one line, 2."""
+    command, overrides = (arguments or [""])[0], arguments[1:]
+    if command not in ("", "--check", "--show") or (overrides and command != "--show"):
+        print("usage: python -m stages.compose [--check | --show [key=value ...]]", file=sys.stderr)
+        return 0 if command in ("-h", "--help") else 2
     try:
-        composed = compose_conf()
-        for section in (Gpu, Model, Workload, Weeks):
-            select(section, as_dict(composed), None)
+        composed = compose_conf(overrides)
+        if command == "--show":
+            print(dump(composed), end="", flush=True)
+        select_all((Gpu, Model, Workload, Weeks), as_dict(composed), None)
     except ParamsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if command == "--show":
+        return 0
     text = dump(composed)
     current = PARAMS.read_text(encoding="utf-8") if PARAMS.exists() else None
-    if "--check" in arguments:
+    if command == "--check":
         if current != text:
             print(f"error: {PARAMS} is not what {CONF}/ composes to; run `make params`", file=sys.stderr)
         return int(current != text)
@@ -105,4 +122,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from stages.stage import reported
+
+    with reported("compose"):
+        sys.exit(main(sys.argv[1:]))

@@ -9,57 +9,50 @@
 
 The files lie outside DVC's cache. This stage always runs: it looks whether every file is there as it was verified,
 fetches only what is not, and writes the same manifest again, so that nothing after it runs without need. The manifest
-is written last: a killed run, a full disk or a lost network leaves none, and the next run goes on from what is there.
+is taken away before a file changes and written last: a killed run, a full disk or a lost network leaves none, so no
+stage takes its files for whole ones, and the next run goes on from what is there.
 """
 
-import errno
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from engine.config import ConfigError, ModelConfig
 from engine.safetensors_io import CheckpointError, read_index
+from stages.fit import check_fit
 from stages.host import read_host
-from stages.params import Model, thaw
-from stages.sources import METADATA, TOKENIZER, WEIGHTS, Source, link, make_source, select_kind
-from stages.stage import Run, StageError, stage, write_whole
+from stages.params import Model
+from stages.sources import METADATA, TOKENIZER, WEIGHTS, Source, link, make_source, read_architecture, select_kind
+from stages.stage import HF, Run, StageError, stage, write_whole
 
-HF = Path("data/hf")
 KINDS = {"raw_weights": WEIGHTS, "raw_tokenizer": TOKENIZER, "metadata": METADATA}
 
 
 @stage(Model)
 def main(run: Run, model: Model) -> None:
     """Brings `data/hf` up to date and writes the manifest."""
-    cache = Path(os.environ.get("AFS_CACHE") or Path.home() / ".cache" / "afs")
-    source = make_source(model, cache, gpu=bool(read_host().gpus))
-    folder = run.out(HF / "hf_snapshot" / model.name)
-    try:
-        files = bring(source, folder, run.out(HF / f"{model.name}.state.json"), model.force)
-        check_snapshot(folder, model)
-        for kind, pattern in KINDS.items():
-            place_links(folder, run.out(HF / kind / model.name), select_kind(files, pattern))
-        manifest = {"model": model.name, "source": source.describe(), "files": files}
-        write_whole(run.out(HF / f"{model.name}.manifest.json"), json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StageError(
-                f"the disk is full ({error.filename or folder}): make room and run again to resume"
-            ) from None
-        raise
+    source = make_source(model, gpu=bool(read_host().gpus))
+    source.check()
+    folder, written = run.out(HF / "hf_snapshot" / model.name), run.out(HF / f"{model.name}.manifest.json")
+    if run.by_hand:  # before the pipeline's, provision has looked
+        check_fit(model, folder, gpu=False, pipeline=False)
+    files = bring(source, folder, run.out(HF / f"{model.name}.state.json"), written, model.force)
+    check_snapshot(folder, model)
+    for kind, pattern in KINDS.items():
+        place_links(folder, run.out(HF / kind / model.name), select_kind(files, pattern))
+    manifest = {"model": model.name, "source": source.describe(), "files": files}
+    write_whole(written, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     total = sum(record["bytes"] for record in files.values())
     print(f"{model.name}: {len(files)} files, {total / 1e9:.3f} GB, from {model.weights}, in {folder}")
 
 
-def bring(source: Source, folder: Path, state_path: Path, force: bool) -> dict[str, dict[str, Any]]:
+def bring(source: Source, folder: Path, state_path: Path, manifest: Path, force: bool) -> dict[str, dict[str, Any]]:
     """Makes `folder` hold exactly the source's files, verified, and returns {name: {bytes, sha256}}.
 
-    A file that is as it was when last verified is not read again, let alone fetched; `force` fetches all. Raises
-    StageError.
+    A file that is as it was when last verified is not read again, let alone fetched; `force` fetches all. Before
+    anything changes `manifest` is removed. Raises StageError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     identity = source.describe()
     state = read_state(state_path)
     records = state["files"] if state.get("source") == identity and not force else {}
@@ -67,18 +60,25 @@ def bring(source: Source, folder: Path, state_path: Path, force: bool) -> dict[s
     intact = {
         name: records[name] for name in names if name in records and is_intact(source, folder, name, records[name])
     }
-    for entry in folder.iterdir():
-        if entry.name not in names:
-            entry.unlink()
+    stale = [entry for entry in folder.glob("*") if entry.name not in names]
     missing = [name for name in names if name not in intact]
-    for name in source.place(missing, folder) if missing else ():
-        path = folder / name
-        digest = sha256(path)
-        source.verify(name, path, digest)
-        found = path.stat()
-        intact[name] = {"bytes": found.st_size, "sha256": digest, "mtime_ns": found.st_mtime_ns}
-        write_whole(state_path, json.dumps({"source": identity, "files": intact}, indent=2) + "\n")
-        print(f"  {name}  {found.st_size:,} bytes  sha256 {digest[:16]}…", flush=True)
+    if stale or missing:
+        manifest.unlink(missing_ok=True)
+    folder.mkdir(exist_ok=True)
+    for entry in stale:
+        entry.unlink()
+    try:
+        for name in source.place(missing, folder) if missing else ():
+            path = folder / name
+            digest = sha256(path)
+            source.verify(name, path, digest)
+            found = path.stat()
+            intact[name] = {"bytes": found.st_size, "sha256": digest, "mtime_ns": found.st_mtime_ns}
+            write_whole(state_path, json.dumps({"source": identity, "files": intact}, indent=2) + "\n")
+            print(f"  {name}  {found.st_size:,} bytes  sha256 {digest[:16]}…", flush=True)
+    finally:
+        if not any(folder.iterdir()):
+            folder.rmdir()
     return {name: {key: intact[name][key] for key in ("bytes", "sha256")} for name in names}
 
 
@@ -122,8 +122,7 @@ def check_snapshot(folder: Path, model: Model) -> None:
     say.
     """
     try:
-        staged = ModelConfig.from_file(folder)
-        wanted = ModelConfig.from_dict(thaw(model.architecture))
+        staged, wanted = ModelConfig.from_file(folder), read_architecture(model)
         tensors = read_index(folder)
     except (ConfigError, CheckpointError) as error:
         raise StageError(str(error)) from None

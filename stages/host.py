@@ -150,6 +150,11 @@ def gpu_available() -> bool:
     return torch.cuda.is_available()
 
 
+def free_gpu_bytes() -> int:
+    """Bytes free on the first GPU; 0 where there is none."""
+    return next((int(pynvml.nvmlDeviceGetMemoryInfo(handle).free) for handle in _handles()), 0)
+
+
 def use_gpu(gpu: Gpu) -> bool:
     """Whether to measure on a GPU: there is a usable one and the `gpu` group is not `cpu`."""
     return gpu.name != "cpu" and gpu_available()

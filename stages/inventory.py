@@ -20,7 +20,7 @@ from engine.config import ConfigError, ModelConfig
 from engine.safetensors_io import CheckpointError, TensorEntry, read_index, read_tensor_bytes
 from stages.host import HOST, Host
 from stages.metrics import Rows
-from stages.params import Model
+from stages.params import Model, StagedModel
 from stages.stage import Run, StageError, stage, write_whole
 
 INVENTORY = Path("reports/inventory.parquet")
@@ -33,12 +33,12 @@ COLUMNS = (
 ROLES = {"model.embed_tokens": "embedding", "model.norm": "final_norm", "lm_head": "lm_head"}
 
 
-@stage(Model)
+@stage(StagedModel)
 def main(run: Run, model: Model) -> None:
     """Writes inventory.parquet and .csv, architecture.csv and the stage's metrics. Raises StageError for what is
     wrong.
     """
-    folder = run.find(f"data/hf/hf_snapshot/{model.name}")
+    folder = run.find_snapshot(model.name)
     source = json.loads(run.find(f"data/hf/{model.name}.manifest.json").read_bytes())["source"]
     try:
         config = ModelConfig.from_file(folder)

@@ -30,8 +30,9 @@ import yaml
 from stages.commit import CODE, COMMIT, read_commit
 from stages.compose import as_dict, compose_conf, dump
 from stages.measure import CACHE, PACK, PARAMS, WHEELS
-from stages.params import Gpu, Model, ParamsError, Weeks, Workload, select
-from stages.stage import OUTPUTS, StageError
+from stages.params import ParamsError
+from stages.stage import OUTPUTS, StageError, reported
+from stages.validate import check_params
 
 TARGET = OUTPUTS / "afs-pack.tar.gz"
 FOLDER = "afs-pack"
@@ -62,8 +63,7 @@ def compose_sets(texts: Sequence[str]) -> dict[str, tuple[list[str], Any]]:
         overrides = text[named.end() :].split() if named else text.split()
         composed = compose_conf(overrides)
         params = as_dict(composed)
-        for section in (Gpu, Model, Workload, Weeks):
-            select(section, params, None)
+        check_params(params)
         name = named[1] if named else params["model"]["name"]
         if name in sets:
             raise ParamsError(f"two sets are named '{name}': give one a name of its own, as 'other: {text}'")
@@ -294,4 +294,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with reported("pack"):
+        sys.exit(main(sys.argv[1:]))

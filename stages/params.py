@@ -6,7 +6,7 @@ keys are refused by name; what a stage gets is resolved and read-only.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
@@ -44,6 +44,16 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 
 
+def _ordered(ends: tuple[int, int]) -> tuple[int, int]:
+    if ends[0] > ends[1]:
+        raise ValueError("should be the least, then the most")
+    return ends
+
+
+Span = Annotated[tuple[Count, Count], AfterValidator(_ordered)]
+"""The least and the most of something, both included."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class Gpu:
     """The GPU that is wanted, by its datasheet; null for `auto` (what there is) and `cpu` (none, even if there is)."""
@@ -74,6 +84,10 @@ class Model:
     """The fields of config.json."""
 
 
+class StagedModel(Model):
+    """The model as a stage declares it that reads what download has staged: nothing of it counts but its name."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class Engine:
     """What a week switches on in the engine: `engine.llm.EngineConfig` with `auto` for what depends on the host."""
@@ -81,20 +95,24 @@ class Engine:
     backend: Literal["auto", "reference", "cuda"]
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["bfloat16", "float16", "float32"]
-    attention: str
-    linear: str
-    sampling: str
-    kv_cache: str
-    page_size: Count
+    attention: Literal["naive", "flash"]
+    linear: Literal["naive", "streamed", "tiled"]
+    sampling: Literal["naive", "split"]
+    kv_cache: Literal["none", "contiguous", "paged"]
+    page_size: Literal[8, 16, 32, 64, 128]
     kv_tokens: Count | None
     """That a paged cache has room for; null is what max_batch requests take, or the GPU's memory has."""
     prefix_cache: bool
     cuda_graph: bool
-    batching: str
+    batching: Literal["inflight", "continuous"]
     max_batch: Count
     max_step_tokens: Count
     max_model_len: Count | None
     """Tokens of prompt and answer together; null is the model's own maximum."""
+
+    def __post_init__(self) -> None:
+        if self.cuda_graph and self.kv_cache == "none":
+            raise ValueError("cuda_graph = True needs kv_cache = contiguous or paged, not none")
 
     def settings(self, gpu: bool, max_positions: int) -> dict[str, Any]:
         """`EngineConfig`'s arguments on a host with or without a GPU, for a model of `max_positions` positions."""
@@ -132,7 +150,7 @@ class Requests:
     """Requests of random tokens: lengths are random.Random(seed).randint of `prompt_tokens`, one after another."""
 
     count: Count
-    prompt_tokens: tuple[Count, Count]
+    prompt_tokens: Span
     """The shortest and the longest that may be drawn."""
     new_tokens: Count
     seed: Annotated[int, Field(ge=0)]
@@ -144,7 +162,7 @@ class SharedPrefix:
 
     count: Count
     prefix_tokens: Count
-    own_tokens: tuple[Count, Count]
+    own_tokens: Span
     """The least and the most that a prompt has of its own, after the prefix."""
     new_tokens: Count
 
@@ -164,9 +182,9 @@ class Workload:
     """What is generated when something is measured or compared."""
 
     name: Name
-    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
-    batch_sizes: tuple[Count, ...]
-    prompt_tokens: tuple[Count, ...]
+    prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+    batch_sizes: Annotated[tuple[Count, ...], Field(min_length=1)]
+    prompt_tokens: Annotated[tuple[Count, ...], Field(min_length=1)]
     new_tokens: Count
     repeats: Count
     warmup: Annotated[int, Field(ge=0)]
@@ -176,7 +194,11 @@ class Workload:
 
 
 Section = TypeVar("Section")
-SECTIONS: dict[type, str] = {Gpu: "gpu", Model: "model", Workload: "workload", Week: "week", Weeks: "weeks"}
+SECTIONS: dict[type, str] = {
+    Gpu: "gpu", Model: "model", StagedModel: "model", Workload: "workload", Week: "week", Weeks: "weeks",
+}  # fmt: skip
+TOP = ("gpu", "model", "workload", "weeks")
+"""The keys of params.yaml."""
 
 
 def list_choices(group: str) -> list[str]:
@@ -196,13 +218,26 @@ def parse(section: type[Section], value: Any, where: str) -> Section:
 
     Raises ParamsError naming each unknown, missing or mistyped key by its full path under `where`.
     """
+    if strange := _find_strange(value, where):
+        raise ParamsError(f"{strange[0]} = {strange[1]}: should be a number, text, true, false, null, list or section")
     try:
         # JSON's strictness: a list may become a tuple, but neither "8" a number nor 1 a truth value.
         return TypeAdapter(section).validate_json(json.dumps(value))
-    except (ValidationError, TypeError) as error:
-        if not isinstance(error, ValidationError):
-            raise ParamsError(f"{where}: {error}") from None
-        raise ParamsError("; ".join(_explain(item, where) for item in error.errors())) from None
+    except ValidationError as error:
+        raise ParamsError("; ".join(_explain(item, where) for item in error.errors() if _is_told(item))) from None
+
+
+def _find_strange(value: Any, where: str) -> tuple[str, Any] | None:
+    """The first value, with its key, that YAML has and JSON has not: a date, a set, bytes."""
+    if isinstance(value, Mapping | list):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        return next(filter(None, (_find_strange(item, f"{where}.{key}") for key, item in items)), None)
+    return None if value is None or isinstance(value, str | bool | int | float) else (where, value)
+
+
+def _is_told(error: Any) -> bool:
+    """Whether an error is one of its own: a list whose wrong items were left out is not too short for that."""
+    return error["type"] != "too_short" or len(error["input"]) == error["ctx"]["actual_length"]
 
 
 def _explain(error: Any, where: str) -> str:
@@ -211,7 +246,31 @@ def _explain(error: Any, where: str) -> str:
         return f"{key}: unknown key"
     if error["type"] in ("missing", "missing_argument"):
         return f"{key} is missing"
-    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    said = error["msg"].removeprefix("Value error, ")
+    # A rule of the whole section names its keys itself, and its input is all of them.
+    given = "" if isinstance(error["input"], Mapping) or error["type"] == "dataclass_type" else f" = {error['input']!r}"
+    if error["type"] == "dataclass_type":
+        return f"{key} = {error['input']!r}: should be a section of keys"
+    return f"{key}{given}: {said[0].lower()}{said[1:]}"
+
+
+def select_all(sections: Sequence[type], params: Mapping[str, Any], week: str | None) -> list[Any]:
+    """The sections of composed `params`, as `select` gives each.
+
+    Raises ParamsError with all that is wrong with them, and for a key that is no section.
+    """
+    selected, wrong = (
+        [],
+        [f"{key} = {params[key]!r}: unknown key; there are {', '.join(TOP)}" for key in params if key not in TOP],
+    )
+    for section in sections:
+        try:
+            selected.append(select(section, params, week))
+        except ParamsError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ParamsError("; ".join(wrong))
+    return selected
 
 
 def select(section: type, params: Mapping[str, Any], week: str | None) -> Any:
@@ -219,8 +278,16 @@ def select(section: type, params: Mapping[str, Any], week: str | None) -> Any:
 
     Raises ParamsError for a missing section, an unknown name, and what `parse` refuses.
     """
-    if section is Week:
-        weeks = params.get("weeks") or {}
+    if section in (Week, Weeks):
+        weeks = params.get("weeks")
+        if not isinstance(weeks, Mapping) or not weeks:
+            raise ParamsError(
+                f"weeks = {weeks!r}: should hold a section for each week"
+                if "weeks" in params
+                else "weeks is missing from the parameters"
+            )
+        if section is Weeks:
+            return Weeks({name: select(Week, params, name) for name in weeks})
         if week is None:
             raise ParamsError(f"which week? say week=NAME with one of: {', '.join(weeks)}")
         if week not in weeks:
@@ -229,10 +296,7 @@ def select(section: type, params: Mapping[str, Any], week: str | None) -> Any:
     group = SECTIONS[section]
     if group not in params:
         raise ParamsError(f"{group} is missing from the parameters")
-    if section is Weeks:
-        weeks = params[group] or {}
-        return Weeks({name: select(Week, params, name) for name in weeks})
-    parsed = parse(section, params[group], group)
+    parsed = parse(Model if section is StagedModel else section, params[group], group)
     check_choice(group, parsed.name)
     return parsed
 

@@ -33,7 +33,7 @@ from stages.corpus import INVALID_UTF8, TEXTS
 from stages.hf import exact_fp32, has_tokenizer, load_model, load_tokenizer, observe, set_threads
 from stages.host import read_host, stopwatch, use_gpu
 from stages.metrics import Rows
-from stages.params import Gpu, Model, ParamsError, Week, Workload
+from stages.params import Gpu, Model, ParamsError, StagedModel, Week, Workload
 from stages.reference import Bundle, GreedyReference, checkpoint_id
 from stages.stage import Run, StageError, stage
 
@@ -72,7 +72,7 @@ class Context:
 
     @cached_property
     def path(self) -> Path:
-        return self.run.find(f"data/hf/hf_snapshot/{self.model.name}")
+        return self.run.find_snapshot(self.model.name)
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -918,7 +918,7 @@ CHECKS: dict[str, Callable[..., None]] = {
 }
 
 
-@stage(Gpu, Model, Week, Workload)
+@stage(Gpu, StagedModel, Week, Workload)
 def main(run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload) -> None:
     unknown = [name for name in week.parity if name not in CHECKS]
     if unknown:

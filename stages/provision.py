@@ -1,4 +1,7 @@
-"""Reads the host, measures what it can do at most, and checks the `gpu` group against it.
+"""Checks all parameters, reads the host, measures what it can do at most, and checks the `gpu` group against it.
+
+It runs before all other stages, and refuses here what they would find wrong later, when what they had made before is
+gone: a wrong value in any section, and a model that does not fit this machine.
 
 `data/host.json` is the host's stable identity, on which all that is measured depends. `data/ceilings.parquet` holds
 what was measured once for that identity: rows of suite `ceilings`, case `gpu` or `cpu`, metrics `read_bandwidth` and
@@ -21,10 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 from stages import metrics
-from stages.host import HOST, Host, gpu_available, read_host
+from stages.fit import check_fit
+from stages.host import HOST, Host, gpu_available, read_host, use_gpu
 from stages.metrics import Rows
-from stages.params import Gpu
-from stages.stage import Run, stage, write_whole
+from stages.params import Gpu, Model, Weeks, Workload
+from stages.sources import make_source
+from stages.stage import HF, Run, keep, stage, write_whole
+from stages.validate import check
 
 CEILINGS = Path("data/ceilings.parquet")
 METRICS = Path("reports/metrics/provision.parquet")
@@ -34,21 +40,24 @@ MEMORY_TOLERANCE = 0.12
 """Datasheets count GB of 10^9 bytes, drivers what is left of 2^30 ones."""
 
 
-@stage(Gpu)
-def main(run: Run, gpu: Gpu) -> None:
+@stage(Gpu, Model, Weeks, Workload)
+def main(run: Run, gpu: Gpu, model: Model, weeks: Weeks, workload: Workload) -> None:
     """Writes host.json, ceilings.parquet and provision.parquet; a host that is not the wanted GPU is no error."""
+    check(gpu, model, weeks, workload)
+    make_source(model, gpu=False).check()
+    kept = keep("ceilings")
+    check_fit(model, HF / "hf_snapshot" / model.name, use_gpu(gpu), pipeline=True)
     host = read_host()
     write_whole(run.out(HOST), host.as_json())
-    measured = recall_ceilings(host)
+    measured = recall_ceilings(host, kept)
     write_whole(run.out(CEILINGS), measured)
     rows = build_rows(host, gpu, metrics.read_table(run.out(CEILINGS)).to_pylist())
     rows.write(run.out(METRICS))
     show(host, rows)
 
 
-def recall_ceilings(host: Host) -> bytes:
-    """The Parquet bytes of this host's ceilings, measured on the first call for such a host."""
-    folder = Path(os.environ.get("AFS_CACHE") or Path.home() / ".cache" / "afs") / "ceilings"
+def recall_ceilings(host: Host, folder: Path) -> bytes:
+    """The Parquet bytes of this host's ceilings, measured on the first call for such a host and kept in `folder`."""
     kept = folder / f"{hashlib.sha256(host.as_json().encode()).hexdigest()[:32]}.parquet"
     if os.environ.get("AFS_REMEASURE", "0") == "0":
         with contextlib.suppress(OSError, metrics.MetricsError):
@@ -56,7 +65,6 @@ def recall_ceilings(host: Host) -> bytes:
             return kept.read_bytes()
     rows = Rows("provision", None, None, host)
     measure_ceilings(rows)
-    folder.mkdir(parents=True, exist_ok=True)
     rows.write_parquet(kept)
     return kept.read_bytes()
 

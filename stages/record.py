@@ -34,7 +34,7 @@ from stages.compare import Row, spread
 from stages.compose import read_params
 from stages.host import Host
 from stages.params import ParamsError, Week, Weeks, select
-from stages.stage import StageError
+from stages.stage import StageError, reported
 
 METRICS, RECORDED = Path("reports/metrics"), Path("reports/recorded")
 HOST, FORCED, FAILED = "host.json", "forced.json", ".failed"
@@ -384,4 +384,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with reported("record"):
+        sys.exit(main(sys.argv[1:]))

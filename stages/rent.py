@@ -24,8 +24,9 @@ from typing import Any
 import yaml
 
 from stages.compose import as_dict, compose_conf
-from stages.params import Gpu, Model, ParamsError, Workload, select
+from stages.params import Gpu, ParamsError, select
 from stages.stage import OUTPUTS, StageError, write_whole
+from stages.validate import check_params
 
 TASK = Path("setup/rent/task.yaml")
 # What SkyPilot's catalogues call them; it takes the cheapest offer of any.
@@ -49,8 +50,7 @@ def make_task(overrides: Sequence[str], max_hourly_cost: float | None) -> dict[s
         if "=" not in override or any(character.isspace() for character in override):
             raise ParamsError(f"'{override}' is not an override: say key=value, without spaces")
     params = as_dict(compose_conf(list(overrides)))
-    for section in (Model, Workload):
-        select(section, params, None)
+    check_params(params)
     gpu = select(Gpu, params, None)
     if gpu.name not in ACCELERATORS:
         raise ParamsError(f"gpu={gpu.name} is no GPU to rent; there are: {', '.join(ACCELERATORS)}")

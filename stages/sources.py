@@ -9,22 +9,27 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
+import yaml
+
 from engine import hub
-from engine.config import ModelConfig
-from stages.params import Model, ParamsError, thaw
-from stages.stage import StageError, write_whole
+from engine.config import ConfigError, ModelConfig
+from stages.params import CONF, Model, ParamsError, thaw
+from stages.stage import StageError, keep, write_whole
 
 BUNDLED = Path("data/models/olmo2-tiny")
 WEIGHTS, TOKENIZER, _SETTINGS = (
     re.compile("|".join(map(fnmatch.translate, patterns))) for patterns in (hub.WEIGHTS, hub.TOKENIZER, hub.SETTINGS)
 )
 METADATA = re.compile(rf"{_SETTINGS.pattern}|^(README(\.md|\.txt)?|(LICENSE|NOTICE|USE_POLICY)[^/]*)$")
+FETCHED_AT_ONCE = 4
 SHARD_BYTES = 5_000_000_000
 """The hub's own limit for a shard of a checkpoint that transformers saved."""
 
@@ -41,6 +46,10 @@ class Source(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """What decides the files' content, for the manifest."""
+        ...
+
+    def check(self) -> None:
+        """Raises StageError for a source that is known not to be there, without asking anybody outside."""
         ...
 
     def names(self) -> list[str]:
@@ -98,9 +107,14 @@ class Folder:
     def describe(self) -> dict[str, Any]:
         return {"weights": self.weights, "path": str(self.path)}
 
-    def names(self) -> list[str]:
+    def check(self) -> None:
         if not self.path.is_dir():
-            raise StageError(f"model.path={self.path} is not a folder")
+            raise StageError(f"model.path = '{self.path}': should be a folder that is there")
+        if not (self.path / "config.json").is_file():
+            raise StageError(f"model.path = '{self.path}': should be a checkpoint's folder, with its config.json")
+
+    def names(self) -> list[str]:
+        self.check()
         return sorted(entry.name for entry in self.path.iterdir() if entry.is_file() and is_wanted(entry.name))
 
     def unchanged(self, name: str, staged: os.stat_result) -> bool:
@@ -122,16 +136,18 @@ class Hub:
     """A repository of the Hugging Face hub at one commit, fetched through `huggingface_hub` and its cache.
 
     The cache is outside the working directory, so an experiment run elsewhere fetches nothing again; an interrupted
-    fetch is resumed. `cache` keeps the commit's listing, which cannot change.
+    fetch is resumed. The commit's listing, which cannot change, is kept in AFS_CACHE.
     """
 
     hub_id: str
     revision: str
     force: bool
-    cache: Path
 
     def describe(self) -> dict[str, Any]:
         return {"weights": "hub", "hub_id": self.hub_id, "revision": self.revision}
+
+    def check(self) -> None:
+        pass
 
     def names(self) -> list[str]:
         return sorted(self._listing())
@@ -141,7 +157,7 @@ class Hub:
 
     def _listing(self) -> dict[str, dict[str, Any]]:
         """name → {bytes, sha256 of a large file, git's sha1 of a small one}."""
-        kept = self.cache / f"{self.hub_id.replace('/', '--')}@{self.revision}.json"
+        kept = keep("hub") / f"{self.hub_id.replace('/', '--')}@{self.revision}.json"
         with contextlib.suppress(OSError, ValueError):
             return json.loads(kept.read_text(encoding="utf-8"))
         from huggingface_hub import HfApi
@@ -159,7 +175,6 @@ class Hub:
         }
         if not any(name.endswith(".safetensors") for name in listing):
             raise StageError(f"{self.hub_id}@{self.revision} holds no safetensors files")
-        kept.parent.mkdir(parents=True, exist_ok=True)
         write_whole(kept, json.dumps(listing, indent=2))
         return listing
 
@@ -181,10 +196,9 @@ class Hub:
             with self._explained():
                 return hf_hub_download(self.hub_id, name, revision=self.revision, force_download=self.force)
 
-        with ThreadPoolExecutor(4) as pool:
-            for name, file in zip(names, pool.map(fetch, names), strict=True):
-                link(Path(file).resolve(), folder / name)
-                yield name
+        for name, file in zip(names, fetch_beside(fetch, names), strict=True):
+            link(Path(file).resolve(), folder / name)
+            yield name
 
     def verify(self, name: str, path: Path, sha256: str) -> None:
         known = self._listing()[name]
@@ -218,6 +232,32 @@ class Hub:
             raise StageError(str(error)) from None
 
 
+def fetch_beside(fetch: Callable[[str], str], names: Sequence[str]) -> Iterator[str]:
+    """Yields `fetch`'s result for each name, in order, while threads fetch the next ones.
+
+    An executor would wait for what is on its way, gigabytes perhaps, before Ctrl-C or an error ends the process.
+    """
+    results: dict[str, Future[str]] = {name: Future() for name in names}
+    waiting = deque(names)
+
+    def work() -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                result = results[name := waiting.popleft()]
+                try:
+                    result.set_result(fetch(name))
+                except BaseException as error:
+                    result.set_exception(error)
+
+    for _ in range(FETCHED_AT_ONCE):
+        Thread(target=work, daemon=True).start()
+    try:
+        for result in results.values():
+            yield result.result()
+    finally:
+        waiting.clear()
+
+
 @dataclass(frozen=True)
 class Random:
     """A checkpoint of the model's true shapes and names, sharded as the hub shards, from a seed; no network.
@@ -240,6 +280,9 @@ class Random:
             "architecture_sha256": fields,
             "tokenizer": str(BUNDLED),
         }
+
+    def check(self) -> None:
+        pass
 
     def names(self) -> list[str]:
         shards = list(self._shards())
@@ -330,8 +373,35 @@ def plan_shards(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -
     return {f"model-{number:05d}-of-{len(parts):05d}.safetensors": part for number, part in enumerate(parts, 1)}
 
 
-def make_source(model: Model, cache: Path, gpu: bool) -> Source:
-    """The source `model.weights` asks for. Raises ParamsError where what it needs is not said."""
+def read_architecture(model: Model) -> ModelConfig:
+    """The model's architecture as the engine has it. Raises ParamsError where the engine refuses it."""
+    try:
+        return ModelConfig.from_dict(thaw(model.architecture))
+    except ConfigError as error:
+        raise ParamsError(f"model.architecture.{error}") from None
+
+
+USED_BY = {"hub_id": ("hub",), "revision": ("hub",), "path": ("path", "bundled"), "seed": ("random",)}
+"""Key of a model → the values of `model.weights` that it counts for."""
+
+
+def check_unused(model: Model) -> None:
+    """Raises ParamsError for a key that is not as in the model's file of `conf/`, and that `model.weights` ignores."""
+    usual = yaml.safe_load((CONF / "model" / f"{model.name}.yaml").read_text(encoding="utf-8"))
+    for key, kinds in USED_BY.items():
+        given = getattr(model, key)
+        if model.weights not in kinds and given not in (None, usual[key]):
+            raise ParamsError(
+                f"model.{key} = {given!r} changes nothing with model.weights = {model.weights}: say "
+                f"model.weights={kinds[0]}"
+            )
+
+
+def make_source(model: Model, gpu: bool) -> Source:
+    """The source `model.weights` asks for. Raises ParamsError where what it needs is not said, and where something is
+    said that it does not need.
+    """
+    check_unused(model)
     if model.weights == "random":
         return Random(thaw(model.architecture), model.seed, gpu)
     if model.weights == "hub":
@@ -341,7 +411,7 @@ def make_source(model: Model, cache: Path, gpu: bool) -> Source:
             raise ParamsError(
                 f"model.revision is null: say model.revision=<40-digit commit of {model.hub_id}> to pin what is fetched"
             )
-        return Hub(model.hub_id, model.revision, model.force, cache / "hub")
+        return Hub(model.hub_id, model.revision, model.force)
     if model.path is None:
         remedy = "say model.path=FOLDER" if model.weights == "path" else "it is not bundled; say hub, path or random"
         raise ParamsError(f"model.weights={model.weights} of {model.name} has no model.path: {remedy}")

@@ -12,19 +12,26 @@ command line's overrides and writes under `outputs/<stage>/`, which git ignores.
 declared, typed and read-only.
 """
 
+import contextlib
+import errno
 import functools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from stages.compose import as_dict, compose_conf, read_params
-from stages.params import ParamsError, Week, list_choices, select
+from stages.params import SECTIONS, ParamsError, StagedModel, Week, list_choices, select_all
 
 OUTPUTS = Path("outputs")
+HF = Path("data/hf")
+"""Where download stages checkpoints."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO)
+"""What a system says of a file that the user has to look at, not whoever wrote the code."""
 
 
 class StageError(RuntimeError):
@@ -44,22 +51,80 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def find(self, path: str | Path) -> Path:
+    def find(self, path: str | Path, last: str | Path | None = None) -> Path:
         """Where to read what the pipeline knows as `path`, a file or folder.
 
-        By hand, what some stage last wrote by hand is taken where it is newer than the pipeline's own. Raises
+        By hand, what some stage last wrote by hand is taken where it is newer than the pipeline's own. `last` is what
+        is written after all of a folder: where it is not, the folder is not whole, and its time is the folder's. Raises
         StageError where there is none.
         """
-        places = [Path(path)]
-        if self.by_hand:
-            places += sorted(OUTPUTS.glob(f"*/{path}"))
-        there = [place for place in places if place.exists()]
+        roots = [Path(), *(sorted(OUTPUTS.glob("*/")) if self.by_hand else [])]
+        there = [root for root in roots if (root / path).exists() and (root / (last or path)).exists()]
         if not there:
-            raise StageError(f"{path} is not here: run the stage that makes it first (`dvc repro`, or by hand)")
-        newest = max(there, key=lambda place: place.stat().st_mtime)
+            half = next((root / path for root in roots if (root / path).exists()), None)
+            what = f"{half} is not whole" if half else f"{path} is not here"
+            raise StageError(f"{what}: run the stage that makes it first (`dvc repro`, or by hand)")
+        newest = max(there, key=lambda root: (root / (last or path)).stat().st_mtime) / path
         if newest != Path(path):
             print(f"reads {newest}")
         return newest
+
+    def find_snapshot(self, model: str) -> Path:
+        """The folder of the checkpoint that download has staged of `model`. Raises StageError."""
+        return self.find(f"{HF}/hf_snapshot/{model}", last=f"{HF}/{model}.manifest.json")
+
+
+def keep(name: str) -> Path:
+    """The folder of this name under $AFS_CACHE (default ~/.cache/afs), where stages keep what outlives a checkout.
+
+    Raises StageError where it cannot be made or written.
+    """
+    folder = Path(os.environ.get("AFS_CACHE") or Path.home() / ".cache" / "afs") / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        if is_full(error):
+            raise
+        raise StageError(
+            f"{folder} cannot be written ({error.strerror}): set AFS_CACHE to a folder that can be"
+        ) from None
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk is full: the system's own, or one of a library that hides it in its words."""
+    return getattr(error, "errno", None) in FULL or (any(os.strerror(number) in str(error) for number in FULL))
+
+
+@contextlib.contextmanager
+def reported(name: str) -> Iterator[None]:
+    """Ends the process with one line on stderr for what is no fault of the code.
+
+    Exit status: 2 for wrong parameters; 1 for what a stage cannot do, a full disk, a file that may not be used; 130 for
+    Ctrl-C. Anything else keeps its traceback.
+    """
+    try:
+        yield
+    except ParamsError as error:
+        end(str(error), 2)
+    except StageError as error:
+        end(f"{name}: {error}", 1)
+    except KeyboardInterrupt:
+        end(f"{name}: interrupted", 130)
+    except Exception as error:
+        place = getattr(error, "filename", None)
+        if is_full(error):
+            end(f"{name}: the disk is full{f' ({place})' if place else ''}: make room and run again", 1)
+        if isinstance(error, OSError) and error.errno in REFUSED:
+            end(f"{name}: {place}: {error.strerror}", 1)
+        raise
+
+
+def end(line: str, status: int) -> NoReturn:
+    """Ends the process with a line on stderr and this exit status."""
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(status)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -84,8 +149,8 @@ def stage(
     By hand the command line may also give each of `options`, which are no parameters, one of its values: a keyword
     argument of `function`, to do something else with the same sections.
 
-    Exit status: 0; 1 for a StageError; 2 for a ParamsError. Both are one line on stderr. The function itself stays
-    reachable as `__wrapped__`, the sections as `sections`.
+    Errors end in one line, as `reported` has it. The function itself stays reachable as `__wrapped__`, the sections as
+    `sections`.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -97,16 +162,10 @@ def stage(
             if {"-h", "--help"} & set(arguments):
                 print(_usage(name, sections, options or {}, function))
                 return
-            try:
+            with reported(name):
                 run = Run(name, by_hand="DVC_STAGE" not in os.environ)
                 given, rest = take_options(options or {}, arguments) if run.by_hand else ({}, arguments)
                 function(run, *resolve(sections, rest, run.by_hand), **given)
-            except ParamsError as error:
-                print(f"error: {error}", file=sys.stderr)
-                sys.exit(2)
-            except StageError as error:
-                print(f"error: {name}: {error}", file=sys.stderr)
-                sys.exit(1)
 
         main.sections = sections  # type: ignore[attr-defined]
         return main
@@ -151,7 +210,26 @@ def resolve(sections: tuple[type, ...], arguments: list[str], by_hand: bool) -> 
     if not sections:
         return []
     params = as_dict(compose_conf(overrides)) if by_hand else read_params()
-    return [select(section, params, weeks[0] if weeks else None) for section in sections]
+    selected = select_all(sections, params, weeks[0] if weeks else None)
+    for override in overrides:
+        check_used(override, sections, weeks[0] if weeks else None)
+    return selected
+
+
+def check_used(override: str, sections: Sequence[type], week: str | None) -> None:
+    """Raises ParamsError for an override of what a stage of these sections does not read."""
+    key = override.partition("=")[0].lstrip("+~").rpartition("@")[2]
+    top, _, rest = key.partition(".")
+    read = sorted({"weeks" if section is Week else SECTIONS[section] for section in sections})
+    if top not in read:
+        raise ParamsError(f"'{override}' changes nothing here: this stage reads {', '.join(read)}")
+    if rest and top == "model" and StagedModel in sections:
+        raise ParamsError(
+            f"'{override}' changes nothing here: this stage takes the model as it was staged, by its name alone; say "
+            f"model=NAME, and give {key} to stages.download"
+        )
+    if Week in sections and top == "weeks" and rest.partition(".")[0] != week:
+        raise ParamsError(f"'{override}' changes nothing here: this is week {week}")
 
 
 def _usage(

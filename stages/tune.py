@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from stages import timing
-from stages.stage import StageError, write_whole
+from stages.stage import StageError, reported, write_whole
 
 if TYPE_CHECKING:
     from kernels.linear.tiled import Tiling
@@ -224,4 +224,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with reported("tune"):
+        sys.exit(main())

@@ -61,6 +61,35 @@ def test_check_finds_params_yaml_out_of_step(workspace, capsys):
     assert yaml.safe_load(Path("params.yaml").read_text())["workload"]["new_tokens"] == 33
 
 
+def test_what_overrides_compose_to_is_shown(workspace, capsys):
+    before = Path("params.yaml").read_text()
+    assert compose_main(["--show"]) == 0
+    assert capsys.readouterr().out == before
+    assert compose_main(["--show", "model=olmo2_7b", "model.weights=random", "workload.repeats=9"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["model"]["name"], shown["model"]["weights"], shown["workload"]["repeats"]) == (
+        "olmo2_7b",
+        "random",
+        9,
+    )
+    # It shows what is wrong, too.
+    assert compose_main(["--show", "workload.repeats=0", "+foo=1"]) == 2
+    shown, said = capsys.readouterr()
+    assert yaml.safe_load(shown)["workload"]["repeats"] == 0
+    assert "foo = 1: unknown key" in said and "workload.repeats = 0" in said
+    assert compose_main(["--show", "model=olmo9"]) == 2
+    assert "unknown model 'olmo9'" in capsys.readouterr().err
+    assert Path("params.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("arguments", [["gpu=cpu"], ["--check", "gpu=cpu"], ["--shwo"]])
+def test_nothing_is_written_for_arguments_that_are_none(workspace, capsys, arguments):
+    Path("params.yaml").unlink()
+    assert compose_main(arguments) == 2
+    assert "usage: python -m stages.compose" in capsys.readouterr().err
+    assert not Path("params.yaml").exists()
+
+
 @pytest.mark.parametrize("file", GROUP_FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_group_files(file):
     content = yaml.safe_load(file.read_text())

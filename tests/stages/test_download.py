@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from stages import download, sources
 from stages.compose import read_params
 from stages.params import Model, ParamsError, parse
 from stages.sources import BUNDLED, Random, make_source
-from stages.stage import StageError
+from stages.stage import Run, StageError
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = '{"model": "tiny"}'
@@ -195,9 +196,10 @@ def test_random_after_bundled_leaves_nothing_of_it(checkout):
         (["model.weights=hub", "model.hub_id=a/b"], 2, "model.revision=<40-digit commit of a/b>"),
         (["model.weights=path", "model.path=null"], 2, "model.path=FOLDER"),
         (["model.path=null"], 2, "it is not bundled"),
-        (["model.weights=path", "model.path=/no/such"], 1, "model.path=/no/such is not a folder"),
+        (["model.weights=path", "model.path=/no/such"], 1, "model.path = '/no/such': should be a folder"),
         (["model.architecture.hidden_size=64"], 1, "is another model than olmo2_tiny: model.embed_tokens.weight is"),
-        (["model.architecture.model_type=gpt2"], 1, "gpt2"),
+        (["model.architecture.model_type=gpt2"], 2, "model.architecture.model_type = 'gpt2'"),
+        (["model.weights=random", "model.path=/x"], 2, "model.path = '/x' changes nothing with model.weights = random"),
     ],
 )
 def test_bad_parameters(checkout, capsys, overrides, status, words):
@@ -207,6 +209,34 @@ def test_bad_parameters(checkout, capsys, overrides, status, words):
 def test_an_empty_folder_is_no_checkpoint(checkout, capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "config.json" in refused(capsys, "model.weights=path", f"model.path={tmp_path / 'empty'}")
+
+
+@pytest.mark.parametrize("what", ["refused", "absent", "cut"])
+def test_what_is_not_whole_is_not_taken_by_a_later_stage(checkout, capsys, monkeypatch, what):
+    """Neither an earlier download by hand nor the pipeline's own gives way to a newer one that failed."""
+    shutil.copytree(BUNDLED, "data/hf/hf_snapshot/olmo2_tiny")
+    Path("data/hf/olmo2_tiny.manifest.json").touch()
+    run = Run("bench", by_hand=True)
+    if what == "refused":
+        refused(capsys, "model.weights=path", "model.path=/no/such")
+        assert not SNAPSHOT.exists()
+    elif what == "absent":
+        monkeypatch.setattr(Random, "place", lambda *_: iter(()).__next__())
+        with pytest.raises(StopIteration):
+            bring("model.weights=random")
+        assert not SNAPSHOT.exists()
+    else:
+        bring()
+        assert run.find_snapshot("olmo2_tiny") == SNAPSHOT
+        place = Random.place
+
+        def stop(*given):
+            yield next(place(*given))
+            raise StageError("the line is cut")
+
+        monkeypatch.setattr(Random, "place", stop)
+        refused(capsys, "model.weights=random")
+    assert run.find_snapshot("olmo2_tiny") == Path("data/hf/hf_snapshot/olmo2_tiny")
 
 
 def test_a_truncated_shard_is_not_taken(checkout, capsys):
@@ -222,8 +252,9 @@ def test_an_index_without_its_shard_is_not_taken(checkout, capsys):
 
 def test_a_disk_too_small_is_found_before_writing(checkout, capsys, monkeypatch):
     monkeypatch.setattr(sources.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    assert "needs 0.0 GB of disk, 0.0 GB are free" in refused(capsys, "model.weights=random")
-    assert list(SNAPSHOT.glob("*.safetensors")) == []
+    error = refused(capsys, "model.weights=random")
+    assert "olmo2_tiny does not fit this machine: 45.6 kB of disk (1.0 kB free): its weights" in error
+    assert not SNAPSHOT.exists()
 
 
 def test_a_disk_that_fills_up_leaves_no_half_file(checkout, capsys, monkeypatch):
@@ -298,7 +329,9 @@ def test_a_file_that_is_not_what_the_hub_says(hub, tmp_path):
     hub.corrupt = ""
     hub.served.clear()
     assert run_hub(tmp_path, hub.url).returncode == 0
-    assert list(hub.served) == ["model-00002-of-00002.safetensors"]
+    # What came before it is there; what was on its way beside it may have to be fetched again.
+    assert "model-00002-of-00002.safetensors" in hub.served
+    assert {"config.json", "model-00001-of-00002.safetensors"}.isdisjoint(hub.served)
 
 
 def test_killed_while_downloading(hub, tmp_path):
@@ -319,6 +352,22 @@ def test_killed_while_downloading(hub, tmp_path):
     assert json.loads(MANIFEST.read_text())["files"] == checksums(SNAPSHOT)
 
 
+def test_interrupted_while_downloading(hub, tmp_path):
+    """One line and status 130, at once: not when the files that are on their way are there."""
+    hub.chunk_delay = 60.0
+    command, environment = hub_command(tmp_path, hub.url)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any((tmp_path / "hf").rglob("*.incomplete")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert said.endswith("error: download: interrupted\n") and "Traceback" not in said
+    assert not MANIFEST.exists() and not any(SNAPSHOT.glob("*.safetensors"))
+
+
 def test_no_network(checkout, tmp_path):
     done = run_hub(tmp_path, "http://127.0.0.1:9")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
@@ -334,7 +383,7 @@ def test_no_such_repository(hub, tmp_path):
 def test_hub_needs_a_pinned_commit():
     fields = yaml.safe_load((ROOT / "conf/model/olmo2_7b.yaml").read_text()) | {"revision": None}
     with pytest.raises(ParamsError, match="40-digit commit of allenai/OLMo-2-1124-7B"):
-        make_source(parse(Model, fields, "model"), Path("cache"), gpu=False)
+        make_source(parse(Model, fields, "model"), gpu=False)
 
 
 def test_random_shard_does_not_depend_on_those_before_it(checkout, tmp_path):
@@ -348,7 +397,7 @@ def test_random_shard_does_not_depend_on_those_before_it(checkout, tmp_path):
 
 
 def test_a_listing_without_weights_is_refused(tmp_path, monkeypatch):
-    source = sources.Hub("tiny/model", SHA, False, tmp_path)
+    source = sources.Hub("tiny/model", SHA, False)
     info = SimpleNamespace(siblings=[SimpleNamespace(rfilename="README.md", size=1, lfs=None, blob_id="0" * 40)])
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
     with pytest.raises(StageError, match="holds no safetensors files"):

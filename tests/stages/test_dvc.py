@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from stages.code import FOLDER, STAGES
-from stages.params import SECTIONS, Model, Week, list_choices
+from stages.params import SECTIONS, StagedModel, Week, list_choices
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("stages", "engine", "kernels")
@@ -90,7 +90,7 @@ def test_params_are_what_the_stage_declares(name):
     for section in declared:
         if section is Week:
             expected.add("weeks.${item.week}")
-        elif section is Model and name != "download":
+        elif section is StagedModel:
             expected |= MODEL_PARAMS
         else:
             expected.add(SECTIONS[section])
@@ -131,7 +131,8 @@ def test_what_is_cached_is_ignored_by_git_and_the_rest_is_not():
 
 def test_nothing_turns_the_run_cache_off_but_the_report():
     for name, stage in pipeline().items():
-        uncached = [out for out in stage.get("outs", []) if isinstance(out, dict)]
+        dicts = [out for out in stage.get("outs", []) if isinstance(out, dict)]
+        uncached = [out for out in dicts if next(iter(out.values())).get("cache") is False]
         assert not uncached or name in ("report", "train_tiny"), (
             f"dvc.yaml, {name}: {uncached} under outs, not metrics or plots"
         )
@@ -141,6 +142,22 @@ def test_dvc_s_settings():
     config = (ROOT / ".dvc/config").read_text()
     for line in ("analytics = false", "check_update = false", "autostage = false", "enabled = true"):
         assert line in config
+
+
+def test_what_always_runs_keeps_what_it_made_when_it_refuses():
+    for name in ("provision", "download"):
+        for entry in pipeline()[name]["outs"] + pipeline()[name].get("metrics", []):
+            assert next(iter(entry.values())).get("persist") is True, f"dvc.yaml, {name}: {entry}"
+
+
+def test_provision_runs_before_all_other_stages():
+    """It refuses what is wrong before DVC takes away what another stage has made."""
+    made = {path: name for name, stage in pipeline().items() for path in paths(stage, *KINDS)}
+    needs = {name: {made.get(dep) for dep in paths(stage, "deps")} for name, stage in pipeline().items()}
+    after = {"provision"}
+    for _ in needs:
+        after |= {name for name, before in needs.items() if before & after}
+    assert after == set(needs) - {"code", "train_tiny"}
 
 
 def test_only_provision_and_download_always_run():
@@ -157,6 +174,8 @@ from pathlib import Path
 
 name = Path(sys.argv[0]).stem
 week = dict(argument.split("=") for argument in sys.argv[1:]).get("week", "")
+if os.environ.get("REFUSE") == name:
+    sys.exit(2)
 params = yaml.safe_load(Path("params.yaml").read_text())
 stage = yaml.safe_load(Path("dvc.yaml").read_text())["stages"][name]
 seed = len(params["gpu"]["name"]) if name not in ("code", "provision", "download") else 0
@@ -278,6 +297,17 @@ def test_a_killed_stage_is_run_again_and_a_fresh_clone_just_runs(checkout, tmp_p
     clone = Checkout(tmp_path / "clone")
     clone.run("dvc", "repro")
     assert (clone.folder / "reports/metrics/bench_w04.parquet").exists()
+
+
+@pytest.mark.slow
+def test_what_provision_refuses_costs_nothing(checkout):
+    checkout.run("dvc", "repro")
+    made = {path for path in checkout.folder.glob("*/**/*") if path.is_file() and ".dvc" not in path.parts}
+    params = checkout.folder / "params.yaml"
+    params.write_text(params.read_text().replace("repeats: 3", "repeats: 0"))
+    refused = checkout.run("dvc", "repro", check=False, REFUSE="provision")
+    assert checkout.ran(refused) == ["provision"], refused
+    assert [path for path in made if not path.exists()] == []
 
 
 def test_an_unknown_name_is_refused_before_anything_runs(checkout):

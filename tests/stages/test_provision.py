@@ -6,8 +6,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
-from stages import metrics, provision
+from stages import fit, metrics, provision
 from stages.host import Device, Host
 from stages.provision import CEILINGS, HOST, METRICS, check_kernel, compare
 from stages.stage import Run
@@ -16,6 +17,7 @@ CPU_HOST = Host("A CPU", 2, 24, "Linux x86_64", "3.11")
 H200_HOST = Host(
     "A CPU", 16, 128, "Linux x86_64", "3.12", "580.95", "13.0", (Device("NVIDIA H200", "sm_90", 150_754_820_096),)
 )
+ROOT = Path(__file__).resolve().parents[2]
 FILES = (HOST, CEILINGS, METRICS, METRICS.with_suffix(".json"))
 
 
@@ -23,8 +25,12 @@ FILES = (HOST, CEILINGS, METRICS, METRICS.with_suffix(".json"))
 def host(workspace, monkeypatch):
     """A host whose description a test sets, and a count of its measurements."""
     state = {"host": CPU_HOST, "measured": 0}
+    (workspace / "data/models").mkdir(parents=True)
+    (workspace / "data/models/olmo2-tiny").symlink_to(ROOT / "data/models/olmo2-tiny")
     monkeypatch.setattr(provision, "read_host", lambda: state["host"])
     monkeypatch.setattr(provision, "gpu_available", lambda: bool(state["host"].gpus))
+    monkeypatch.setattr(provision, "use_gpu", lambda gpu: bool(state["host"].gpus))
+    monkeypatch.setattr(fit, "free_gpu_bytes", lambda: state["host"].gpus[0].memory_bytes)
     monkeypatch.setattr(provision, "check_kernel", lambda: {"value": 0.0, "status": "ok"})
     monkeypatch.delenv("AFS_REMEASURE", raising=False)
 
@@ -155,6 +161,64 @@ def test_a_kernel_that_fails_is_a_row(monkeypatch):
     monkeypatch.setattr("kernels.residual", broken, raising=False)
     row = check_kernel()
     assert row["status"] == "failed" and row["value"] is None and row["note"]
+
+
+def refused(capsys, *overrides: str) -> tuple[int, str]:
+    """The exit status and the one line of a run that is to change nothing."""
+    with pytest.raises(SystemExit) as exit:
+        provision.main(list(overrides))
+    assert not Path("outputs").exists() and not HOST.exists()
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return int(str(exit.value.code)), err
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("workload.repeats=0", "workload.repeats = 0: input should be greater than or equal to 1"),
+        (
+            "weeks.w05.engine.attention=flahs",
+            "weeks.w05.engine.attention = 'flahs': input should be 'naive' or 'flash'",
+        ),
+        (
+            "weeks.w05.bench=[kernels,pears]",
+            "weeks.w05.bench.1 = 'pears': unknown suite; there are: baseline, tokenizer",
+        ),
+        ("model.path=/no/such", "model.path = '/no/such': should be a folder"),
+        ("+foo=1", "foo = 1: unknown key; there are gpu, model, workload, weeks"),
+    ],
+)
+def test_by_hand_it_refuses_before_it_measures(host, capsys, override, words):
+    assert words in refused(capsys, override)[1]
+    assert host["measured"] == 0
+
+
+def test_under_dvc_it_refuses_what_params_yaml_says(host, capsys, monkeypatch):
+    monkeypatch.setenv("DVC_STAGE", "provision")
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["weeks"]["w08"]["engine"]["linear"] = "fast"
+    params["workload"]["repeats"] = "abc"
+    params["foo"] = 1
+    Path("params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    status, line = refused(capsys)
+    assert status == 2
+    assert all(key in line for key in ("foo = 1", "weeks.w08.engine.linear = 'fast'", "workload.repeats = 'abc'"))
+
+
+def test_a_model_too_large_is_refused_and_what_fits_is_said_in_a_line(host, capsys, monkeypatch):
+    monkeypatch.setattr(fit, "free_host_bytes", lambda: 23 * 10**9)
+    status, line = refused(capsys, "model=llama3_8b", "model.weights=random")
+    assert status == 1 and "llama3_8b does not fit this machine: 32.1 GB of memory" in line
+    provision.main([])
+    assert "olmo2_tiny from bundled needs 0.0 kB of disk (" in capsys.readouterr().out
+
+
+def test_a_cache_that_cannot_be_written_is_refused(host, capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("AFS_CACHE", str(tmp_path / "file"))
+    assert refused(capsys) == (1, f"error: provision: {tmp_path}/file/ceilings cannot be written (Not a directory): "
+                                  "set AFS_CACHE to a folder that can be\n")  # fmt: skip
 
 
 @pytest.mark.gpu

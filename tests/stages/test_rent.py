@@ -65,12 +65,12 @@ def test_every_gpu_group_can_be_rented():
 
 
 def test_the_task_is_the_group_s(fakes):
-    task = rent.make_task(["gpu=a100_80g", "workload=standard", "model.seed=3"], 2.5)
+    task = rent.make_task(["gpu=a100_80g", "workload=standard", "workload.repeats=3"], 2.5)
     assert task["name"] == "afs-a100-80g"
     assert task["resources"]["accelerators"] == {"A100-80GB": 1, "A100-80GB-SXM": 1}
     assert task["resources"]["max_hourly_cost"] == 2.5
     assert task["resources"]["autostop"] == {"idle_minutes": 10, "down": True}
-    assert task["envs"] == {"OVERRIDES": "gpu=a100_80g workload=standard model.seed=3"}
+    assert task["envs"] == {"OVERRIDES": "gpu=a100_80g workload=standard workload.repeats=3"}
     assert rent.make_task(["gpu=a100_80g", "gpu.count=4"], None)["resources"]["accelerators"]["A100-80GB"] == 4
 
 
@@ -82,6 +82,7 @@ def test_the_task_is_the_group_s(fakes):
         (["gpu=h900"], "unknown gpu 'h900'"),
         (["gpu=h200", "model=gpt"], "unknown model 'gpt'"),
         (["gpu=h200", "workload.repeats=x"], "workload.repeats"),
+        (["gpu=h200", "weeks.w05.bench=[pears]"], "weeks.w05.bench.0 = 'pears'"),
         (["h200"], "'h200' is not an override"),
         (["gpu=h200", "model.path=a b"], "without spaces"),
     ],

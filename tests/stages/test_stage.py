@@ -1,6 +1,7 @@
 """The decorator: where parameters come from, what is refused, where a stage writes."""
 
 import dataclasses
+import errno
 import os
 from pathlib import Path
 from types import MappingProxyType
@@ -9,8 +10,8 @@ import pytest
 import yaml
 
 from stages import stage as stage_module
-from stages.params import Gpu, Model, Week, Weeks, Workload
-from stages.stage import Run, StageError, stage, write_whole
+from stages.params import Gpu, Model, ParamsError, StagedModel, Week, Weeks, Workload
+from stages.stage import Run, StageError, keep, reported, stage, write_whole
 
 
 def call(arguments, *sections):
@@ -98,12 +99,42 @@ def test_under_dvc_refuses_overrides(workspace, monkeypatch, capsys):
         (["week=w01", "workload.prompts=[]"], ["workload.prompts"]),
         (["week=w03", "weeks.w03.engine.backend=cud"], ["weeks.w03.engine.backend = 'cud'"]),
         (["week=w03", "~weeks.w03.engine.dtype"], ["weeks.w03.engine.dtype is missing"]),
+        (["week=w03", "gpu.name=h200"], ["'gpu.name=h200' would rename", "say gpu=h200"]),
+        (["week=w03", "+foo=1"], ["foo = 1: unknown key; there are gpu, model, workload, weeks"]),
+        (["week=w03", "weeks.w04.title=x"], ["'weeks.w04.title=x' changes nothing here: this is week w03"]),
         (["week=w01", "gpu"], ["'gpu' is not an override"]),
     ],
 )
 def test_bad_arguments(workspace, capsys, arguments, words):
     error = refused(capsys, arguments, Gpu, Model, Week, Workload)
     assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    "override", ["model.weights=random", "model.path=/x", "++model.seed=3", "+model.architecture.mlp_bias=false"]
+)
+def test_a_stage_that_reads_what_is_staged_refuses_to_be_told_from_where(workspace, capsys, override):
+    error = refused(capsys, [override], Gpu, StagedModel)
+    assert f"'{override}' changes nothing here" in error and "to stages.download" in error
+    assert call(["model=olmo2_7b"], StagedModel)[1].name == "olmo2_7b"
+
+
+@pytest.mark.parametrize(
+    "override", ["model=olmo2_7b", "workload.repeats=3", "weeks.w03.title=x", "week@weeks.w03=w04"]
+)
+def test_an_override_of_what_a_stage_does_not_read_is_refused(workspace, capsys, override):
+    error = refused(capsys, [override], Gpu)
+    assert "changes nothing here: this stage reads gpu" in error or "weeks" in error
+
+
+def test_all_wrong_sections_are_told_at_once(workspace, capsys):
+    error = refused(capsys, ["gpu.count=-1", "workload.repeats=0"], Gpu, Workload)
+    assert "gpu.count = -1" in error and "workload.repeats = 0" in error
+
+
+def test_another_working_directory_is_named(workspace, capsys, monkeypatch):
+    monkeypatch.chdir(workspace / "conf")
+    assert "conf/config.yaml is not here: run from the repository's root" in refused(capsys, ["gpu=cpu"], Gpu)
 
 
 def test_a_stage_without_weeks_takes_none(workspace, capsys):
@@ -179,6 +210,48 @@ def test_a_failing_stage_says_one_line(workspace, capsys):
     assert capsys.readouterr().err == "error: test_stage: layer 3 is off by 2.0\n"
 
 
+class SafetensorError(Exception):
+    """As a library has it that hides the system's number in its words."""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "error: bench: interrupted\n"),
+        (OSError(errno.ENOSPC, "x", "/a/b"), 1, "error: bench: the disk is full (/a/b): make room and run again\n"),
+        (OSError(errno.EDQUOT, "x"), 1, "error: bench: the disk is full: make room and run again\n"),
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            1,
+            "error: bench: the disk is full: make",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), 1, "error: bench: /a: Permission denied\n"),
+        (OSError(errno.EROFS, "Read-only file system", "/a"), 1, "error: bench: /a: Read-only file system\n"),
+        (StageError("no rows"), 1, "error: bench: no rows\n"),
+        (ParamsError("gpu.count = x"), 2, "error: gpu.count = x\n"),
+    ],
+)
+def test_what_is_no_fault_of_the_code_ends_in_a_line(capsys, error, status, line):
+    with pytest.raises(SystemExit) as exit, reported("bench"):
+        raise error
+    assert exit.value.code == status
+    assert capsys.readouterr().err.startswith(line)
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), FileNotFoundError(errno.ENOENT, "x", "y"), KeyError("x")])
+def test_what_is_one_keeps_its_traceback(error):
+    with pytest.raises(type(error)), reported("bench"):
+        raise error
+
+
+def test_a_cache_that_cannot_be_written_is_named(workspace, monkeypatch, tmp_path):
+    assert keep("ceilings") == tmp_path / "cache/ceilings"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("AFS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(StageError, match=r"file/hub cannot be written \(Not a directory\): set AFS_CACHE to a folder"):
+        keep("hub")
+
+
 def test_help_names_the_choices(workspace, capsys):
     call(["--help"], Gpu)
     assert "gpu=a100_80g|auto|cpu" in capsys.readouterr().out
@@ -206,6 +279,20 @@ def test_inputs_by_hand_are_the_newest(workspace, capsys):
 def test_a_missing_input_is_named(workspace):
     with pytest.raises(StageError, match=r"data/host\.json is not here"):
         Run("bench").find("data/host.json")
+
+
+def test_a_folder_is_not_whole_without_what_is_written_last(workspace):
+    folder, manifest = Path("data/hf/hf_snapshot/tiny"), Path("data/hf/tiny.manifest.json")
+    folder.mkdir(parents=True)
+    with pytest.raises(StageError, match="data/hf/hf_snapshot/tiny is not whole: run the stage that makes it"):
+        Run("bench").find_snapshot("tiny")
+    manifest.touch()
+    newer = Run("download", by_hand=True).out(folder)
+    newer.mkdir()
+    assert Run("bench", by_hand=True).find_snapshot("tiny") == folder
+    Run("download", by_hand=True).out(manifest).touch()
+    os.utime(manifest, (1, 1))
+    assert Run("bench", by_hand=True).find_snapshot("tiny") == newer
 
 
 def test_write_whole_keeps_the_old_file_when_it_fails(workspace, monkeypatch):

@@ -11,7 +11,8 @@ direction has changed when it moved by more than the noise band, which is the la
   fewer than three): the spread of single samples, not of their median, as two runs differ by more than repeats do.
 
 A row that was measured and now has failed or could not be measured is worse, whatever its numbers.
-Exit status: 0; 1 where something is worse; 2 where there is nothing to compare.
+Exit status: 0; 1 where something is worse; 2 where nothing is comparable. `stages.kept` compares with what earlier runs
+have left.
 """
 
 import argparse
@@ -51,6 +52,19 @@ class Change:
         if None in (self.old["value"], self.new["value"]) or not self.band:
             return math.inf
         return abs(self.new["value"] - self.old["value"]) / self.band
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs compared: how many rows are worse and better, and all of it as Markdown."""
+
+    worse: int
+    better: int
+    text: str
+
+
+Run = Mapping[tuple[Any, ...], Row]
+"""The rows of a run by their identity."""
 
 
 def read_run(path: Path) -> dict[tuple[Any, ...], Row]:
@@ -95,16 +109,11 @@ def judge(old: Row, new: Row, floor: float, width: float) -> Change | None:
     return Change(old, new, worse=(moved > 0) == (new["better"] == "lower"), band=band)
 
 
-def compare(old: Path, new: Path, floor: float, width: float) -> tuple[str, bool]:
-    """The comparison as Markdown, and whether anything is worse.
-
-    Raises MetricsError where the runs have no row in common.
-    """
-    before, after = read_run(old), read_run(new)
+def compare(before: Run, after: Run, floor: float, width: float) -> Comparison | None:
+    """What changed from one run to another beyond the noise; None where they have no row in common."""
     common = [identity for identity in after if identity in before]
     if not common:
-        gpus = [", ".join(sorted({row["gpu"] for row in rows.values()})) for rows in (before, after)]
-        raise metrics.MetricsError(f"{old} ({gpus[0]}) and {new} ({gpus[1]}) have no measurement in common")
+        return None
     found = [change for key in common if (change := judge(before[key], after[key], floor, width))]
     found = name_knobs(found, after.values())
     found.sort(key=lambda change: -change.size)
@@ -117,7 +126,7 @@ def compare(old: Path, new: Path, floor: float, width: float) -> tuple[str, bool
         f"Only in the old run: {len(before) - len(common)} rows; only in the new one: {len(after) - len(common)}. "
         f"Noise: {floor:.0%} of the old value, or {width:g} times the spread of both runs' samples if that is more."
     )
-    return "\n\n".join(parts) + "\n", bool(worse)
+    return Comparison(len(worse), len(better), "\n\n".join(parts) + "\n")
 
 
 def name_knobs(changes: Iterable[Change], rows: Iterable[Row]) -> list[Change]:
@@ -197,20 +206,31 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
+    add_noise(parser)
+    given = parser.parse_args(arguments)
+    try:
+        before, after = read_run(given.old), read_run(given.new)
+    except metrics.MetricsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    found = compare(before, after, given.floor, given.spread)
+    if found is None:
+        gpus = [", ".join(sorted({row["gpu"] for row in rows.values()})) for rows in (before, after)]
+        both = f"{given.old} ({gpus[0]}) and {given.new} ({gpus[1]})"
+        print(f"error: {both} have no measurement in common", file=sys.stderr)
+        return 2
+    print(found.text, end="")
+    return int(found.worse > 0)
+
+
+def add_noise(parser: argparse.ArgumentParser) -> None:
+    """Gives a parser the options that say what is noise."""
     parser.add_argument(
         "--floor", type=share, default=0.05, help="share of the old value that is noise (default: 0.05)"
     )
     parser.add_argument(
         "--spread", type=share, default=3.0, help="times the samples' spread that is noise (default: 3)"
     )
-    given = parser.parse_args(arguments)
-    try:
-        text, worse = compare(given.old, given.new, given.floor, given.spread)
-    except metrics.MetricsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text, end="")
-    return int(worse)
 
 
 def share(text: str) -> float:

@@ -4,42 +4,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from metrics_files import host, write
 
 from stages import compare
-from stages.host import Device, Host
-from stages.metrics import Rows
 
 
-def host(gpu: str = "NVIDIA H200", **fields: Any) -> Host:
-    return Host(
-        "A CPU", 2, 24, "Linux x86_64", "3.11", fields.get("driver", "580.1"), "13.0", (Device(gpu, "sm_90", 2**37),),
-        {"torch": "2.13"} | fields.get("packages", {}),
-    )  # fmt: skip
-
-
-def write(path: Path, *rows: dict[str, Any], week: str = "w05", on: Host | None = None) -> Path:
-    """A metrics file of rows, a TPOT in ms unless they say otherwise; one with a `reason` was not measured."""
-    collected = Rows("bench", week, "olmo2_1b", on or host())
-    for row in rows:
-        common: dict[str, Any] = {
-            "suite": "decode", "case": "c", "metric": "tpot_ms", "unit": "ms", "better": "lower",
-        } | row  # fmt: skip
-        if "reason" in row:
-            collected.missing(**common)
-        else:
-            collected.add(**{"value": None, **common})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    collected.write_parquet(path)
-    return path
+def compare_runs(old: Path, new: Path, floor: float = 0.05, width: float = 3) -> tuple[str, bool]:
+    """The Markdown of two runs with rows in common, and whether anything is worse."""
+    found = compare.compare(compare.read_run(old), compare.read_run(new), floor, width)
+    assert found is not None
+    return found.text, found.worse > 0
 
 
 def compare_rows(
     tmp_path: Path, old: dict[str, Any], new: dict[str, Any], floor: float = 0.05, width: float = 3
 ) -> str:
     """`worse`, `better` or `same`."""
-    text, worse = compare.compare(
-        write(tmp_path / "old.parquet", old), write(tmp_path / "new.parquet", new), floor, width
-    )
+    text, worse = compare_runs(write(tmp_path / "old.parquet", old), write(tmp_path / "new.parquet", new), floor, width)
     assert worse == text.startswith("## 1 worse")
     return "worse" if worse else "better" if text.startswith("## 0 worse, 1 better") else "same"
 
@@ -110,7 +91,7 @@ def test_rows_are_joined_on_their_identity(tmp_path):
     write(
         tmp_path / "new/bench_w06.parquet", {"value": 5, "batch": 1}, {"value": 9, "batch": 1, "case": "d"}, week="w06"
     )
-    text, worse = compare.compare(tmp_path / "old", tmp_path / "new", 0.05, 3)
+    text, worse = compare_runs(tmp_path / "old", tmp_path / "new", 0.05, 3)
     assert worse and text.startswith("## 1 worse, 1 better, 1 others\n")
     assert "| w05 | decode | c (batch 1) | tpot_ms [ms] | 10 | 20 | +100.0% | ± 0.5 |" in text
     assert "| w06 | decode | c | tpot_ms [ms] | 10 | 5 | -50.0% | ± 0.5 |" in text
@@ -121,7 +102,7 @@ def test_a_failed_check_s_file_takes_the_passed_one_s_place(tmp_path):
     write(tmp_path / "old/parity_w05.parquet", {"value": 1})
     write(tmp_path / "new/parity_w05.parquet", {"value": 1})
     write(tmp_path / "new/parity_w05.failed.parquet", {"value": 9, "status": "failed", "note": "a|b"})
-    text, worse = compare.compare(tmp_path / "old", tmp_path / "new", 0.05, 3)
+    text, worse = compare_runs(tmp_path / "old", tmp_path / "new", 0.05, 3)
     assert worse and "| 1 | failed: a\\|b |  |  |" in text
 
 
@@ -130,16 +111,16 @@ def test_what_else_differs_is_said(tmp_path):
     new = write(
         tmp_path / "new.parquet", {"value": 1}, on=host(driver="590.2", packages={"torch": "2.14", "numba": "1"})
     )
-    text, _ = compare.compare(old, new, 0.05, 3)
+    text, _ = compare_runs(old, new, 0.05, 3)
     assert "| driver | 580.1 | 590.2 |\n| torch | 2.13 | 2.14 |\n| numba | – | 1 |\n" in text
-    assert "| | old" not in compare.compare(old, old, 0.05, 3)[0]
+    assert "| | old" not in compare_runs(old, old, 0.05, 3)[0]
 
 
 def test_the_largest_come_first_and_not_all_of_many(tmp_path):
     rows = [{"case": f"case {number}", "value": 10} for number in range(compare.SHOWN + 7)]
     old = write(tmp_path / "old.parquet", *rows)
     new = write(tmp_path / "new.parquet", *(row | {"value": 11 + number} for number, row in enumerate(rows)))
-    text, _ = compare.compare(old, new, 0.05, 3)
+    text, _ = compare_runs(old, new, 0.05, 3)
     assert text.count("| decode |") == compare.SHOWN and "… and 7 more." in text
     assert text.index(f"case {len(rows) - 1} ") < text.index(f"case {len(rows) - 2} ") and "case 6 " not in text
 
@@ -162,5 +143,5 @@ def test_what_cannot_be_compared_is_an_error_of_its_own(tmp_path, capsys):
 def test_a_recorded_run_is_no_worse_than_itself(folder):
     if not folder.is_dir():
         pytest.skip("no recorded run")
-    text, worse = compare.compare(folder, folder, 0, 0)
+    text, worse = compare_runs(folder, folder, 0, 0)
     assert not worse and text.startswith("## 0 worse, 0 better")

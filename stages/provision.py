@@ -29,7 +29,7 @@ from stages.host import HOST, Host, gpu_available, read_host, use_gpu
 from stages.metrics import Rows
 from stages.params import Gpu, Model, Weeks, Workload
 from stages.sources import make_source
-from stages.stage import HF, Run, keep, stage, write_whole
+from stages.stage import HF, Run, cache_folder, stage, write_whole
 from stages.validate import check
 
 CEILINGS = Path("data/ceilings.parquet")
@@ -45,7 +45,7 @@ def main(run: Run, gpu: Gpu, model: Model, weeks: Weeks, workload: Workload) -> 
     """Writes host.json, ceilings.parquet and provision.parquet; a host that is not the wanted GPU is no error."""
     check(gpu, model, weeks, workload)
     make_source(model, gpu=False).check()
-    kept = keep("ceilings")
+    kept = cache_folder("ceilings")
     check_fit(model, HF / "hf_snapshot" / model.name, use_gpu(gpu), pipeline=True)
     host = read_host()
     write_whole(run.out(HOST), host.as_json())

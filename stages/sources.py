@@ -22,7 +22,7 @@ import yaml
 from engine import hub
 from engine.config import ConfigError, ModelConfig
 from stages.params import CONF, Model, ParamsError, thaw
-from stages.stage import StageError, keep, write_whole
+from stages.stage import StageError, cache_folder, write_whole
 
 BUNDLED = Path("data/models/olmo2-tiny")
 WEIGHTS, TOKENIZER, _SETTINGS = (
@@ -157,7 +157,7 @@ class Hub:
 
     def _listing(self) -> dict[str, dict[str, Any]]:
         """name → {bytes, sha256 of a large file, git's sha1 of a small one}."""
-        kept = keep("hub") / f"{self.hub_id.replace('/', '--')}@{self.revision}.json"
+        kept = cache_folder("hub") / f"{self.hub_id.replace('/', '--')}@{self.revision}.json"
         with contextlib.suppress(OSError, ValueError):
             return json.loads(kept.read_text(encoding="utf-8"))
         from huggingface_hub import HfApi

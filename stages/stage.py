@@ -74,7 +74,7 @@ class Run:
         return self.find(f"{HF}/hf_snapshot/{model}", last=f"{HF}/{model}.manifest.json")
 
 
-def keep(name: str) -> Path:
+def cache_folder(name: str) -> Path:
     """The folder of this name under $AFS_CACHE (default ~/.cache/afs), where stages keep what outlives a checkout.
 
     Raises StageError where it cannot be made or written.
@@ -117,7 +117,7 @@ def reported(name: str) -> Iterator[None]:
         if is_full(error):
             end(f"{name}: the disk is full{f' ({place})' if place else ''}: make room and run again", 1)
         if isinstance(error, OSError) and error.errno in REFUSED:
-            end(f"{name}: {place}: {error.strerror}", 1)
+            end(f"{name}: {f'{place}: ' if place else ''}{error.strerror}", 1)
         raise
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from stages import stage as stage_module
 from stages.params import Gpu, Model, ParamsError, StagedModel, Week, Weeks, Workload
-from stages.stage import Run, StageError, keep, reported, stage, write_whole
+from stages.stage import Run, StageError, cache_folder, reported, stage, write_whole
 
 
 def call(arguments, *sections):
@@ -245,11 +245,11 @@ def test_what_is_one_keeps_its_traceback(error):
 
 
 def test_a_cache_that_cannot_be_written_is_named(workspace, monkeypatch, tmp_path):
-    assert keep("ceilings") == tmp_path / "cache/ceilings"
+    assert cache_folder("ceilings") == tmp_path / "cache/ceilings"
     (tmp_path / "file").touch()
     monkeypatch.setenv("AFS_CACHE", str(tmp_path / "file"))
     with pytest.raises(StageError, match=r"file/hub cannot be written \(Not a directory\): set AFS_CACHE to a folder"):
-        keep("hub")
+        cache_folder("hub")
 
 
 def test_help_names_the_choices(workspace, capsys):

@@ -254,7 +254,7 @@ def call(arguments: list[str]) -> list[dict[str, str]]:
 
 def test_profile_is_an_option_by_hand(workspace):
     assert call(["week=w05"]) == [{}]
-    assert call(["week=w05", "profile=nsys", "workload=standard"]) == [{"profile": "nsys"}]
+    assert call(["week=w05", "profile=nsys", "weeks.w05.title=x"]) == [{"profile": "nsys"}]
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ and every table names the host and the commit of its rows. README.md's results a
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import pandas as pd
@@ -33,20 +32,8 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 def read_rows(path: Path, run: str, name: str) -> list[Row]:
     """The rows of a metrics file, with None for what it leaves empty. Raises MetricsError for any other."""
-    records = metrics.read(path).to_dict("records")
-    return [
-        Row(**{str(key): plain(value) for key, value in record.items()}, run=run, source=f"{name}, row {place}")
-        for place, record in enumerate(records)
-    ]
-
-
-def plain(value: Any) -> Any:
-    """A cell of a frame as Python has it: no NaN, NA or arrays."""
-    if isinstance(value, str) or value is None:
-        return value
-    if isinstance(value, Iterable):
-        return [float(item) for item in value]
-    return None if pd.isna(value) else value
+    records = metrics.read_table(path).to_pylist()
+    return [Row(**record, run=run, source=f"{name}, row {place}") for place, record in enumerate(records)]
 
 
 def read_local(run: Run) -> list[Row]:

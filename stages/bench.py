@@ -416,7 +416,7 @@ def main(
             bench_requests(context, name)
     if peers.PEERS in week.bench:
         bench_peers(context)
-    rows.write(run.out(f"reports/metrics/bench_{week.name}.parquet"), headline=lambda row: row["metric"] != "itl_ms")
+    rows.write(run.out(f"reports/metrics/bench_{week.name}.parquet"))
 
 
 if __name__ == "__main__":

@@ -50,10 +50,6 @@ NORM_SHARE = 0.02
 DTYPES = ("float32", "bfloat16")
 HALVES = {"bfloat16": "bf16", "float16": "fp16"}
 ORDER = "one reduction order: no bit may differ"
-HEADLINE = (
-    "mean_abs_error", "max_abs_error", "error_ratio", "mean_kl", "divergent_tokens", "equal_completions",
-    "unequal_logits",
-)  # fmt: skip
 NO_TOKENIZER = "random weights come without a tokenizer"
 
 
@@ -947,12 +943,12 @@ def main(run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload) -> No
                 process.kill()
     failures = context.findings.failures
     if failures:
-        for suffix in (".parquet", ".json", ".csv"):
-            target.with_suffix(suffix).unlink(missing_ok=True)
+        target.unlink(missing_ok=True)
         rows.write_parquet(failed)
+        rows.write_headlines(target)  # which say how many checks failed
         more = f" (and {len(failures) - 1} more; all rows: {failed})" if len(failures) > 1 else f" (all rows: {failed})"
         raise StageError(failures[0] + more)
-    rows.write(target, headline=lambda row: row["suite"] != "tensors" and row["metric"] in HEADLINE)
+    rows.write(target)
 
 
 if __name__ == "__main__":

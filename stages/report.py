@@ -1,13 +1,15 @@
-"""Joins the Parquet of this host and of every recorded run into REPORT.md, a page and figures, all under reports/.
+"""Makes reports of Parquet: of the recorded runs, of this host, and a page of both.
 
-The same Parquet gives the same bytes: no clock, host or network enters. What was not measured is shown with its reason,
-and every table names the host and the commit of its rows. README.md's results are written from the recorded runs alone.
+reports/REPORT.md with its figures, and README.md's results, are of reports/recorded/ alone: the same on every machine,
+and in git. reports/local/ is the same of what this host measured, and the page, reports/site/, has all rows of both;
+git ignores them. The same Parquet gives the same bytes: no clock, host or network enters. What was not measured is
+shown with its reason, and every table names the host and the commit of its rows.
 """
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jinja2
@@ -15,17 +17,20 @@ import pandas as pd
 import yaml
 
 from stages import metrics
+from stages.commit import find_day, read_days
 from stages.host import HOST, Host
 from stages.params import Week, Weeks
 from stages.report_figures import standalone
-from stages.report_parts import LOCAL, Figures, Inputs, Planned, Row
+from stages.report_parts import LOCAL, Figures, Inputs, Planned, Row, Section
 from stages.report_rows import cited, list_pages, name_page
-from stages.report_sections import SECTIONS, glance_table, headline
+from stages.report_sections import SECTIONS, first_screen, glance_table
 from stages.stage import Run, StageError, stage, write_whole
 
 TEMPLATES = Path(__file__).with_name("report_templates")
 METRICS, RECORDED, README = Path("reports/metrics"), Path("reports/recorded"), Path("README.md")
-ARCHITECTURE, FIGURES = Path("reports/architecture.csv"), Path("reports/figures")
+ARCHITECTURE = Path("reports/architecture.csv")
+REPORTS = Path("reports"), Path("reports/local")
+"""Where REPORT.md and figures/ are: of the recorded runs, of this host."""
 SITE, ROWS = Path("reports/site"), Path("reports/site/rows")
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -54,15 +59,11 @@ def read_recorded(root: Path = RECORDED) -> list[Row]:
     ]
 
 
-def read_dates(rows: Sequence[Row]) -> dict[str, str]:
-    """Commit -> the day git says it was made, for the rows' commits that git knows."""
-    dates = {}
-    for commit in sorted({row.commit for row in rows if row.commit}):
-        command = ["git", "show", "--no-patch", "--format=%cs", commit.removesuffix("-dirty"), "--"]
-        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-        if found:
-            dates[commit] = found
-    return dates
+def read_dates(local: Sequence[Row]) -> dict[str, str]:
+    """Commit -> its day: of recorded rows as it was recorded, of local ones as git says, where it knows them."""
+    recorded = read_days(RECORDED)
+    commits = sorted({row.commit for row in local if row.commit and row.commit not in recorded})
+    return recorded | {commit: day for commit in commits if (day := find_day(commit))}
 
 
 def read_architecture(run: Run) -> dict[str, str]:
@@ -108,23 +109,47 @@ def markdown_cell(text: str) -> str:
     return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
 
 
-def render(inputs: Inputs) -> dict[str, str]:
-    """Path -> content of the report, the page and the figures: a function of `inputs` alone."""
-    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
-    sections = [make(inputs) for make in SECTIONS]
-    context = {"sections": sections, "headline": headline(inputs), "style": style}
+def split(inputs: Inputs) -> tuple[Inputs, Inputs]:
+    """The recorded runs' part of the inputs, and this host's."""
+    local, recorded = ([row for row in inputs.rows if (row.run == LOCAL) is here] for here in (True, False))
+    hosts = {run: host for run, host in inputs.hosts.items() if run != LOCAL}
+    ours = {run: host for run, host in inputs.hosts.items() if run == LOCAL}
+    return (
+        replace(inputs, rows=recorded, dates=read_days(RECORDED), architecture={}, hosts=hosts),
+        replace(inputs, rows=local, hosts=ours),
+    )
+
+
+def render_report(inputs: Inputs, folder: Path) -> dict[str, str]:
+    """Path -> content of REPORT.md and its figures under `folder`: what a person reads, without the page's details."""
+    sections = [shorten(section) for make in SECTIONS if not (section := make(inputs)).page_only]
+    context = {"sections": sections, "screen": first_screen(inputs), "local": folder == REPORTS[1]}
+    files = {f"{folder}/REPORT.md": environment(False).get_template("report.md.j2").render(context)}
+    palette = read_style().partition("/* page */")[0]
+    for block in (block for section in sections for block in section.blocks if isinstance(block, Figures)):
+        files |= {f"{folder}/figures/{figure.name}.svg": standalone(figure.svg, palette) for figure in block.figures}
+    return files
+
+
+def shorten(section: Section) -> Section:
+    """The section without the tables that the page folds, and without the figures of other runs than the first."""
+    return replace(section, blocks=[block for block in section.blocks if not getattr(block, "folded", False)])
+
+
+def read_style() -> str:
+    return (TEMPLATES / "style.css").read_text(encoding="utf-8")
+
+
+def render_page(inputs: Inputs) -> dict[str, str]:
+    """Path -> content of the page and of the rows that it cites."""
+    sections, screen, style = [make(inputs) for make in SECTIONS], first_screen(inputs), read_style()
     pages = environment(True)
-    files = {
-        "reports/REPORT.md": environment(False).get_template("report.md.j2").render(context),
-        f"{SITE}/index.html": pages.get_template("index.html.j2").render(context),
-    }
-    sources = cited(sections) | {card["source"] for card in context["headline"]["cards"]}
+    context = {"sections": sections, "screen": screen, "style": style}
+    files = {f"{SITE}/index.html": pages.get_template("index.html.j2").render(context)}
+    sources = cited(sections) | {card["source"] for card in screen["cards"]}
     template = pages.get_template("rows.html.j2")
     for path, page in list_pages(inputs.rows, sources).items():
         files[f"{SITE}/{path}"] = template.render(page=page, style=style)
-    palette = style.partition("/* page */")[0]
-    for block in (block for section in sections for block in section.blocks if isinstance(block, Figures)):
-        files |= {f"{FIGURES}/{figure.name}.svg": standalone(figure.svg, palette) for figure in block.figures}
     return files
 
 
@@ -148,17 +173,20 @@ def main(run: Run, weeks: Weeks) -> None:
     rows = read_local(run) + recorded
     if not rows:
         raise StageError(f"no Parquet under {METRICS} or {RECORDED}: run the stages that measure first (`dvc repro`)")
-    inputs = Inputs(rows, weeks.weeks, read_dates(rows), read_architecture(run), read_hosts(run), read_plan())
-    files = render(inputs)
+    dates = read_dates([row for row in rows if row.run == LOCAL])
+    inputs = Inputs(rows, weeks.weeks, dates, read_architecture(run), read_hosts(run), read_plan())
+    files = render_page(inputs)
+    for of, folder in zip(split(inputs), REPORTS, strict=True):
+        files |= render_report(of, folder) if of.rows or folder == REPORTS[0] else {}
     for path, content in files.items():
         write_whole(run.out(path), content)
     made = {run.out(path) for path in files}
-    for folder in (FIGURES, ROWS):
+    for folder in (*(folder / "figures" for folder in REPORTS), ROWS):
         for stale in set(run.out(folder / "any").parent.iterdir()) - made:
             stale.unlink()
     if README.exists():
         write_whole(run.out(README), fill_readme(README.read_text("utf-8"), readme_block(recorded, weeks.weeks)))
-    print(f"wrote {run.out('reports/REPORT.md')} and {run.out('reports/site/index.html')}")
+    print(f"wrote {', '.join(str(path) for path in sorted(made) if path.name in ('REPORT.md', 'index.html'))}")
 
 
 if __name__ == "__main__":

@@ -173,11 +173,10 @@ def roofline_section(inputs: Inputs) -> Section:
         ]  # fmt: skip
         figure = Figure(name, plot_roofline(name, title, points, bandwidth, matrix), f"{title}, every kernel, {run}")
         note = provenance([*used, *ceilings])[0]
-        blocks.append(Figures([figure], run_title(run), note, wide=True))
+        blocks.append(Figures([figure], run_title(run), note, wide=True, folded=run != inputs.runs[0]))
         lines = [place_line(place, bandwidth, matrix) for place in places]
         columns = ["kernel", "case", "of the roof", "reached", "the roof there", "FLOP a byte", "week"]
-        note, folded = provenance(used)[0], len(blocks) > 1
-        blocks.append(Table(columns, lines, f"{run_title(run)}: the points", note, folded))
+        blocks.append(Table(columns, lines, f"{run_title(run)}: the points", provenance(used)[0], folded=True))
     return measured_section(
         "roofline",
         "Every kernel under the roofline",
@@ -255,9 +254,10 @@ def layer_section(inputs: Inputs) -> Section:
         layers = "" if shape is None else f"{number(shape.layers)} layers. "
         name, title = f"layer-{slug(run)}", "one layer of a decode step (µs): lower is better"
         figure = Figure(name, plot_bars(name, title, bars), f"{title}, by kernel, {run}")
-        blocks.append(Figures([figure], run_title(run), wide=True))
+        blocks.append(Figures([figure], run_title(run), wide=True, folded=run != inputs.runs[0]))
         columns = ["case", "week", "layer", "outside", "all kernels", "step, measured", *IN_A_LAYER]
-        blocks.append(Table(columns, lines, note=f"Kernels in µs. {layers}{provenance(used)[0]}"))
+        note, folded = f"Kernels in µs. {layers}{provenance(used)[0]}", run != inputs.runs[0]
+        blocks.append(Table(columns, lines, f"{run_title(run)}: kernel by kernel", note, folded))
     return measured_section(
         "layers",
         "A layer's time",
@@ -278,8 +278,9 @@ def kernel_section(inputs: Inputs) -> Section:
     report's, else those of the first run that has them."""
     run = next((run for run in [LOCAL, *inputs.runs] if inputs.of(run, "build")), None)
     if run is None:
-        return Section("kernels", "Kernels by architecture", [Text("Not measured: no run has the build stage.")])
-    rows = inputs.of(run, "build")
+        absent = [Text("Not measured: no run has the build stage.")]
+        return Section("kernels", "Kernels by architecture", absent, page_only=True)
+    rows = [row for row in inputs.of(run, "build") if row.suite in ("resources", "instructions")]
     found: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
     for row in rows:
         kernel, _, arch = row.case.rpartition(" ")
@@ -303,7 +304,7 @@ def kernel_section(inputs: Inputs) -> Section:
         "ptxas' own figures, which need no GPU. Spilled bytes are named where there are any. Instructions are counted "
         "in the code, not as executed."
     )
-    return Section("kernels", "Kernels by architecture", [Text(said), summary, resources, mixed])
+    return Section("kernels", "Kernels by architecture", [Text(said), summary, resources, mixed], page_only=True)
 
 
 def resource_cell(found: Mapping[str, Row]) -> Cell:

@@ -53,7 +53,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """`note` says whose rows these are; a `folded` one opens on request in the page."""
+    """`note` says whose rows these are; a `folded` one opens on request in the page and is not in REPORT.md."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -74,12 +74,13 @@ class Figure:
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures side by side where there is room; `wide` ones below each other."""
+    """Figures side by side where there is room; `wide` ones below each other. `folded` ones are not in REPORT.md."""
 
     figures: Sequence[Figure]
     title: str = ""
     note: str = ""
     wide: bool = False
+    folded: bool = False
     kind: str = "figures"
 
 
@@ -97,11 +98,12 @@ Block = Table | Figures | Text
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report; `anchor` is its id in the page."""
+    """A part of the report; `anchor` is its id in the page. With `page_only` it is not in REPORT.md."""
 
     anchor: str
     title: str
     blocks: Sequence[Block]
+    page_only: bool = False
 
 
 def measured_section(anchor: str, title: str, said: str, blocks: Sequence[Block], missing: str) -> Section:

@@ -65,6 +65,14 @@ DECODE_SUITES = {
     "graphs": "CUDA graphs of a decode step",
     "peers": "what others take: cuBLAS through torch, transformers under torch.compile",
 }
+DETAILED_SUITES = (
+    "prompt_products",
+    "prompt_attention",
+    "kernels",
+    "graphs",
+    "peers",
+    "step_trace",
+)  # their tables are folded
 # Each has tables of its own in the section on many requests.
 LOAD_SUITES = {
     "throughput": "requests that come at once",
@@ -197,7 +205,7 @@ def glance_table(inputs: Inputs, runs: Sequence[str]) -> Table | None:
     return Table(columns, lines, note=note) if lines else None
 
 
-def headline(inputs: Inputs) -> dict[str, Any]:
+def first_screen(inputs: Inputs) -> dict[str, Any]:
     """The first screen, of the first run that has any figures: a sentence, these figures, and what they rest on."""
     found = next((found for run in inputs.runs if (found := find_glance(inputs, run))), None)
     if found is None:
@@ -342,7 +350,8 @@ def step_blocks(inputs: Inputs, suites: Mapping[str, str]) -> list[Block]:
         for suite, title in suites.items():
             rows = [row for row in inputs.of(run, "bench") if row.suite == suite]
             if rows:
-                table = step_table(f"{run_title(run)}: {title}", rows, folded=run != inputs.runs[0])
+                folded = run != inputs.runs[0] or suite in DETAILED_SUITES
+                table = step_table(f"{run_title(run)}: {title}", rows, folded)
                 blocks.append(table if table.rows else Text(f"{table.title}. {table.note}"))
     return blocks
 
@@ -376,14 +385,15 @@ def load_section(inputs: Inputs) -> Section:
     for run in inputs.runs:
         bench = [row for row in inputs.of(run, "bench") if row.suite in LOAD_SUITES]
         if figure := load_figure(run, bench):
-            blocks.append(Figures([figure], run_title(run), provenance(bench)[0]))
+            blocks.append(Figures([figure], run_title(run), provenance(bench)[0], folded=run != inputs.runs[0]))
         for suite, title in LOAD_SUITES.items():
             rows = [row for row in bench if row.suite == suite and row.metric in LOAD_LABELS]
             if rows:
-                table = load_table(f"{run_title(run)}: {title}", rows, folded=run != inputs.runs[0])
+                folded = run != inputs.runs[0] or suite in DETAILED_SUITES
+                table = load_table(f"{run_title(run)}: {title}", rows, folded)
                 blocks.append(table if table.rows else Text(f"{table.title}. {table.note}"))
         if phases := [row for row in bench if row.metric == "phase_s" and row.status == "ok"]:
-            blocks.append(list_rows(f"{run_title(run)}: phases", phases, PHASES, folded=run != inputs.runs[0]))
+            blocks.append(list_rows(f"{run_title(run)}: phases", phases, PHASES, folded=True))
     return measured_section("load", "Many requests at a time", said, blocks, "no run has these suites.")
 
 
@@ -571,6 +581,38 @@ def heat_figure(run: str, rows: Sequence[Row]) -> Figure | None:
     return Figure(name, svg, f"{title}, {run}, by week and layer")
 
 
+def gate_table(title: str, rows: Sequence[Row], folded: bool) -> Table:
+    """A line a week: of its limits how many hold, and the worst errors of an activation or of the logits."""
+    lines = []
+    for week in sorted({row.week for row in rows}):
+        of = [row for row in rows if row.week == week and row.suite != "invariance"]
+        limited = [
+            row for row in of if row.status != "not_measured" and (row.limit is not None or row.status == "failed")
+        ]
+        held = sum(row.status == "ok" for row in limited)
+        said = Cell(f"{held:,} of {len(limited):,}", numeric=True, tone="good" if held == len(limited) else "bad")
+        worst = [find_worst(of, metric, dtype) for metric, dtype in WORST.values()]
+        lines.append([Cell(week), said if limited else Cell("–", tone="mute"), *map(error_cell, worst)])
+    return Table(["week", "limits that hold", *WORST], lines, title, provenance(rows)[0], folded)
+
+
+WORST = {
+    "worst fp32 error": ("mean_abs_error", "float32"),
+    "worst bf16 error / HF's": ("error_ratio", "bfloat16"),
+    "worst fp16 error / HF's": ("error_ratio", "float16"),
+}
+
+
+def find_worst(rows: Sequence[Row], metric: str, dtype: str) -> Row | None:
+    """The row of a layer's error that takes the largest part of what is allowed; None where there is none."""
+    found = [row for row in rows if is_layer_row(row) and (row.metric, row.dtype) == (metric, dtype)]
+    return max(
+        (row for row in found if row.value is not None and row.limit),
+        key=lambda row: row.value / row.limit,
+        default=None,
+    )
+
+
 GATED: Columns = {
     "week": lambda row: row.week,
     "suite": lambda row: row.suite,
@@ -598,13 +640,18 @@ def parity_section(inputs: Inputs) -> Section:
         models = [row.model for row in inputs.of(run, "bench", "baseline") if row.model]
         own = [row for row in layers if row.suite == "layers" and row.model in models]
         if figure := heat_figure(run, own):
-            blocks.append(Figures([figure], run_title(run), provenance(own)[0], wide=True))
+            blocks.append(
+                Figures([figure], run_title(run), provenance(own)[0], wide=True, folded=run != inputs.runs[0])
+            )
+        if parity:
+            blocks.append(gate_table(f"{run_title(run)}: limits", parity, folded=run != inputs.runs[0]))
+        if failed := [row for row in parity if row.status == "failed"]:
+            blocks.append(list_rows(f"{run_title(run)}: failed", failed, GATED))
         # The run's own model first.
         for _, suite, model in sorted({(row not in own, row.suite, row.model or "") for row in layers}):
             rows = [row for row in layers if (row.suite, row.model or "") == (suite, model)]
             under = ", through the CUDA kernels" if suite == "simulator" else ""
-            first = rows[0] in own and run == inputs.runs[0]
-            blocks.append(layer_table(f"{run_title(run)}: {model}{under}", rows, folded=not first))
+            blocks.append(layer_table(f"{run_title(run)}: {model}{under}", rows, folded=True))
         rest = [row for row in parity if row not in layers and row.suite not in ("invariance", "tensors")]
         rest = [
             row for row in rest if not (row.suite in LAYER_SUITES and LAYER.fullmatch(row.case) and row.status == "ok")
@@ -664,7 +711,7 @@ def checkpoint_section(inputs: Inputs) -> Section:
         if rows:
             blocks.append(list_rows(f"{run_title(run)}: inventory", rows, WITHOUT_WEEK, folded=True))
     absent = [Text("Not measured: no run has the download and inventory stages.")]
-    return Section("checkpoint", "Checkpoint", blocks or absent)
+    return Section("checkpoint", "Checkpoint", blocks or absent, page_only=True)
 
 
 def host_section(inputs: Inputs) -> Section:
@@ -689,8 +736,7 @@ def host_section(inputs: Inputs) -> Section:
     for run in inputs.runs:
         rows = inputs.of(run, "provision")
         if rows:
-            folded = run != inputs.runs[0]
-            blocks.append(list_rows(f"{run_title(run)}: ceilings and checks", rows, WITHOUT_WEEK, folded))
+            blocks.append(list_rows(f"{run_title(run)}: ceilings and checks", rows, WITHOUT_WEEK, folded=True))
     lines = []
     for run in inputs.runs:
         for host, packages in sorted({(host_of(row), row.packages or "{}") for row in inputs.of(run)}):
@@ -733,7 +779,8 @@ def missing_section(inputs: Inputs) -> Section:
                 [Cell(run), Cell(f"{name} {week}".strip()), state, Cell(note), Cell(f"{len(rows)} rows: {metrics}")]
             )
     table = Table(["run", "stage", "state", "why", "what"], lines)
-    return Section("missing", "What could not be measured", [table if lines else Text("Every row has a value.")])
+    blocks: list[Block] = [table if lines else Text("Every row has a value.")]
+    return Section("missing", "What could not be measured", blocks, page_only=True)
 
 
 METHODS = (
@@ -758,10 +805,10 @@ METHODS = (
     "attention (half of it where a prompt is causal), both from the sizes in the inventory's rows.",
     "Hugging Face (HF) is transformers on the same checkpoint, dtype and cases: w01. A ratio to it is of rows of equal "
     "batch, prompt and new tokens on the same host.",
-    "A number links to its row: the page of a Parquet file lists the rows that the report cites with their samples, "
-    "limit, knobs, host and commit.",
-    "This host's rows come from reports/metrics/, recorded ones from reports/recorded/<gpu>/<model>/. They share a "
-    "table only where each line says which it is.",
+    "On the page a number links to its row: the page of a Parquet file lists the rows that the report cites with their "
+    "samples, limit, knobs, host and commit.",
+    "This host's rows come from reports/metrics/, recorded ones from reports/recorded/<gpu>/<model>/. On the page they "
+    "share a table only where each line says which it is.",
 )
 
 

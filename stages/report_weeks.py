@@ -208,7 +208,7 @@ def week_figures(inputs: Inputs, run: str) -> Figures | None:
         name = f"weeks-{slug(run)}-{slug(metric)}"
         title = f"{LABELS[metric]} ({rows[0].unit}): {rows[0].better} is better"
         figures.append(Figure(name, plot_weeks(name, title, weeks, labels, series), f"{title}, {run}, by week"))
-    return Figures(figures, run_title(run), provenance(used)[0]) if figures else None
+    return Figures(figures, run_title(run), provenance(used)[0], folded=run != inputs.runs[0]) if figures else None
 
 
 def compare_section(inputs: Inputs) -> Section:

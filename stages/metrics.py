@@ -54,6 +54,8 @@ COLUMNS: dict[str, pa.DataType] = {
     "other_load": pa.float64(),
     "note": pa.string(),
 }
+Listed = Mapping[str, Any]
+"""What a row says before it is measured: suite, case, metric, unit, better, and the knobs of its case."""
 REQUIRED = frozenset({"stage", "suite", "case", "metric", "unit", "status", "gpu"})
 SCHEMA = pa.schema([pa.field(name, kind, nullable=name not in REQUIRED) for name, kind in COLUMNS.items()])
 KNOBS = (
@@ -131,6 +133,11 @@ class Rows:
             suite=suite, case=case, metric=metric, value=None, unit=unit, better=better, status="not_measured",
             note=reason, **knobs,
         )  # fmt: skip
+
+    def add_missing(self, listed: Iterable[Listed], reason: str, **knobs: Any) -> None:
+        """Adds these rows without values, saying why; a row's own knobs come before those of all."""
+        for row in listed:
+            self.missing(reason=reason, **knobs | dict(row))
 
     def _append(self, **fields: Any) -> None:
         unknown = set(fields) - set(COLUMNS)

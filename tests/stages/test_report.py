@@ -11,16 +11,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_pipeline as tiny
 
 from stages import metrics, report_sections, report_weeks
+from stages.bench.graphs import GRAPHS
 from stages.compose import as_dict, compose_conf
-from stages.decode import add_missing as add_decode_missing
 from stages.host import Device, Host
 from stages.params import Weeks, select
 from stages.report import BEGIN, END, fill_readme, main, read_recorded, readme_block
 from stages.report_parts import Row, number, percent, share_of_limit, show
 from stages.stage import StageError
-from stages.standard import Case, Latency, add_latency, add_missing
+from stages.standard import Case, Latency, add_latency, list_rows
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {"torch": "2.13.0", "transformers": "5.17.0"}
@@ -78,7 +79,7 @@ def write_speed(path: Path, week: str, host: Host, model: str, scale: float, sta
         cases += [Case("standard_decode", batch, prompt, 32) for batch in (1, 8)]
         for case in cases:
             if week == "w03" and case.suite == "standard_decode":
-                add_missing(rows, case, "w03 does not measure standard_decode", **knobs)
+                rows.add_missing(list_rows(case), "w03 does not measure standard_decode", **knobs)
                 continue
             limits = LIMITS if host.gpus else {}
             measured = latency(case, scale)
@@ -506,7 +507,8 @@ def test_the_decode_step_has_tables_of_its_own(weeks: Weeks) -> None:
             suite=suite, case=case, metric=metric, value=value, unit=unit, better="lower", limit=limit,
             limit_kind="copy bandwidth" if limit else None, **knobs,
         )  # fmt: skip
-    add_decode_missing(rows, "graphs", "no GPU on this host", backend="cuda", dtype="bfloat16")
+    listed = GRAPHS.rows(tiny.make_context(rows, None), True)
+    rows.add_missing(listed, "no GPU on this host", backend="cuda", dtype="bfloat16")
     inputs = report_sections.Inputs([Row(**row, run="h200/m", source="") for row in rows.rows], weeks.weeks)
     steps, kernels, graphs = report_sections.decode_section(inputs).blocks[1:]
     assert isinstance(steps, report_sections.Table) and isinstance(kernels, report_sections.Table)

@@ -166,6 +166,11 @@ def mean_difference(ours: Tensor, exact: Tensor) -> float:
     return (ours.float() - exact.float()).abs().mean().item()
 
 
+def unequal(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
+    """Places at which two sequences differ, the length of the longer one's rest included."""
+    return sum(a != b for a, b in zip(ours, theirs, strict=False)) + abs(len(ours) - len(theirs))
+
+
 def forward_order(names: Mapping[str, Any] | Sequence[str]) -> list[str]:
     """embedding, layers.0, layers.1, ..., norm, logits."""
 

@@ -1,80 +1,72 @@
 """What others take for the same work, in the same run: cuBLAS for each matrix product, transformers compiled by torch.
 
-transformers without compilation is w01's. Each product runs over all layers' weights in a row, as in `stages.decode`.
+transformers without compilation is w01's. Each product runs over all layers' weights in a row, as in `kernels`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.decode import Part, time_calls
-from stages.metrics import Rows
-from stages.params import Workload
+from stages.bench.context import Context
+from stages.bench.kernels import Part, time_calls
+from stages.bench.suite import Suite
+from stages.metrics import Listed
 
 if TYPE_CHECKING:
-    from engine.config import ModelConfig
-    from engine.cost import Ceilings
     from engine.weights import Weights
 
-PEERS = "peers"
 PRODUCT_BATCHES = (1, 8, 32, 128)
 STEP_CASES = ((1, 128), (8, 128))
 PRODUCTS = ("qkv", "o", "gate_up", "down", "head")
 COMPILED = "static cache, torch.compile(mode='reduce-overhead')"
 
 
-def list_rows() -> list[tuple[dict[str, Any], str]]:
-    """(what names a row, metric) of the suite."""
+def rows(context: Context, gpu: bool) -> list[Listed]:
     products = [
-        ({"case": f"{name}, batch {batch}", "batch": batch, "backend": "torch"}, "call_us")
+        {"case": f"{name}, batch {batch}", "metric": "call_us", "unit": "µs", "batch": batch, "backend": "torch"}
         for batch in PRODUCT_BATCHES
         for name in PRODUCTS
     ]
     steps = [
-        ({"case": f"batch {batch} context {context}", "batch": batch, "context": context, "backend": "transformers"},
-         "step_ms")
-        for batch, context in STEP_CASES
+        {
+            "case": f"batch {batch} context {length}", "metric": "step_ms", "unit": "ms", "batch": batch,
+            "context": length, "backend": "transformers",
+        }
+        for batch, length in STEP_CASES
     ]  # fmt: skip
-    return products + steps
+    return [{"suite": "peers", "better": "lower"} | row for row in (*products, *steps)]
 
 
-def units(metric: str) -> dict[str, str]:
-    return {"metric": metric, "unit": "µs" if metric == "call_us" else "ms", "better": "lower"}
+def knobs(context: Context) -> dict[str, Any]:
+    return {"dtype": context.settings["dtype"], "tensor_parallel": 1}
 
 
-def add_missing(rows: Rows, reason: str, **knobs: Any) -> None:
-    """The suite's rows without values, saying why."""
-    for name, metric in list_rows():
-        rows.missing(suite=PEERS, reason=reason, **knobs, **name, **units(metric))
-
-
-def bench(
-    rows: Rows, path: Path, config: ModelConfig, weights: Weights, workload: Workload, ceilings: Ceilings, **knobs: Any
-) -> None:
-    """The suite's rows, on a GPU. path: the checkpoint's folder. knobs: dtype and the like, of every row."""
+def measure(context: Context) -> None:
+    """Adds the rows, on a GPU and on the weights that the week's engine has loaded."""
     import torch
 
     from engine.latency import Case, case_cost
     from stages.hf import load_model
 
+    context.llm.release()
+    weights, workload, ceilings = context.llm.weights, context.workload, context.ceilings
     model: Any = None
-    for name, metric in list_rows():
-        shared: dict[str, Any] = {"suite": PEERS, "value": None} | knobs | name | units(metric)
-        if metric == "call_us":
+    for row in rows(context, gpu=True):
+        shared: dict[str, Any] = {"value": None} | knobs(context) | dict(row)
+        if row["metric"] == "call_us":
             with torch.inference_mode():
-                part = product(weights, name["case"].partition(",")[0], name["batch"])
+                part = product(weights, row["case"].partition(",")[0], row["batch"])
                 samples, limit, kind = time_calls(part, workload.repeats, ceilings, weights.device)
-            rows.add(samples=samples, limit=limit, limit_kind=kind, **shared)
+            context.rows.add(samples=samples, limit=limit, limit_kind=kind, **shared)
             continue
-        model = load_model(path, weights.dtype, weights.device.type) if model is None else model
-        batch, context = name["batch"], name["context"]
-        steps = time_steps(model, batch, context, workload.new_tokens, torch.compile)
-        cost, _ = case_cost(config, weights.dtype, Case(0, workload.new_tokens, context), batch)
+        model = load_model(context.path, weights.dtype, weights.device.type) if model is None else model
+        steps = time_steps(model, row["batch"], row["context"], workload.new_tokens, torch.compile)
+        case = Case(0, workload.new_tokens, row["context"])
+        cost, _ = case_cost(context.config, weights.dtype, case, row["batch"])
         limit, kind = ceilings.milliseconds(cost)
-        rows.add(samples=steps, limit=limit, limit_kind=kind, note=COMPILED, **shared)
+        context.rows.add(samples=steps, limit=limit, limit_kind=kind, note=COMPILED, **shared)
 
 
 def product(weights: Weights, name: str, batch: int) -> Part:
@@ -118,3 +110,6 @@ def time_steps(
                     torch.cuda.synchronize()
                 times.append((time.perf_counter() - begin) * 1e3)
     return times
+
+
+PEERS = Suite("peers", measure, "gpu", rows, knobs)

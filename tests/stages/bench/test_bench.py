@@ -1,4 +1,4 @@
-"""stages/bench.py and stages/standard.py: what is measured, what is not, and the limits beside it."""
+"""stages/bench/ and stages/standard.py: what is measured, what is not, and the limits beside it."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,11 @@ import torch
 from engine.config import ModelConfig
 from engine.cost import Ceilings, step_cost
 from engine.throughput import LATE
-from stages import bench, throughput
+from stages import bench, metrics
+from stages.bench import serve, standard, suite
+from stages.bench.context import Context
+from stages.bench.suites import SUITES
+from stages.host import read_host
 from stages.params import ParamsError, Workload
 from stages.stage import Run
 from stages.standard import (
@@ -121,7 +125,7 @@ def test_weeks_without_a_forward_pass_have_rows_without_values(here: Path):
     standard = frame[frame.suite.isin([PREFILL, DECODE])]
     ours = standard[standard.backend == "cuda"]
     assert len(ours) and ours.value.isna().all() and set(ours.status) == {"not_measured"}
-    assert set(ours.note) == {bench.NO_FORWARD}
+    assert set(ours.note) == {suite.NO_FORWARD}
     theirs = standard[(standard.backend == "transformers") & (standard.metric == "tpot_ms")]
     baseline = tiny.read("reports/metrics/baseline.parquet")
     baseline = baseline[(baseline.suite == DECODE) & (baseline.metric == "tpot_ms")]
@@ -164,19 +168,22 @@ def test_tokenizer_and_loading_are_measured(here: Path):
     assert (tokenizer.value > 0).all() and (load.value > 0).all() and (load.limit > 0).all()
 
 
+MANY = ("throughput", "prefix_cache", "decode_batches", "step_trace")
+
+
 def test_many_requests_run_here_beside_rows_of_what_needs_a_gpu(here: Path):
     engine = dataclasses.replace(tiny.ENGINE, kv_cache="paged", prefix_cache=True, batching="continuous")
-    run_bench(tiny.make_week(bench=throughput.SUITES, engine=engine))
+    run_bench(tiny.make_week(bench=MANY, engine=engine))
     frame = tiny.read("reports/metrics/bench_w04.parquet")
-    ours = frame[frame.suite.isin(throughput.SUITES)]
+    ours = frame[frame.suite.isin(MANY)]
     missing, run = ours[ours.backend == "cuda"], ours[ours.backend == "reference"]
-    sizes = bench.read_sizes(tiny.WORKLOAD)
+    context = tiny.make_context(metrics.Rows("bench", "w04", tiny.NAME, read_host()), None)
     assert set(missing.status) == {"not_measured"} and set(missing.note) == {"no GPU on this host"}
-    assert len(missing) == sum(len(throughput.list_rows(suite, sizes, gpu=True)) for suite in throughput.SUITES)
+    assert len(missing) == sum(len(list(SUITES[name].rows(context, True))) for name in MANY)
     late = run.metric.isin(LATE)
-    assert (run[late].value == 0).all() and set(run[late].suite) == {throughput.THROUGHPUT, throughput.PREFIX}
+    assert (run[late].value == 0).all() and set(run[late].suite) == {"throughput", "prefix_cache"}
     run = run[~late]
-    assert len(run) == sum(len(throughput.list_rows(suite, sizes, gpu=False)) for suite in throughput.SUITES)
+    assert len(run) == sum(len(list(SUITES[name].rows(context, False))) for name in MANY if SUITES[name].needs != "gpu")
     assert set(run[run.status != "ok"].metric) == {"peak_memory_bytes"}
     computed = run[(run.metric == "computed_tokens") & run.case.str.endswith("all at once")]
     assert (computed.value == computed.limit).all() and len(computed) == 1
@@ -190,22 +197,26 @@ def test_the_server_is_loaded_before_the_engine(here: Path, monkeypatch: pytest.
         called.append(command(7)[-1])
         yield "http://x"
 
-    def bench_server(rows, url, model, vocabulary, sizes, **knobs):
-        called.append((url, model, vocabulary, sizes, knobs["backend"]))
-
-    monkeypatch.setattr(throughput, "serving", serving)
-    monkeypatch.setattr(throughput, "bench_server", bench_server)
-    monkeypatch.setattr(throughput, "read_stats", lambda url: {"late_kernels": 0, "late_graphs": 2})
-    monkeypatch.setattr(bench.Context, "llm", property(lambda _: pytest.fail("the engine is loaded")))
-    run_bench(tiny.make_week(bench=(throughput.SERVE,)))
-    assert called == ["7", ("http://x", "model", 320, bench.read_sizes(tiny.WORKLOAD), "reference")]
+    monkeypatch.setattr(serve, "serving", serving)
+    monkeypatch.setattr(serve, "bench_server", lambda context, url: called.append((url, context.knobs["backend"])))
+    monkeypatch.setattr(serve, "read_stats", lambda url: {"late_kernels": 0, "late_graphs": 2})
+    monkeypatch.setattr(Context, "llm", property(lambda _: pytest.fail("the engine is loaded")))
+    run_bench(tiny.make_week(bench=("serve",)))
+    assert called == ["7", ("http://x", "reference")]
     frame = tiny.read("reports/metrics/bench_w04.parquet")
-    ours = frame[frame.suite == throughput.SERVE]
+    ours = frame[frame.suite == "serve"]
     late = ours[ours.metric.isin(LATE)].set_index("metric")
     assert late.value.to_dict() == {"late_kernels": 0, "late_graphs": 2}
     assert late.note["late_graphs"] == "the engine was not ready: times hold this"
     ours = ours[~ours.metric.isin(LATE)]
     assert set(ours.status) == {"not_measured"} and set(ours.backend) == {"cuda"} and len(ours) > 20
+
+
+def test_suites_run_where_a_gpu_holds_them():
+    """The server before an engine is loaded, the peers' model after all others."""
+    names = list(SUITES)
+    engines = [name for name in names if SUITES[name].needs_engine]
+    assert engines[0] == "serve" and engines[-1] == "peers"
 
 
 def test_an_unknown_suite_is_refused(here: Path):
@@ -220,7 +231,7 @@ def test_a_killed_bench_leaves_no_file(here: Path, monkeypatch: pytest.MonkeyPat
     def killed(*_arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "measure_case", killed)
+    monkeypatch.setattr(standard, "measure_case", killed)
     with pytest.raises(KeyboardInterrupt):
         run_bench(tiny.make_week(bench=(PREFILL, DECODE)))
     assert not target.exists()

@@ -1,4 +1,7 @@
-"""stages/prefill.py: prompts of several lengths, as far as they run without a GPU."""
+"""stages/bench: the suites of prompts, as far as they run without a GPU."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny_pipeline as tiny
@@ -9,34 +12,46 @@ from engine.cost import Ceilings, step_cost
 from engine.model import Model
 from engine.ops import ReferenceOps
 from engine.weights import random_weights
-from stages import bench, prefill
+from stages import bench
+from stages.bench import prompt_attention, prompt_lengths, prompt_products
+from stages.bench.prompts import COMPUTE_RATE, make_suite
+from stages.bench.suites import SUITES as ALL
 from stages.host import read_host
 from stages.metrics import Rows, check
 from stages.params import Workload
 from stages.stage import Run
 
 CONFIG = ModelConfig.from_dict(tiny.ARCHITECTURE)
+SUITES = ("prompt_lengths", "prompt_products", "prompt_attention")
 WORKLOAD = Workload("w", ("x",), (1,), (8,), 4, 2, 1, *tiny.MANY)
 
 
 def test_without_a_gpu_every_row_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tiny.pipeline())
-    week = tiny.make_week(bench=prefill.SUITES)
+    week = tiny.make_week(bench=SUITES)
     bench.main.__wrapped__(Run("bench"), tiny.GPU, tiny.MODEL, week, tiny.WORKLOAD)  # type: ignore[attr-defined]
     frame = tiny.read("reports/metrics/bench_w04.parquet")
-    ours = frame[frame.suite.isin(prefill.SUITES)]
-    assert len(ours) == sum(len(prefill.list_cases(suite)) * len(prefill.METRICS[suite]) for suite in prefill.SUITES)
+    ours = frame[frame.suite.isin(SUITES)]
+    context = tiny.make_context(Rows("bench", "w04", "tiny", read_host()), None)
+    assert len(ours) == sum(len(list(ALL[name].rows(context, True))) for name in SUITES) > 100
     assert set(ours.status) == {"not_measured"} and set(ours.note) == {"no GPU on this host"}
-    assert set(ours.backend) == {"cuda", "torch", prefill.PORTABLE, *prefill.PEERS} and ours.value.isna().all()
+    assert (
+        set(ours.backend) == {"cuda", "torch", prompt_attention.PORTABLE, *prompt_attention.PEERS}
+        and ours.value.isna().all()
+    )
 
 
-def test_lengths_are_measured_beside_their_limit(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prefill, "TOKENS", (24, 4000))
+def engine(model: Model, step_tokens: int, captures: bool = False) -> Any:
+    settings = SimpleNamespace(step_tokens=step_tokens, captures=captures)
+    return SimpleNamespace(model=model, engine=settings, release=lambda: None)
+
+
+def test_lengths_are_measured_beside_their_limit():
     model = Model(CONFIG, random_weights(CONFIG, "cpu", torch.bfloat16, 0), ReferenceOps())
     rows = Rows("bench", "w05", "tiny", read_host())
-    prefill.bench(
-        prefill.LENGTHS, rows, model, WORKLOAD, Ceilings(1e15, 1e12), 16, False, dtype="bfloat16", backend="cuda"
-    )
+    cases = [{"case": f"{tokens} tokens", "batch": 1, "prompt_tokens": tokens} for tokens in (24, 4000)]
+    suite = make_suite("prompt_lengths", prompt_lengths.UNITS, cases, prompt_lengths.bench_length)
+    suite.measure(tiny.make_context(rows, engine(model, 16), WORKLOAD, ceilings=Ceilings(1e15, 1e12)))
     check(rows.rows)
     found = {row["metric"]: row for row in rows.rows if row["prompt_tokens"] == 24}
     assert set(found) == {"ttft_ms", "prompt_throughput", "compute_rate"}  # memory is a GPU's
@@ -57,30 +72,36 @@ def test_a_prompt_beyond_the_models_positions_has_its_rope_scaled():
     weights = random_weights(CONFIG, "cpu", torch.float32, 0)
     model = Model(CONFIG, weights, WithAPlan())
     most = CONFIG.max_position_embeddings
-    assert prefill.stretch(model, most) == (model, None)
-    longer, note = prefill.stretch(model, 8 * most)
+    assert prompt_lengths.stretch(model, most) == (model, None)
+    longer, note = prompt_lengths.stretch(model, 8 * most)
     assert note == "beyond the model's positions: RoPE scaled by 8" and longer.max_positions == 8 * most
     assert longer.weights is weights and longer.config.rope.theta == CONFIG.rope.theta
     for stretched, own in zip(longer.tables[0], model.tables[0], strict=True):
         assert torch.equal(stretched[::8], own)
-    assert prefill.stretch(Model(CONFIG, weights, ReferenceOps()), 8 * most)[1] is None
+    assert prompt_lengths.stretch(Model(CONFIG, weights, ReferenceOps()), 8 * most)[1] is None
 
 
-def test_products_and_attention_beside_torch(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prefill, "PRODUCT_TOKENS", (8,))
-    monkeypatch.setattr(prefill, "ATTENTION_SIZES", ((2, 16),))
+def test_products_and_attention_beside_torch():
     model = Model(CONFIG, random_weights(CONFIG, "cpu", torch.bfloat16, 0), ReferenceOps())
     rows = Rows("bench", "w05", "tiny", read_host())
-    for suite in (prefill.PRODUCTS, prefill.ATTENTION):
-        prefill.bench(suite, rows, model, WORKLOAD, Ceilings(1e12, 1e12), 16, False, dtype="bfloat16", backend="cuda")
+    context = tiny.make_context(rows, engine(model, 16), WORKLOAD, ceilings=Ceilings(1e12, 1e12))
+    products = [
+        {"case": f"{name}, 8 tokens", "prompt_tokens": 8} | other
+        for name in prompt_products.PRODUCTS
+        for other in ({}, {"backend": "torch"})
+    ]
+    make_suite("prompt_products", COMPUTE_RATE, products, prompt_products.bench_product).measure(context)
+    backends = ({}, *({"backend": name} for name in (prompt_attention.PORTABLE, *prompt_attention.PEERS)))
+    attentions = [{"case": "2 x 16 tokens", "batch": 2, "prompt_tokens": 16} | other for other in backends]
+    make_suite("prompt_attention", COMPUTE_RATE, attentions, prompt_attention.bench_attention).measure(context)
     check(rows.rows)
-    products = [row for row in rows.rows if row["suite"] == prefill.PRODUCTS]
+    products = [row for row in rows.rows if row["suite"] == "prompt_products"]
     assert len(products) == 8 and all(row["value"] > 0 and row["limit"] == 1e12 for row in products)
-    assert [row["backend"] for row in products[:2]] == ["cuda", "torch"]
-    attention = {row["backend"]: row for row in rows.rows if row["suite"] == prefill.ATTENTION}
+    assert [row["backend"] for row in products[:2]] == ["reference", "torch"]
+    attention = {row["backend"]: row for row in rows.rows if row["suite"] == "prompt_attention"}
     assert attention["flash_attention_2"]["value"] > 0  # torch has one for the CPU too
-    assert "no kernel for the prompts' attention" in attention["cuda"]["note"]
-    assert "no kernel for the prompts' attention" in attention[prefill.PORTABLE]["note"]
+    assert "no kernel for the prompts' attention" in attention["reference"]["note"]
+    assert "no kernel for the prompts' attention" in attention[prompt_attention.PORTABLE]["note"]
     assert attention["cudnn"]["status"] == "not_measured" and attention["cudnn"]["note"].startswith("torch on cpu")
 
 
@@ -92,7 +113,8 @@ def test_suites_on_a_gpu():
     weights = random_weights(config, "cuda", torch.bfloat16, 0)
     made = Model(config, weights, CudaOps("cuda", attention="flash", linear="tiled", sampling="split"))
     rows = Rows("bench", "w05", "tiny", read_host())
-    for suite in prefill.SUITES:
-        prefill.bench(suite, rows, made, WORKLOAD, Ceilings(4e12, 7e14), 2048, True, dtype="bfloat16", backend="cuda")
+    context = tiny.make_context(rows, engine(made, 2048, True), WORKLOAD, gpu=True, ceilings=Ceilings(4e12, 7e14))
+    for name in SUITES:
+        ALL[name].measure(context)
     check(rows.rows)
     assert {row["status"] for row in rows.rows} == {"ok"} and all(row["value"] > 0 for row in rows.rows)

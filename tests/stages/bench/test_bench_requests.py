@@ -1,5 +1,6 @@
-"""stages/throughput.py: many requests through an engine and through a server, as far as that runs without a GPU."""
+"""stages/bench: many requests through an engine and through a server, as far as that runs without a GPU."""
 
+import dataclasses
 import json
 import math
 import signal
@@ -20,21 +21,24 @@ from engine.cost import Ceilings, step_cost
 from engine.model import Model
 from engine.ops import ReferenceOps
 from engine.requests import Completion
-from engine.throughput import Limit
+from engine.throughput import LATE, Limit
 from engine.weights import random_weights
-from engine.workloads import Mix, Outcome, failed
-from stages import throughput
+from engine.workloads import Outcome, failed
+from stages.bench import decode_batches, requests, serve, step_trace
+from stages.bench.prefix_cache import read_mix
+from stages.bench.suites import SUITES
 from stages.host import read_host
 from stages.metrics import Rows, check
+from stages.params import Load, Requests, SharedPrefix, Workload
 from stages.stage import StageError
 from stages.standard import TooSlow
 
 CONFIG = ModelConfig.from_dict(tiny.ARCHITECTURE)
 CEILINGS = Ceilings(bandwidth=1e9, matrix_rate=1e12)
-SIZES = throughput.Sizes(
-    requests=Mix(5, 4, 9, 3), shared_prefix=Mix(4, 3, 5, 2, prefix_tokens=32), clients=(1, 3), rates=(40.0,),
-    new_tokens=4, repeats=2,
-)  # fmt: skip
+WORKLOAD = Workload(
+    "w", ("x",), (1,), (8,), 4, 2, 1, Requests(5, (4, 9), 3, 0), SharedPrefix(4, 32, (3, 5), 2), Load((1, 3), (40.0,))
+)
+MANY = ("throughput", "prefix_cache", "decode_batches", "step_trace", "serve")
 KNOBS = {"dtype": "bfloat16", "backend": "reference", "tensor_parallel": 1}
 
 
@@ -67,37 +71,50 @@ class FakeLLM:
         return SimpleNamespace(preemptions=0, generated_tokens=0, kv_wasted_share=0.02, late_kernels=0, late_graphs=0)
 
 
-def collect(suite: str, llm: Any, sizes: throughput.Sizes = SIZES) -> dict[tuple[str, str], dict[str, Any]]:
-    """(case, metric) -> row, all of which are as the schema wants them, and as `list_rows` says."""
+def make_context(llm: Any = None, workload: Workload = WORKLOAD) -> Any:
     rows = Rows("bench", "w08", "tiny", read_host())
-    throughput.bench(suite, rows, llm, sizes, CEILINGS, **KNOBS)
-    check(rows.rows)
-    found = {(row["case"], row["metric"]): row for row in rows.rows}
-    listed = throughput.list_rows(suite, sizes, gpu=False)
-    assert sorted(found) == sorted((case, metric) for case, metric, _ in listed)
-    for case, metric, knobs in listed:
-        assert {name: found[case, metric][name] for name in knobs} == knobs
+    return tiny.make_context(rows, llm, workload, ceilings=CEILINGS, config=CONFIG)
+
+
+def lengths_of(workload: Workload = WORKLOAD) -> list[int]:
+    return requests.read_requests(make_context(workload=workload)).lengths
+
+
+def collect(name: str, llm: Any, workload: Workload = WORKLOAD) -> dict[tuple[str, str], dict[str, Any]]:
+    """(case, metric) -> row, all of which are as the schema wants them, and as the suite lists them."""
+    context = make_context(llm, workload)
+    SUITES[name].measure(context)
+    return read_rows(context, name)
+
+
+def read_rows(context: Any, name: str) -> dict[tuple[str, str], dict[str, Any]]:
+    check(context.rows.rows)
+    found = {(row["case"], row["metric"]): row for row in context.rows.rows if row["metric"] not in LATE}
+    listed = list(SUITES[name].rows(context, False))
+    assert sorted(found) == sorted((row["case"], row["metric"]) for row in listed)
+    for row in listed:
+        assert {key: found[row["case"], row["metric"]][key] for key in row} == row
     return found
 
 
-@pytest.mark.parametrize("suite", [*throughput.SUITES, throughput.SERVE])
+@pytest.mark.parametrize("name", MANY)
 @pytest.mark.parametrize("gpu", [True, False])
-def test_rows_without_values_say_why(suite: str, gpu: bool):
-    rows = Rows("bench", "w08", "tiny", read_host())
-    throughput.add_missing(rows, suite, SIZES, "no GPU on this host", gpu, **KNOBS | {"backend": "cuda"})
-    check(rows.rows)
-    assert len(rows.rows) == len(throughput.list_rows(suite, SIZES, gpu))
-    assert bool(rows.rows) == (gpu or suite != throughput.TRACE), "a CPU has no trace"
-    assert {row["status"] for row in rows.rows} <= {"not_measured"} and {row["suite"] for row in rows.rows} <= {suite}
+def test_rows_without_values_say_why(name: str, gpu: bool):
+    context = make_context()
+    listed = list(SUITES[name].rows(context, gpu))
+    context.rows.add_missing(listed, "no GPU on this host", **KNOBS | {"backend": "cuda"})
+    check(context.rows.rows)
+    assert len(context.rows.rows) == len(listed) > 0
+    assert {(row["status"], row["suite"]) for row in context.rows.rows} == {("not_measured", name)}
 
 
 def test_throughput_beside_its_floor():
-    found = collect(throughput.THROUGHPUT, FakeLLM())
+    found = collect("throughput", FakeLLM())
     name = "5 requests of 4 to 9 tokens, 3 new"
     output, whole = found[name, "output_throughput"], found[name, "duration_s"]
     assert len(output["samples"]) == 2 and output["value"] > 0
     assert output["samples"] == pytest.approx([15 / seconds for seconds in whole["samples"]])
-    lengths = SIZES.requests.lengths
+    lengths = lengths_of()
     limit = Limit(CONFIG, torch.bfloat16, 4, CEILINGS)
     least = sum(
         part[0] or 0.0
@@ -123,17 +140,17 @@ def test_throughput_beside_its_floor():
 
 def test_no_run_knows_the_prompts_of_another():
     llm = FakeLLM()
-    collect(throughput.THROUGHPUT, llm)
-    collect(throughput.PREFIX, llm)
+    collect("throughput", llm)
+    collect("prefix_cache", llm)
     long = [tuple(prompt[:16]) for prompt in llm.prompts if len(prompt) >= 32]
     shared = [prefix for prefix in set(long) if long.count(prefix) > 1]
-    assert len(shared) == SIZES.repeats + 2, "a prefix a run at once, one for those that come alone, and to warm up"
+    assert len(shared) == WORKLOAD.repeats + 2, "a prefix a run at once, one for those that come alone, and to warm up"
 
 
 def test_a_shared_prefix_is_computed_once():
-    found = collect(throughput.PREFIX, FakeLLM())
+    found = collect("prefix_cache", FakeLLM())
     name = "4 requests of 32 shared and 3 to 5 tokens, 2 new"
-    own = sum(SIZES.shared_prefix.lengths)
+    own = sum(read_mix(make_context()).lengths)
     assert found[f"{name}: first alone", "ttft_ms"]["value"] == 8
     rest = found[f"{name}: each of the rest alone", "ttft_ms"]
     assert rest["samples"] == pytest.approx([8 / 3] * 3) and rest["limit"] is not None
@@ -147,20 +164,20 @@ def test_a_shared_prefix_is_computed_once():
 
 
 def test_what_the_engine_or_the_model_does_not_hold_is_rows_with_the_reason():
-    found = collect(throughput.PREFIX, FakeLLM("contiguous"))
+    found = collect("prefix_cache", FakeLLM("contiguous"))
     assert {row["note"] for row in found.values()} == {"this week's engine has no prefix cache"}
-    long = throughput.replace(SIZES, requests=Mix(2, 255, 260, 3))
-    found = collect(throughput.THROUGHPUT, FakeLLM(), long)
+    long = dataclasses.replace(WORKLOAD, requests=Requests(2, (255, 260), 3, 0))
+    found = collect("throughput", FakeLLM(), long)
     (note,) = {row["note"] for row in found.values()}
     assert note.startswith("a request of 2") and note.endswith("the model has 256")
 
 
 def test_what_would_take_too_long_on_a_cpu_is_not_run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(throughput, "CPU_SECONDS", 1e-6)
+    monkeypatch.setattr(requests, "CPU_SECONDS", 1e-6)
     llm: Any = FakeLLM()
     with pytest.raises(TooSlow, match="one run would take about"):
-        throughput.check(llm, throughput.THROUGHPUT, SIZES.requests)
-    found = collect(throughput.THROUGHPUT, llm)
+        requests.check(llm, requests.read_requests(make_context()))
+    found = collect("throughput", llm)
     assert {row["status"] for row in found.values()} == {"not_measured"}
     assert all(len(prompt) <= 8 for prompt in llm.prompts)
 
@@ -169,8 +186,8 @@ def test_a_run_with_failures_is_not_ok():
     rows = Rows("bench", "w11", "tiny", read_host())
     done = Outcome(4, 2, 0.0, 10.0, [2.0], 12.0)
     runs = [([done, failed(0.0, "HTTP 429", "busy")], 2.0), ([failed(0.0, "timeout", "")] * 2, 2.0)]
-    throughput.add_run(rows, throughput.SERVE, "x", runs, (*throughput.RUN, "failed"), note="as sent", **KNOBS)
-    throughput.add_run(rows, throughput.SERVE, "y", runs[1:], (*throughput.RUN, "failed"), **KNOBS)
+    requests.add_run(rows, "serve", "x", runs, (*requests.RUN, "failed"), note="as sent", **KNOBS)
+    requests.add_run(rows, "serve", "y", runs[1:], (*requests.RUN, "failed"), **KNOBS)
     check(rows.rows)
     assert {row["status"] for row in rows.rows if row["case"] == "x"} == {"failed"}
     found = {(row["case"], row["metric"]): row for row in rows.rows}
@@ -202,8 +219,8 @@ def one_thread():
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kv_cache", ["paged", "contiguous"])
 def test_decode_steps_beside_their_limit(kv_cache: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(throughput, "SMALL", ((3, 20), (2, 1000)))
-    found = collect(throughput.DECODE, engine(kv_cache))
+    monkeypatch.setattr(decode_batches, "SMALL", ((3, 20), (2, 1000)))
+    found = collect("decode_batches", engine(kv_cache))
     step, rate = (found["batch 3 context 20", metric] for metric in ("step_ms", "output_throughput"))
     limit = step_cost(CONFIG, "bfloat16", [1] * 3, [23] * 3).bytes / 1e9 * 1e3
     assert step["limit"] == pytest.approx(limit) and rate["limit"] == pytest.approx(3 / limit * 1e3)
@@ -213,7 +230,7 @@ def test_decode_steps_beside_their_limit(kv_cache: str, monkeypatch: pytest.Monk
 
 
 def test_a_paged_cache_gives_each_sequence_pages_of_its_own():
-    cache: Any = throughput.random_cache(engine("paged"), 3, 40)
+    cache: Any = decode_batches.random_cache(engine("paged"), 3, 40)
     pages = cache.table[:3, :3].flatten().tolist()
     assert sorted(pages) == list(range(9)) and pages != sorted(pages)
     assert all(float(tensor.float().std()) > 0.5 for tensor in (*cache.k, *cache.v))
@@ -223,23 +240,19 @@ def test_a_paged_cache_gives_each_sequence_pages_of_its_own():
 
 
 def test_idle_time_is_what_no_span_covers():
-    spans = [throughput.Span(*given) for given in (("b", 4.0, 6.0), ("a", 0.0, 3.0), ("a", 1.0, 2.0), ("c", 9.0, 10.0))]
-    idle, shares = throughput.summarize_trace(spans)
+    spans = [step_trace.Span(*given) for given in (("b", 4.0, 6.0), ("a", 0.0, 3.0), ("a", 1.0, 2.0), ("c", 9.0, 10.0))]
+    idle, shares = step_trace.summarize_trace(spans)
     assert idle == pytest.approx((1 + 3) / 10)
     assert shares == [("a", pytest.approx(4 / 7)), ("b", pytest.approx(2 / 7)), ("c", pytest.approx(1 / 7))]
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), min_size=1, max_size=12))
 def test_idle_time_by_counting(pairs: list[tuple[int, int]]):
-    spans = [throughput.Span("x", begin, begin + length) for begin, length in pairs]
+    spans = [step_trace.Span("x", begin, begin + length) for begin, length in pairs]
     covered = {tick for begin, length in pairs for tick in range(begin, begin + length)}
     whole = max(covered) + 1 - min(covered)
-    idle, shares = throughput.summarize_trace(spans)
+    idle, shares = step_trace.summarize_trace(spans)
     assert idle == pytest.approx(1 - len(covered) / whole) and shares == [("x", 1.0)]
-
-
-def test_a_cpu_has_no_trace():
-    assert collect(throughput.TRACE, engine("paged")) == {}
 
 
 # --- a server ---------------------------------------------------------------------------------------------------------
@@ -289,27 +302,25 @@ def command(mode: str = "good"):
 
 
 def test_every_load_is_run_against_the_server():
-    rows = Rows("bench", "w11", "tiny", read_host())
-    with throughput.serving(command()) as url:
-        throughput.bench_server(rows, url, "model", CONFIG.vocab_size, SIZES, **KNOBS)
-    check(rows.rows)
-    found = {(row["case"], row["metric"]): row for row in rows.rows}
-    listed = throughput.list_rows(throughput.SERVE, SIZES, gpu=False)
-    assert sorted(found) == sorted((case, metric) for case, metric, _ in listed)
+    context = make_context()
+    with serve.serving(command()) as url:
+        serve.bench_server(context, url)
+    found = read_rows(context, "serve")
     cases = dict.fromkeys(case for case, _ in found)
     assert list(cases) == ["1 clients", "3 clients", "40 requests/s", "5 requests of 4 to 9 tokens, 3 new, at once"]
-    assert all(row["status"] == "ok" and row["value"] >= 0 for row in rows.rows)
+    assert all(row["status"] == "ok" and row["value"] >= 0 for row in found.values())
     assert {found[case, "failed"]["value"] for case in cases} == {0} and found["3 clients", "ttft_ms"]["batch"] == 3
     assert len(found["1 clients", "ttft_ms"]["samples"]) == 5
     assert found["40 requests/s", "duration_s"]["value"] > 0.03
 
 
 def test_refused_requests_are_failed_rows():
-    rows = Rows("bench", "w11", "tiny", read_host())
-    with throughput.serving(command("busy")) as url:
-        throughput.bench_server(rows, url, "model", CONFIG.vocab_size, SIZES, **KNOBS)
+    context = make_context()
+    with serve.serving(command("busy")) as url:
+        serve.bench_server(context, url)
+    rows = context.rows
     check(rows.rows)
-    refused = sum(length > 6 for length in SIZES.requests.lengths)
+    refused = sum(length > 6 for length in lengths_of())
     assert 0 < refused < 5 and {row["status"] for row in rows.rows} == {"failed"}
     assert {row["value"] for row in rows.rows if row["metric"] == "failed"} == {refused}
 
@@ -322,34 +333,33 @@ def test_refused_requests_are_failed_rows():
     ],
 )
 def test_a_server_that_does_not_start(mode: str, seconds: float, message: str):
-    with pytest.raises(StageError, match=message), throughput.serving(command(mode), ready_seconds=seconds):
+    with pytest.raises(StageError, match=message), serve.serving(command(mode), ready_seconds=seconds):
         pytest.fail("there is no server")
 
 
 def test_a_server_that_ends_is_an_error():
-    rows = Rows("bench", "w11", "tiny", read_host())
-    with pytest.raises(StageError, match="the server ended with status 7"), throughput.serving(command("ends")) as url:
-        throughput.bench_server(rows, url, "model", CONFIG.vocab_size, SIZES, **KNOBS)
+    with pytest.raises(StageError, match="the server ended with status 7"), serve.serving(command("ends")) as url:
+        serve.bench_server(make_context(), url)
 
 
 @pytest.mark.parametrize(("mode", "status"), [("good", -signal.SIGTERM), ("stubborn", -signal.SIGKILL)])
 def test_the_server_is_stopped(mode: str, status: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(throughput, "STOP_SECONDS", 0.3)
+    monkeypatch.setattr(serve, "STOP_SECONDS", 0.3)
     processes = []
-    popen = throughput.subprocess.Popen
+    popen = serve.subprocess.Popen
 
     def remember(*arguments: Any, **options: Any) -> Any:
         processes.append(popen(*arguments, **options))
         return processes[-1]
 
-    monkeypatch.setattr(throughput.subprocess, "Popen", remember)
-    with pytest.raises(KeyError), throughput.serving(command(mode)):
+    monkeypatch.setattr(serve.subprocess, "Popen", remember)
+    with pytest.raises(KeyError), serve.serving(command(mode)):
         raise KeyError
     assert [process.returncode for process in processes] == [status]
 
 
 def test_the_servers_command_names_the_checkpoint_and_the_engine():
-    made = throughput.server_command(Path("a/b"), {"max_batch": 8})(1234)
-    assert made[1:4] == ["-m", "stages.throughput", "a/b"] and made[5:] == ["1234"]
+    made = serve.server_command(Path("a/b"), {"max_batch": 8})(1234)
+    assert made[1:4] == ["-m", "stages.bench.serve", "a/b"] and made[5:] == ["1234"]
     assert json.loads(made[4]) == {"max_batch": 8}
-    assert math.isinf(throughput.list_loads(SIZES)[-1][2])
+    assert math.isinf(serve.list_loads(make_context())[-1][2])

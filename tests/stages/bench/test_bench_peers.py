@@ -1,6 +1,7 @@
-"""stages/peers.py: what others take, as far as it runs without a GPU."""
+"""stages/bench/peers.py: what others take, as far as it runs without a GPU."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_pipeline as tiny
@@ -9,24 +10,30 @@ import torch
 from engine.config import ModelConfig
 from engine.cost import Ceilings
 from engine.weights import load_weights
-from stages import bench, peers
+from stages import bench
+from stages.bench import peers
 from stages.hf import load_model
 from stages.host import read_host
 from stages.metrics import Rows, check
 from stages.params import Workload
 from stages.stage import Run
 
-BUNDLED = Path(__file__).resolve().parents[2] / "data" / "models" / "olmo2-tiny"
+BUNDLED = Path(__file__).resolve().parents[3] / "data" / "models" / "olmo2-tiny"
 WORKLOAD = Workload("w", ("x",), (1,), (8,), 4, 2, 1, *tiny.MANY)
 
 
 def test_without_a_gpu_every_row_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tiny.pipeline())
-    week = tiny.make_week(bench=(peers.PEERS,))
+    week = tiny.make_week(bench=("peers",))
     bench.main.__wrapped__(Run("bench"), tiny.GPU, tiny.MODEL, week, tiny.WORKLOAD)  # type: ignore[attr-defined]
     frame = tiny.read("reports/metrics/bench_w04.parquet")
-    ours = frame[frame.suite == peers.PEERS]
-    assert len(ours) == len(peers.list_rows()) and set(ours.status) == {"not_measured"} and ours.value.isna().all()
+    ours = frame[frame.suite == "peers"]
+    context = tiny.make_context(Rows("bench", "w04", "tiny", read_host()), None)
+    assert (
+        len(ours) == len(peers.rows(context, True)) > 20
+        and set(ours.status) == {"not_measured"}
+        and ours.value.isna().all()
+    )
     assert set(ours.note) == {"no GPU on this host"} and set(ours.backend) == {"torch", "transformers"}
 
 
@@ -36,9 +43,13 @@ def test_every_row_is_measured(monkeypatch: pytest.MonkeyPatch):
     config = ModelConfig.from_file(BUNDLED)
     weights = load_weights(BUNDLED, config, "cpu", torch.bfloat16)
     rows = Rows("bench", "w06", "tiny", read_host())
-    peers.bench(rows, BUNDLED, config, weights, WORKLOAD, Ceilings(1e9, 1e12), dtype="bfloat16")
+    llm = SimpleNamespace(weights=weights, release=lambda: None)
+    ceilings = Ceilings(1e9, 1e12)
+    context = tiny.make_context(rows, llm, WORKLOAD, path=BUNDLED, config=config, ceilings=ceilings)
+    peers.measure(context)
     check(rows.rows)
-    assert [(row["case"], row["metric"]) for row in rows.rows] == [(name["case"], m) for name, m in peers.list_rows()]
+    listed = [(row["case"], row["metric"]) for row in peers.rows(context, True)]
+    assert [(row["case"], row["metric"]) for row in rows.rows] == listed
     assert all(row["value"] > 0 and row["limit"] > 0 for row in rows.rows)
     o = next(row for row in rows.rows if row["case"] == "o, batch 8")
     size = config.hidden_size * config.q_size + 8 * (config.hidden_size + config.q_size)

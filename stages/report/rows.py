@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from stages.metrics import KNOBS
-from stages.report_parts import Row, Section, Table, host_of, slug
+from stages.report.parts import Row, Section, Table, host_of, slug
 
 PLACE = re.compile(r"(.+)\.parquet, row (\d+)")
 

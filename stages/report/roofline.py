@@ -1,15 +1,12 @@
-"""The report's kernels: under the roofline of their machine, a layer's time, and what they need by architecture."""
+"""Every kernel under the roofline of its machine."""
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from stages.report_figures import Bar, Point, plot_bars, plot_roofline
-from stages.report_parts import (
-    LOCAL,
+from stages.report.figures import Point, plot_roofline
+from stages.report.parts import (
     Block,
     Cell,
     Figure,
@@ -18,8 +15,6 @@ from stages.report_parts import (
     Row,
     Section,
     Table,
-    Text,
-    engine_of,
     measured_section,
     number,
     percent,
@@ -28,10 +23,7 @@ from stages.report_parts import (
     share_of_limit,
     show,
     slug,
-    value_cell,
 )
-
-# --- roofline -------------------------------------------------------------------------------------------------------
 
 # Part of a decode step -> the inventory's roles whose parameters it multiplies.
 PRODUCTS = {
@@ -42,7 +34,6 @@ PRODUCTS = {
     "head": ("lm_head",),
 }
 WIDTH = 2  # bytes of a bfloat16
-IN_A_LAYER = {"qkv": 1, "attention": 1, "o": 1, "add_norm": 2, "gate_up": 1, "down": 1}  # calls
 
 
 @dataclass(frozen=True)
@@ -205,127 +196,3 @@ def place_line(place: Place, bandwidth: float, matrix: float) -> list[Cell]:
         Cell(show(reached, unit), numeric=True, source=place.row.source), Cell(show(roof, unit), numeric=True),
         Cell(intensity, numeric=True), Cell(place.row.week),
     ]  # fmt: skip
-
-
-# --- a layer's time -------------------------------------------------------------------------------------------------
-
-
-def layer_section(inputs: Inputs) -> Section:
-    """What one layer of a decode step takes, kernel by kernel, and how much of the step all layers are."""
-    said = (
-        "One layer of a decode step: the sum of its kernels, each timed by itself as the mean over all layers, which "
-        "have the same shapes. Outside the layers: embedding, last norm, head, argmax, advance. The step is measured "
-        "whole; what it takes beyond the sum is gaps between kernels and the host."
-    )
-    blocks: list[Block] = []
-    for run in inputs.runs:
-        rows = [row for row in inputs.of(run, "bench") if row.suite == "kernels" and row.status == "ok"]
-        steps = {
-            (row.week, row.batch, row.context): row
-            for row in inputs.of(run, "bench")
-            if (row.suite, row.metric, row.status) == ("decode_step", "step_ms", "ok")
-        }
-        shape = find_shape(inputs, run)
-        calls: dict[tuple[str, int, int], dict[str, Row]] = defaultdict(dict)
-        for row in rows:
-            if row.metric == "call_us":
-                calls[row.week, row.batch, row.context][row.case.partition(",")[0]] = row
-        whole = {key: found for key, found in sorted(calls.items()) if set(IN_A_LAYER) <= set(found)}
-        if not whole:
-            continue
-        bars, lines = [], []
-        for key, found in whole.items():
-            week, batch, context = key
-            parts = {part: count * found[part].value for part, count in IN_A_LAYER.items()}
-            layer = sum(parts.values())
-            bars.append(Bar(f"{week}, batch {batch}\ncontext {context}", parts))
-            cells = [Cell(f"batch {batch} context {context}"), Cell(week, engine_of(found["qkv"]))]
-            outside = sum(row.value for part, row in found.items() if part not in IN_A_LAYER)
-            total = None if shape is None else (layer * shape.layers + outside) / 1e3
-            cells.append(Cell(f"{number(layer)} µs", numeric=True))
-            cells.append(Cell(f"{number(outside)} µs", numeric=True))
-            cells.append(Cell("" if total is None else f"{number(total)} ms", numeric=True))
-            cells.append(value_cell(steps[key]) if key in steps else Cell("not measured", tone="mute"))
-            for part, count in IN_A_LAYER.items():
-                small = percent(parts[part] / layer) + (f", {count} calls" if count > 1 else "")
-                cells.append(Cell(number(parts[part]), small, numeric=True, source=found[part].source))
-            lines.append(cells)
-        used = [row for found in whole.values() for row in found.values()]
-        layers = "" if shape is None else f"{number(shape.layers)} layers. "
-        name, title = f"layer-{slug(run)}", "one layer of a decode step (µs): lower is better"
-        figure = Figure(name, plot_bars(name, title, bars), f"{title}, by kernel, {run}")
-        blocks.append(Figures([figure], run_title(run), wide=True, folded=run != inputs.runs[0]))
-        columns = ["case", "week", "layer", "outside", "all kernels", "step, measured", *IN_A_LAYER]
-        note, folded = f"Kernels in µs. {layers}{provenance(used)[0]}", run != inputs.runs[0]
-        blocks.append(Table(columns, lines, f"{run_title(run)}: kernel by kernel", note, folded))
-    return measured_section(
-        "layers",
-        "A layer's time",
-        said,
-        blocks,
-        "no run has timed the kernels of a step one by one, which needs a GPU.",
-    )
-
-
-# --- kernels --------------------------------------------------------------------------------------------------------
-
-MIX_ARCH = "sm_90a"
-MIX_TOP = 8
-
-
-def kernel_section(inputs: Inputs) -> Section:
-    """Registers, spills, shared memory, occupancy and instructions by architecture: this host's, whose code is the
-    report's, else those of the first run that has them."""
-    run = next((run for run in [LOCAL, *inputs.runs] if inputs.of(run, "build")), None)
-    if run is None:
-        absent = [Text("Not measured: no run has the build stage.")]
-        return Section("kernels", "Kernels by architecture", absent, page_only=True)
-    rows = [row for row in inputs.of(run, "build") if row.suite in ("resources", "instructions")]
-    found: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
-    for row in rows:
-        kernel, _, arch = row.case.rpartition(" ")
-        # A version for one architecture says so at the end of its name, too.
-        found[kernel.removesuffix(f"_{arch}"), arch][row.metric] = row
-    kernels = sorted({kernel for kernel, _ in found})
-    archs = sorted({arch for _, arch in found}, key=lambda arch: int(re.sub(r"\D", "", arch) or 0))
-    note = f"{run_title(run)}. {provenance(rows)[0]}"
-    lines = [[Cell(kernel), *(resource_cell(found.get((kernel, arch), {})) for arch in archs)] for kernel in kernels]
-    summary = Table(["kernel", *archs], lines, "Registers a thread · theoretical occupancy", note)
-    metrics = list(dict.fromkeys(row.metric for row in rows if row.suite != "instructions"))
-    detail = [
-        [Cell(kernel), Cell(arch), *(value_cell(of[name]) if name in of else Cell("") for name in metrics)]
-        for (kernel, arch), of in sorted(found.items(), key=lambda item: (item[0][0], archs.index(item[0][1])))
-    ]
-    resources = Table(["kernel", "architecture", *metrics], detail, "All resources", note, folded=True)
-    arch = MIX_ARCH if MIX_ARCH in archs else archs[-1]
-    mix = [[Cell(kernel), *mix_cells(found.get((kernel, arch), {}))] for kernel in kernels]
-    mixed = Table(["kernel", "instructions", "most frequent"], mix, f"PTX instruction mix, {arch}", note, folded=True)
-    said = (
-        "ptxas' own figures, which need no GPU. Spilled bytes are named where there are any. Instructions are counted "
-        "in the code, not as executed."
-    )
-    return Section("kernels", "Kernels by architecture", [Text(said), summary, resources, mixed], page_only=True)
-
-
-def resource_cell(found: Mapping[str, Row]) -> Cell:
-    """ "40 · 67 %", and the spilled bytes; a dash where the kernel is not for the architecture."""
-    if not found:
-        return Cell("–", numeric=True, tone="mute")
-    parts = []
-    if "registers" in found and found["registers"].value is not None:
-        parts.append(number(found["registers"].value))
-    if "theoretical_occupancy" in found and found["theoretical_occupancy"].value is not None:
-        parts.append(f"{found['theoretical_occupancy'].value * 100:.0f} %")
-    spilled = found["spill_bytes"].value if "spill_bytes" in found else None
-    text = " · ".join(parts) + (f", spills {number(spilled)} B" if spilled else "")
-    source = found["registers"].source if "registers" in found else ""
-    return Cell(text or "not measured", numeric=bool(text), tone="warn" if spilled else "", source=source)
-
-
-def mix_cells(found: Mapping[str, Row]) -> list[Cell]:
-    counts = [
-        (name.partition(".")[2], row.value) for name, row in found.items() if row.suite == "instructions" and row.value
-    ]
-    counts.sort(key=lambda pair: (-pair[1], pair[0]))
-    total = number(sum(count for _, count in counts)) if counts else "not measured"
-    return [Cell(total, numeric=True), Cell(", ".join(f"{name} {number(count)}" for name, count in counts[:MIX_TOP]))]

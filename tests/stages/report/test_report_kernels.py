@@ -9,10 +9,12 @@ import pytest
 
 from stages import metrics
 from stages.host import Device, Host
-from stages.report_figures import EDGE, Point, plot_heat, plot_roofline
-from stages.report_kernels import find_shape, layer_section, place_prompts, roofline_section
-from stages.report_parts import Figures, Inputs, Row, Section, Table, Text
-from stages.report_sections import heat_figure, memory_section
+from stages.report.figures import EDGE, Point, plot_heat, plot_roofline
+from stages.report.layers import layer_section
+from stages.report.memory import memory_section
+from stages.report.parity import heat_figure
+from stages.report.parts import Figures, Inputs, Row, Section, Table, Text
+from stages.report.roofline import find_shape, place_prompts, roofline_section
 
 CPU = Host("a CPU", 2, 24, "Linux x86_64", "3.12")
 H200 = dataclasses.replace(CPU, driver="580.1", cuda="13.0", gpus=(Device("NVIDIA H200", "sm_90", 40_000_000),))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from stages.report_figures import Series, plot_weeks
-from stages.report_parts import (
+from stages.report.figures import Series, plot_weeks
+from stages.report.parts import (
     BASELINE,
     LABELS,
     LOCAL,
@@ -105,7 +105,7 @@ def plan_section(inputs: Inputs) -> Section:
     how = (
         "Done: a run of all that the week checks and measures is here and no row of it failed. The day is that of the "
         "commit that measured it, of the earliest such run that is kept. Every week is a configuration of the same "
-        "code and still runs, so a run may be newer than the week's work. Targets: stages/report_templates/plan.yaml."
+        "code and still runs, so a run may be newer than the week's work. Targets: stages/report/templates/plan.yaml."
     )
     return Section(
         "progress",

@@ -13,17 +13,19 @@ from typing import Any
 import pytest
 import tiny_pipeline as tiny
 
-from stages import metrics, report_sections, report_weeks
+from stages import metrics
 from stages.bench.graphs import GRAPHS
 from stages.compose import as_dict, compose_conf
 from stages.host import Device, Host
 from stages.params import Weeks, select
-from stages.report import BEGIN, END, fill_readme, main, read_recorded, readme_block
-from stages.report_parts import Row, number, percent, share_of_limit, show
+from stages.report import BEGIN, END, fill_readme, load, main, parity, read_recorded, readme_block, steps
+from stages.report import weeks as report_weeks
+from stages.report.parts import Figures, Inputs, Row, Table, Text, number, percent, share_of_limit, show
+from stages.report.results import results_section
 from stages.stage import StageError
 from stages.standard import Case, Latency, add_latency, list_rows
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PACKAGES = {"torch": "2.13.0", "transformers": "5.17.0"}
 CPU = Host("a CPU", 2, 24, "Linux x86_64", "3.12", packages=PACKAGES)
 H200 = dataclasses.replace(CPU, driver="580.1", cuda="13.0", gpus=(Device("NVIDIA H200", "sm_90", 150_000_000_000),))
@@ -45,7 +47,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_STAGE", "report")
     # The figures take most of the time; `full` has real ones.
-    for module, name in ((report_sections, "plot_weeks"), (report_weeks, "plot_weeks"), (report_sections, "plot_heat")):
+    for module, name in ((load, "plot_weeks"), (report_weeks, "plot_weeks"), (parity, "plot_heat")):
         monkeypatch.setattr(module, name, lambda *_: "<svg></svg>")
     return tmp_path
 
@@ -509,15 +511,15 @@ def test_the_decode_step_has_tables_of_its_own(weeks: Weeks) -> None:
         )  # fmt: skip
     listed = GRAPHS.rows(tiny.make_context(rows, None), True)
     rows.add_missing(listed, "no GPU on this host", backend="cuda", dtype="bfloat16")
-    inputs = report_sections.Inputs([Row(**row, run="h200/m", source="") for row in rows.rows], weeks.weeks)
-    steps, kernels, graphs = report_sections.decode_section(inputs).blocks[1:]
-    assert isinstance(steps, report_sections.Table) and isinstance(kernels, report_sections.Table)
-    assert [cell.text for cell in steps.rows[0]] == ["batch 1 context 128", "w06", "3.70 ms"]
-    assert steps.rows[0][2].small == "89 %" and kernels.rows[0][2].small == "80 %"
+    inputs = Inputs([Row(**row, run="h200/m", source="") for row in rows.rows], weeks.weeks)
+    whole, kernels, graphs = steps.decode_section(inputs).blocks[1:]
+    assert isinstance(whole, Table) and isinstance(kernels, Table)
+    assert [cell.text for cell in whole.rows[0]] == ["batch 1 context 128", "w06", "3.70 ms"]
+    assert whole.rows[0][2].small == "89 %" and kernels.rows[0][2].small == "80 %"
     assert list(kernels.columns) == ["case", "week", "a call", "share of the step"]
     assert kernels.rows[0][3].text == "22 %"
-    assert isinstance(graphs, report_sections.Text) and "no GPU on this host" in graphs.text
-    assert "step_ms" not in str(report_sections.results_section(inputs))
+    assert isinstance(graphs, Text) and "no GPU on this host" in graphs.text
+    assert "step_ms" not in str(results_section(inputs))
 
 
 def test_many_requests_have_tables_of_their_own(weeks: Weeks) -> None:
@@ -535,17 +537,17 @@ def test_many_requests_have_tables_of_their_own(weeks: Weeks) -> None:
         shared = knobs | {"suite": "serve", "batch": 8}
         rows.missing(case="8 clients", metric="ttft_ms", unit="ms", better="lower", reason="no GPU", **shared)
         made += [Row(**row, run="h200/m", source="") for row in rows.rows]
-    inputs = report_sections.Inputs(made, weeks.weeks)
-    _, figures, speed, server, phases = report_sections.load_section(inputs).blocks
-    assert isinstance(figures, report_sections.Figures) and figures.figures[0].name == "load-h200-m"
-    assert isinstance(speed, report_sections.Table) and isinstance(phases, report_sections.Table)
+    inputs = Inputs(made, weeks.weeks)
+    _, figures, speed, server, phases = load.load_section(inputs).blocks
+    assert isinstance(figures, Figures) and figures.figures[0].name == "load-h200-m"
+    assert isinstance(speed, Table) and isinstance(phases, Table)
     assert list(speed.columns) == ["case", "week", "against the week before", "output", "TTFT p99"]
     assert [[cell.text for cell in line] for line in speed.rows] == [
         ["256 at once", "w06", "", "2,000 tokens/s", "900 ms"],
         ["256 at once", "w08", "2.70 ×", "5,400 tokens/s", "900 ms"],
     ]
     assert [line[3].small for line in speed.rows] == ["33 %", "90 %"]
-    assert isinstance(server, report_sections.Text) and "no GPU" in server.text
+    assert isinstance(server, Text) and "no GPU" in server.text
     assert [(line[0].text, line[1].text, line[2].text, line[2].small) for line in phases.rows] == [
         ("w06", "256 at once: prompts", "20 s", "14 %"),
         ("w06", "256 at once: decode", "4 s", "60 %"),
@@ -553,4 +555,4 @@ def test_many_requests_have_tables_of_their_own(weeks: Weeks) -> None:
         ("w08", "256 at once: decode", "3.20 s", "75 %"),
     ]
     assert phases.rows[0][3].text == "2.70 s"
-    assert "output_throughput" not in str(report_sections.results_section(inputs))
+    assert "output_throughput" not in str(results_section(inputs))

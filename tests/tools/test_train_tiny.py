@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages.train_tiny import (
+from tools.train_tiny import (
     EOS,
     SETTINGS,
     Settings,

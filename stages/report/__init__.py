@@ -20,13 +20,14 @@ from stages import metrics
 from stages.commit import find_day, read_days
 from stages.host import HOST, Host
 from stages.params import Week, Weeks
-from stages.report_figures import standalone
-from stages.report_parts import LOCAL, Figures, Inputs, Planned, Row, Section
-from stages.report_rows import cited, list_pages, name_page
-from stages.report_sections import SECTIONS, first_screen, glance_table
+from stages.report.figures import standalone
+from stages.report.glance import first_screen, glance_table
+from stages.report.parts import LOCAL, Figures, Inputs, Planned, Row, Section
+from stages.report.rows import cited, list_pages, name_page
+from stages.report.sections import SECTIONS
 from stages.stage import Run, StageError, stage, write_whole
 
-TEMPLATES = Path(__file__).with_name("report_templates")
+TEMPLATES = Path(__file__).with_name("templates")
 METRICS, RECORDED, README = Path("reports/metrics"), Path("reports/recorded"), Path("README.md")
 ARCHITECTURE = Path("reports/architecture.csv")
 REPORTS = Path("reports"), Path("reports/local")
@@ -187,7 +188,3 @@ def main(run: Run, weeks: Weeks) -> None:
     if README.exists():
         write_whole(run.out(README), fill_readme(README.read_text("utf-8"), readme_block(recorded, weeks.weeks)))
     print(f"wrote {', '.join(str(path) for path in sorted(made) if path.name in ('REPORT.md', 'index.html'))}")
-
-
-if __name__ == "__main__":
-    main()

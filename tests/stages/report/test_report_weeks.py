@@ -10,8 +10,8 @@ from stages import metrics
 from stages.host import Device, Host
 from stages.params import Week
 from stages.report import read_plan
-from stages.report_parts import Cell, Inputs, Planned, Row, Table, Text, median_interval
-from stages.report_weeks import compare_section, compare_table, plan_section
+from stages.report.parts import Cell, Inputs, Planned, Row, Table, Text, median_interval
+from stages.report.weeks import compare_section, compare_table, plan_section
 
 CPU = Host("a CPU", 2, 24, "Linux x86_64", "3.12")
 H200 = dataclasses.replace(CPU, driver="580.1", cuda="13.0", gpus=(Device("NVIDIA H200", "sm_90", 150_000_000_000),))

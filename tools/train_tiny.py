@@ -2,10 +2,10 @@
 
 Four steps, run in this order; each reads what the one before wrote:
 
-    python -m stages.train_tiny corpus      # Debian packages -> corpus.jsonl, LICENSE, held-out sample, prompts
-    python -m stages.train_tiny tokenizer   # corpus -> tokenizer.json, tokenizer_config.json and token arrays
-    python -m stages.train_tiny train       # token arrays -> weights, config.json, training.json (one GPU, minutes)
-    python -m stages.train_tiny evaluate    # weights -> evaluation.json and README.md (a CPU will do)
+    python tools/train_tiny.py corpus      # Debian packages -> corpus.jsonl, LICENSE, held-out sample, prompts
+    python tools/train_tiny.py tokenizer   # corpus -> tokenizer.json, tokenizer_config.json and token arrays
+    python tools/train_tiny.py train       # token arrays -> weights, config.json, training.json (one GPU, minutes)
+    python tools/train_tiny.py evaluate    # weights -> evaluation.json and README.md (a CPU will do)
 
 The text is the Python standard library, its tests and its documentation, which the Python Software Foundation's licence
 lets anyone redistribute. `evaluate` needs nothing but the model's own folder, so anyone can measure its figures again.
@@ -564,7 +564,7 @@ def render_readme(evaluation: dict[str, Any], training: dict[str, Any]) -> str:
 A small language model of the OLMo-2 architecture, trained from scratch so that this project runs, and can be checked,
 without downloading anything. It writes Python and the prose of Python's documentation and knows nothing else: a test
 instrument, not an assistant. Its chat template is there to be rendered; the model has never seen a conversation.
-`python -m stages.train_tiny evaluate` writes this page; no figure in it is typed by hand.
+`python tools/train_tiny.py evaluate` writes this page; no figure in it is typed by hand.
 
 | | |
 |---|---|

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from engine.config import ModelConfig
+from engine.model.config import ModelConfig
 from kernels.architectures import ARCHITECTURES
 from stages.bench.suite import Suite
 from stages.bench.suites import SUITES

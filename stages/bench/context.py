@@ -8,16 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.throughput import LATE
+from engine.bench.throughput import LATE
 from stages.metrics import Rows
 from stages.params import Model, ParamsError, Week, Workload
 from stages.stage import Run
 from stages.standard import Budget, read_ceilings
 
 if TYPE_CHECKING:
-    from engine.config import ModelConfig
-    from engine.cost import Ceilings
     from engine.llm import LLM
+    from engine.model.config import ModelConfig
+    from engine.model.cost import Ceilings
 
 VERSIONS = ("attention", "linear", "sampling", "kv_cache", "cuda_graph", "batching")
 
@@ -39,7 +39,7 @@ class Context:
 
     @cached_property
     def config(self) -> ModelConfig:
-        from engine.config import ModelConfig
+        from engine.model.config import ModelConfig
 
         return ModelConfig.from_file(self.path)
 

@@ -10,8 +10,8 @@ from stages.bench.suite import Suite, engine_knobs
 from stages.metrics import Listed
 
 if TYPE_CHECKING:
-    from engine.kv_cache import KVCache
     from engine.llm import LLM
+    from engine.model.kv_cache import KVCache
 
 NAME = "decode_batches"
 BATCHES = ((64, 1024), (256, 512), (256, 1024))  # batch, context
@@ -34,7 +34,7 @@ def rows(context: Context, gpu: bool) -> list[Listed]:
 
 def measure(context: Context) -> None:
     """Adds the rows of decode steps of many sequences at one context, on a cache of random numbers."""
-    from engine.latency import Case, Result, TooLarge, case_cost
+    from engine.bench.latency import Case, Result, TooLarge, case_cost
 
     llm, new, rows = context.llm, context.workload.new_tokens, context.rows
     llm.release()  # a cache of our own takes the place of the engine's
@@ -56,8 +56,8 @@ def measure(context: Context) -> None:
 
 def time_steps(llm: LLM, batch: int, context: int, steps: int, repeats: int) -> list[float]:
     """Seconds of each run of `steps` decode steps after `context` tokens, after a short one. Raises TooLarge."""
-    from engine.decode_loop import DecodeLoop
-    from engine.latency import run_decode, seconds, start_decode
+    from engine.bench.latency import run_decode, seconds, start_decode
+    from engine.runtime.decode_loop import DecodeLoop
 
     loop = DecodeLoop(llm.model, random_cache(llm, batch, context + steps), llm.engine.captures)
     spent = []
@@ -80,8 +80,8 @@ def random_cache(llm: LLM, batch: int, positions: int) -> KVCache:
 
     import torch
 
-    from engine import latency
-    from engine.cost import kv_bytes_per_token
+    from engine.bench import latency
+    from engine.model.cost import kv_bytes_per_token
 
     model = llm.model
     if llm.engine.kv_cache != "paged":

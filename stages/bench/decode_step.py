@@ -15,8 +15,8 @@ from stages.metrics import Listed
 from stages.params import Workload
 
 if TYPE_CHECKING:
-    from engine.cost import Ceilings
-    from engine.model import Model
+    from engine.model.cost import Ceilings
+    from engine.model.transformer import Model
 
 STEP = "decode_step"
 BATCHES, CONTEXTS = (1, 8, 32, 128), (128, 1024)
@@ -61,7 +61,7 @@ def make_suite(
         return [row for size in sizes for row in list_size(name, units, list_cases(size), size)]
 
     def measure(context: Context) -> None:
-        from engine.latency import TooLarge
+        from engine.bench.latency import TooLarge
 
         llm, knobs = context.llm, context.knobs
         llm.release()  # these take caches of their own
@@ -83,7 +83,7 @@ def make_suite(
 
 def bench_step(model: Model, workload: Workload, ceilings: Ceilings, graph: bool, batch: int, context: int) -> Found:
     """Decode steps as the engine runs them, each token read by the host, the next step enqueued before."""
-    from engine.latency import Case, measure
+    from engine.bench.latency import Case, measure
 
     case = Case(prompt=0, new=workload.new_tokens, depth=context)
     result = measure(model, case, batch, workload.repeats, graph, chunk=1, ceilings=ceilings)

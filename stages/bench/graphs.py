@@ -10,8 +10,8 @@ from stages.bench.decode_step import Found, make_suite, name_case
 from stages.params import Workload
 
 if TYPE_CHECKING:
-    from engine.cost import Ceilings
-    from engine.model import Model
+    from engine.model.cost import Ceilings
+    from engine.model.transformer import Model
 
 CASES = ((1, 128), (8, 128), (32, 128))  # batch, context
 UNITS: dict[str, tuple[str, str | None]] = {
@@ -28,8 +28,8 @@ def bench_graphs(model: Model, workload: Workload, ceilings: Ceilings, graph: bo
     Host time of single steps: enqueueing one and taking over its tokens once they are there. Of many: enqueueing them
     all, over their tokens.
     """
-    from engine.decode_loop import DecodeLoop
-    from engine.latency import Case, case_cost, measure_decode, random_cache, seconds, start_decode
+    from engine.bench.latency import Case, case_cost, measure_decode, random_cache, seconds, start_decode
+    from engine.runtime.decode_loop import DecodeLoop
 
     steps, repeats, device = workload.new_tokens, workload.repeats, model.weights.device
     size = name_case(batch, context)

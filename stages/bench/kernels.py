@@ -13,9 +13,9 @@ from stages.params import Workload
 if TYPE_CHECKING:
     import torch
 
-    from engine.cost import Ceilings
-    from engine.kv_cache import ContiguousCache
-    from engine.model import Model
+    from engine.model.cost import Ceilings
+    from engine.model.kv_cache import ContiguousCache
+    from engine.model.transformer import Model
 
 CASES = ((1, 128), (32, 1024))  # batch, context
 CAPTURED = 64  # calls of a kernel in one graph, at least
@@ -43,7 +43,7 @@ def list_parts(model: Model, cache: ContiguousCache, batch: int, context: int) -
     """A decode step's operations on random inputs: each layer's call on that layer's weights and cache."""
     import torch
 
-    from engine.cost import step_cost
+    from engine.model.cost import step_cost
 
     config, weights, ops = model.config, model.weights, model.ops
     dtype, device = weights.dtype, weights.device
@@ -103,7 +103,7 @@ def list_parts(model: Model, cache: ContiguousCache, batch: int, context: int) -
 
 def time_part(part: Part, repeats: int, device: torch.device) -> list[float]:
     """Milliseconds that the part's calls take, one after another; on a GPU enough of them in one CUDA graph."""
-    from engine.cuda_graph import capture
+    from engine.runtime.cuda_graph import capture
     from stages.timing import measure
 
     rounds = -(-CAPTURED // len(part.calls))
@@ -135,7 +135,7 @@ def bench_kernels(model: Model, workload: Workload, ceilings: Ceilings, graph: b
     """Each operation of the step by itself, over all layers in a row, so that no weight is still in the L2 cache."""
     import torch
 
-    from engine.latency import random_cache
+    from engine.bench.latency import random_cache
 
     found: Found = []
     with torch.inference_mode():

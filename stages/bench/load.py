@@ -39,7 +39,7 @@ def measure(context: Context) -> None:
     """
     import torch
 
-    from engine.weights import load_weights
+    from engine.model.weights import load_weights
 
     files = sorted(context.path.resolve().glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files)

@@ -15,7 +15,7 @@ from stages.bench.suite import Suite
 from stages.metrics import Listed
 
 if TYPE_CHECKING:
-    from engine.weights import Weights
+    from engine.model.weights import Weights
 
 PRODUCT_BATCHES = (1, 8, 32, 128)
 STEP_CASES = ((1, 128), (8, 128))
@@ -47,7 +47,7 @@ def measure(context: Context) -> None:
     """Adds the rows, on a GPU and on the weights that the week's engine has loaded."""
     import torch
 
-    from engine.latency import Case, case_cost
+    from engine.bench.latency import Case, case_cost
     from stages.hf import load_model
 
     context.llm.release()

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
-from engine.workloads import Mix, samples
+from engine.bench.workloads import Mix, samples
 from stages.bench.context import Context
 from stages.bench.requests import SPEEDS, add, add_run, check, list_metrics, mix_knobs, name_mix, repeat
 from stages.bench.suite import Suite, engine_knobs
@@ -50,7 +50,7 @@ def measure(context: Context) -> None:
 def bench_prefix(context: Context, mix: Mix, **knobs: Any) -> None:
     """Requests that begin with the same tokens: the first alone, then each of the rest alone; and all at once, beside
     as many prompts of the same lengths that share nothing."""
-    from engine.throughput import Limit, measure, run_offline
+    from engine.bench.throughput import Limit, measure, run_offline
 
     llm, rows, ceilings, repeats = context.llm, context.rows, context.ceilings, context.workload.repeats
     vocabulary, name = llm.config.vocab_size, name_mix(mix)

@@ -25,8 +25,8 @@ def bench_attention(context: Context, case: Case) -> tuple[Found, str | None]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    from engine.latency import TooLarge
-    from engine.ops import Run
+    from engine.bench.latency import TooLarge
+    from engine.ops.reference import Run
 
     model, backend = context.llm.model, case.get("backend")
     batch, prompt_tokens = case["batch"], case["prompt_tokens"]

@@ -12,7 +12,7 @@ from stages.bench.context import Context
 from stages.bench.prompts import Case, Found, make_suite
 
 if TYPE_CHECKING:
-    from engine.model import Model
+    from engine.model.transformer import Model
 
 TOKENS = (128, 512, 1024, 2048, 4000, 8192, 16384, 32768)
 UNITS = {
@@ -31,8 +31,8 @@ def bench_length(context: Context, case: Case) -> tuple[Found, str | None]:
 def stretch(model: Model, tokens: int) -> tuple[Model, str | None]:
     """The model with linear RoPE scaling (arXiv:2306.15595) to `tokens` positions, and a note that says so; as it is
     where it has them, and where its attention reads a whole row of scores, which so many take minutes for."""
-    from engine.model import Model as Made
-    from engine.ops import Run
+    from engine.model.transformer import Model as Made
+    from engine.ops.reference import Run
 
     config = model.config
     if tokens <= model.max_positions:
@@ -52,9 +52,9 @@ def time_prompt(context: Context, model: Model, tokens: int) -> Found:
     """The rows of a prompt of so many tokens through `model`. Raises TooLarge."""
     import torch
 
-    from engine import latency
-    from engine.cost import kv_bytes_per_token
-    from engine.latency import PAGE, case_cost
+    from engine.bench import latency
+    from engine.bench.latency import PAGE, case_cost
+    from engine.model.cost import kv_bytes_per_token
 
     gpu, before = model.weights.device.type == "cuda", 0
     if gpu:

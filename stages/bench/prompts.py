@@ -34,7 +34,7 @@ def make_suite(
         ]
 
     def measure(context: Context) -> None:
-        from engine.latency import TooLarge
+        from engine.bench.latency import TooLarge
 
         context.llm.release()  # these take caches of their own
         for case in cases:

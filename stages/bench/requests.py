@@ -11,13 +11,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from engine.workloads import LATENCIES, Mix, Outcome, Request, describe, samples
+from engine.bench.workloads import LATENCIES, Mix, Outcome, Request, describe, samples
 from stages.bench.context import Context
 from stages.metrics import Listed, Rows
 from stages.standard import TooSlow
 
 if TYPE_CHECKING:
-    from engine import throughput
+    from engine.bench import throughput
     from engine.llm import LLM
 
 CPU_SECONDS = 600.0  # that a run may take there by its estimate
@@ -142,7 +142,7 @@ def split_name(metric: str) -> tuple[str, str]:
 
 def check(llm: LLM, mix: Mix) -> None:
     """Raises ValueError for requests the model is not for, TooSlow for a CPU that would take too long."""
-    from engine.throughput import run_offline
+    from engine.bench.throughput import run_offline
 
     if mix.longest > llm.max_model_len:
         raise ValueError(f"a request of {mix.longest} tokens, prompt and new ones; the model has {llm.max_model_len}")
@@ -159,7 +159,7 @@ def check(llm: LLM, mix: Mix) -> None:
 
 def repeat(context: Context, mix: Mix) -> list[throughput.Result]:
     """Runs of the mix after one to warm up; on a CPU no more are begun once the first have taken CPU_SECONDS / 10."""
-    from engine.throughput import measure, warm_up
+    from engine.bench.throughput import measure, warm_up
 
     llm = context.llm
     requests = mix.requests(llm.config.vocab_size)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from engine.workloads import arrive
+from engine.bench.workloads import arrive
 from stages.bench.context import Context
 from stages.bench.requests import RUN, add_run, list_metrics, mix_knobs, name_mix, read_requests
 from stages.bench.suite import Suite, engine_knobs
@@ -28,7 +28,7 @@ from stages.metrics import Listed
 from stages.stage import StageError
 
 if TYPE_CHECKING:
-    from engine import client
+    from engine.bench import client
     from engine.llm import LLM
 
 NAME = "serve"
@@ -65,7 +65,7 @@ def measure(context: Context) -> None:
 
 def bench_server(context: Context, url: str) -> None:
     """Adds the rows of every load against the server at `url`, each with requests of its own."""
-    from engine.client import Server, run
+    from engine.bench.client import Server, run
 
     server, mix, vocabulary = Server(url, MODEL), read_requests(context), context.config.vocab_size
     # Kernels are loaded and graphs captured.

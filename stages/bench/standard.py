@@ -35,7 +35,7 @@ def measure_of(name: str) -> Callable[[Context], None]:
     """What measures the suite. Its cases' speeds tell those of the next suite how long they will take."""
 
     def measure(context: Context) -> None:
-        from engine.sampling import SamplingParams
+        from engine.sampling_params import SamplingParams
 
         settings, config, llm = context.settings, context.config, context.llm
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine.workloads import Mix
+from engine.bench.workloads import Mix
 from stages.bench.context import Context
 from stages.bench.requests import add, list_metrics
 from stages.bench.suite import Suite, engine_knobs
@@ -55,7 +55,7 @@ def trace_steps(llm: LLM, batch: int) -> list[Span]:
     """What ran on the GPU in the last quarter of a run of `batch` requests, when all of them decode."""
     from torch.profiler import ProfilerActivity, profile
 
-    from engine.throughput import run_offline, warm_up
+    from engine.bench.throughput import run_offline, warm_up
 
     requests = Mix(batch, TOKENS, TOKENS, STEPS).requests(llm.config.vocab_size)
     warm_up(llm, requests)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from engine.workloads import Mix
+from engine.bench.workloads import Mix
 from stages.bench.context import Context
 from stages.bench.requests import RUN, add, add_run, check, list_metrics, mix_knobs, name_mix, read_requests, repeat
 from stages.bench.suite import Suite, engine_knobs
@@ -13,7 +13,7 @@ from stages.metrics import Listed, Rows
 from stages.standard import NO_GPU, TooSlow
 
 if TYPE_CHECKING:
-    from engine.throughput import Result
+    from engine.bench.throughput import Result
 
 NAME = "throughput"
 PHASES = ("prompts", "decode")

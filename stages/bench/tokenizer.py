@@ -22,7 +22,7 @@ def measure(context: Context) -> None:
         for case, metric in names.items():
             context.rows.missing(case=case, metric=metric, reason="random weights come without a tokenizer", **shared)
         return
-    from engine.tokenizer import Tokenizer
+    from engine.text.tokenizer import Tokenizer
 
     text = sample_text(context.workload.prompts)
     size = len(text.encode()) / 1e6

@@ -14,8 +14,8 @@ from stages.reference import Bundle, checkpoint_id
 from stages.stage import Run
 
 if TYPE_CHECKING:
-    from engine.config import ModelConfig
     from engine.llm import LLM, EngineConfig
+    from engine.model.config import ModelConfig
 
 DTYPES = ("float32", "bfloat16")
 
@@ -41,7 +41,7 @@ class Context:
 
     @cached_property
     def config(self) -> ModelConfig:
-        from engine.config import ModelConfig
+        from engine.model.config import ModelConfig
 
         return ModelConfig.from_file(self.path)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from engine.llm import LLM, EngineConfig
-    from engine.model import Model as EngineModel
+    from engine.model.transformer import Model as EngineModel
 
 ORDER = "one reduction order: no bit may differ"
 LENGTHS = (70, 1, 16, 33)  # around the block of 16 rows and the chunk of 64 keys
@@ -58,7 +58,7 @@ def count_unequal_requests(llm: LLM, prompts: list[list[int]]) -> int:
     Together they have pages for a part of their tokens only, and steps too short for the longest prompt.
     """
     from engine.llm import LLM
-    from engine.sampling import MOST_LOGPROBS, SamplingParams
+    from engine.sampling_params import MOST_LOGPROBS, SamplingParams
 
     params = [
         SamplingParams(max_new_tokens=2 * STEPS, temperature=i % 2, seed=i, logprobs=MOST_LOGPROBS, ignore_eos=True)
@@ -90,8 +90,8 @@ def count_unequal_steps(engine: EngineModel, prompts: list[list[int]], captures:
     """
     import torch
 
-    from engine.decode_loop import DecodeLoop, Row, bucket
-    from engine.sampling import SamplingParams
+    from engine.runtime.decode_loop import DecodeLoop, Row, bucket
+    from engine.sampling_params import SamplingParams
 
     capacity = max(map(len, prompts)) + STEPS
     loop = DecodeLoop(engine, new_cache(engine, bucket(len(prompts)), capacity, paged), captures)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from engine.llm import EngineConfig
-    from engine.model import Model as EngineModel
+    from engine.model.transformer import Model as EngineModel
 
 NORM_SHARE = 0.02
 

@@ -86,7 +86,7 @@ def draw(ops: Any, logits: Tensor, seeds: Tensor, positions: Tensor, **filters: 
 
 def check_sampling(context: Context) -> None:
     """Draws follow transformers' distribution, and are the same for the same seed whatever they are batched with."""
-    from engine.sampling import SamplingParams
+    from engine.sampling_params import SamplingParams
 
     llm = context.llm(context.dtype)
     compare_distributions(context.findings, llm.model.ops, context.device, context.backend)

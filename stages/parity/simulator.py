@@ -58,7 +58,7 @@ def compare_micro(
     """
     import torch
 
-    from engine.ops import ReferenceOps
+    from engine.ops.reference import ReferenceOps
 
     knobs: dict[str, Any] = {"backend": backend, "model": "micro"}
     exact, own = reference["float32"], reference[dtype]

@@ -12,7 +12,7 @@ from stages.parity.context import Context
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from engine.config import ModelConfig
+    from engine.model.config import ModelConfig
 
 
 def engine_tensors(config: ModelConfig, weights: Any) -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ def check_tensors(context: Context) -> None:
     """Every tensor as the engine holds it equals the one transformers loads."""
     import torch
 
-    from engine.weights import load_weights
+    from engine.model.weights import load_weights
 
     device = "cuda" if context.gpu else "cpu"
     dtype = getattr(torch, context.config.dtype or "bfloat16")

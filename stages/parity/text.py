@@ -24,7 +24,7 @@ def check_text(context: Context) -> None:
 
 def compare_text(findings: Findings, llm: LLM, bundle: Bundle) -> None:
     """Greedy completions of the bundle's prompts by `llm` against the bundle's."""
-    from engine.sampling import SamplingParams
+    from engine.sampling_params import SamplingParams
 
     dtype, tokenizer = llm.engine.dtype, llm.tokenizer
     references = [prompt.greedy[dtype] for prompt in bundle.prompts]

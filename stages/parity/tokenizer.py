@@ -29,7 +29,7 @@ def compare_tokenizers(findings: Findings, path: Path, prompts: list[str]) -> No
     """Our tokenizer of the files at `path` against transformers' own."""
     import torch
 
-    from engine.tokenizer import Tokenizer
+    from engine.text.tokenizer import Tokenizer
 
     ours, theirs = Tokenizer(path), load_tokenizer(path)
     texts = TEXTS | {f"prompt {index}": text for index, text in enumerate(prompts)}

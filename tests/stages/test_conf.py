@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.config import ModelConfig
-from engine.engine_config import EngineConfig
+from engine.config import EngineConfig
+from engine.model.config import ModelConfig
 from stages.compose import as_dict, compose_conf, dump, read_params
 from stages.compose import main as compose_main
 from stages.params import Gpu, Model, Weeks, Workload, list_choices, select, thaw

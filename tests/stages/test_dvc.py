@@ -191,7 +191,8 @@ for entry in stage.get("outs", []) + stage.get("metrics", []) + stage.get("plots
     path = Path(path.replace("${item.week}", week).replace("${model.name}", params["model"]["name"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
-        path.write_text('{"%s": {"decode_b1": {"ttft_ms": %d, "missing": null}}}' % (week or name, seed))
+        place = week if name == "bench" else name
+        path.write_text('{"%s": {"decode_b1": {"ttft_ms": %d, "missing": null}}}' % (place, seed))
     elif path.suffix == ".csv":
         path.write_text("case,role,num_parameters,ttft_ms,tpot_ms,output_throughput\\nbatch 1,a,1,%d,2,3\\n" % seed)
     elif path.suffix:
@@ -244,7 +245,11 @@ def checkout(tmp_path) -> Checkout:
     for stage in yaml.safe_load(text)["stages"].values():
         for dep in paths(stage, "deps"):
             path = folder / dep
-            if dep.split("/")[0] in (*PACKAGES, "data") and "$" not in dep and path.suffix not in (".json", ".parquet"):
+            if (
+                dep.split("/")[0] in (*PACKAGES, "data", "tools")
+                and "$" not in dep
+                and path.suffix not in (".json", ".parquet")
+            ):
                 file = path if path.suffix else path / "file.txt"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text("")

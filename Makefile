@@ -16,8 +16,8 @@ PYTHON ?= $(BIN)/python
 # What fetch-olmo stages and run-olmo runs: a file of conf/model/.
 OLMO ?= olmo2_1b
 ARGS ?= --prompt "The capital of France is"
-# Columns that `dvc exp show` leaves out: sums of files, and what a GPU's or a model's name already says.
-HIDDEN ?= .*/|checkpoint\.|gpu\.(?!name)|model\.(?!name|weights)
+# Columns that `dvc exp show` leaves out: sums of files, what a GPU's or a model's name already says, and the queue's.
+HIDDEN ?= .*/|State|Executor|checkpoint\.|gpu\.(?!name)|model\.(?!name|weights)
 
 .PHONY: help env setup setup-vast download-assets fetch-olmo run-olmo
 .PHONY: repro experiments test test-slow test-gpu lint format types contracts params report record pack lock clean

@@ -73,7 +73,16 @@ def test_exp_show_has_few_columns():
     )
     changed = [name for name in before | after if before.get(name) != after.get(name)]
     deps = {dep for stage in pipeline().values() for dep in paths(stage, "deps")} - {"stages", "engine", "kernels"}
-    columns = ["Experiment", "Created", *timed(read_committed()), "checkpoint.parameters", *changed, *sorted(deps)]
+    columns = [
+        "Experiment",
+        "Created",
+        "State",
+        "Executor",
+        *timed(read_committed()),
+        "checkpoint.parameters",
+        *changed,
+        *sorted(deps),
+    ]
     shown = [name for name in columns if not re.match(read_hidden(), name)]
     assert len(shown) <= headlines.COLUMNS, shown
     assert {"gpu.name", "model.name", "model.weights", "workload.new_tokens", "w06.decode_b1_ctx128.tpot_ms"} <= set(

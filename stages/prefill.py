@@ -107,13 +107,13 @@ def stretch(model: Model, tokens: int) -> tuple[Model, str | None]:
     """The model with linear RoPE scaling (arXiv:2306.15595) to `tokens` positions, and a note that says so; as it is
     where it has them, and where its attention reads a whole row of scores, which so many take minutes for."""
     from engine.model.transformer import Model as Made
-    from engine.ops.reference import Run
+    from engine.ops.batch import TokenSpan
 
     config = model.config
     if tokens <= model.max_positions:
         return model, None
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if model.ops.plan([Run(1, 0, 0)], model.weights.dtype, heads, kv_heads, config.head_dim) is None:
+    if model.ops.plan([TokenSpan(1, 0, 0)], model.weights.dtype, heads, kv_heads, config.head_dim) is None:
         return model, None
     factor = tokens / config.max_position_embeddings
     rope, sliding = (
@@ -201,7 +201,7 @@ def time_attention(
     from torch.nn.functional import scaled_dot_product_attention
 
     from engine.bench.latency import TooLarge
-    from engine.ops.reference import Run
+    from engine.ops.batch import TokenSpan
 
     config, device, dtype = model.config, model.weights.device, model.weights.dtype
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -216,7 +216,7 @@ def time_attention(
         from kernels.attention import prefill
         from kernels.launch import machine_of
 
-        runs = [Run(prompt_tokens, slot, 0) for slot in range(batch)]
+        runs = [TokenSpan(prompt_tokens, slot, 0) for slot in range(batch)]
         plan, tiling = model.ops.plan(runs, dtype, heads, kv_heads, width), None
         if plan is None:
             raise TooLarge("this engine has no kernel for the prompts' attention alone")

@@ -12,8 +12,8 @@ from engine.ops.reference import ReferenceOps
 from stages import bench, prefill
 from stages.host import read_host
 from stages.metrics import Rows, check
-from stages.params import Workload
 from stages.stage import Run
+from stages.params import Workload
 
 CONFIG = ModelConfig.from_dict(tiny.ARCHITECTURE)
 WORKLOAD = Workload("w", ("x",), (1,), (8,), 4, 2, 1, *tiny.MANY)
@@ -52,7 +52,7 @@ def test_lengths_are_measured_beside_their_limit(monkeypatch: pytest.MonkeyPatch
 def test_a_prompt_beyond_the_models_positions_has_its_rope_scaled():
     class WithAPlan(ReferenceOps):
         def plan(self, *args, **kwargs):
-            return ()
+            return object()
 
     weights = random_weights(CONFIG, "cpu", torch.float32, 0)
     model = Model(CONFIG, weights, WithAPlan())
@@ -61,7 +61,7 @@ def test_a_prompt_beyond_the_models_positions_has_its_rope_scaled():
     longer, note = prefill.stretch(model, 8 * most)
     assert note == "beyond the model's positions: RoPE scaled by 8" and longer.max_positions == 8 * most
     assert longer.weights is weights and longer.config.rope.theta == CONFIG.rope.theta
-    for stretched, own in zip(longer.tables[0], model.tables[0], strict=True):
+    for stretched, own in ((getattr(m.attention[0], name) for m in (longer, model)) for name in ("cos", "sin")):
         assert torch.equal(stretched[::8], own)
     assert prefill.stretch(Model(CONFIG, weights, ReferenceOps()), 8 * most)[1] is None
 

@@ -232,7 +232,7 @@ def test_kernel_paths():
 
 def test_as_a_process(olmo2: Reference):
     """No traceback, nothing but text on stdout, and help without loading torch."""
-    script = "import sys; from engine.cli import app; sys.argv[0] = 'afs'; app()"
+    script = "import sys; from engine.cli.app import app; sys.argv[0] = 'afs'; app()"
     command = [
         sys.executable,
         "-c",

@@ -348,5 +348,5 @@ def test_a_shared_prefix_is_computed_once(llm: Any):
 
 
 def test_the_client_needs_no_torch():
-    code = "import sys, engine.client; sys.exit('torch' in sys.modules)"
+    code = "import sys, engine.bench.client; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

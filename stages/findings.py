@@ -98,7 +98,7 @@ def forward(model: Model, pieces: Sequence[Piece], cache: KVCache, observe: Any 
     """One packed forward pass; each piece's logits [its tokens, V]."""
     import torch
 
-    from engine.ops.reference import Run
+    from engine.ops.batch import Batch, TokenSpan
 
     device = model.weights.device
 
@@ -108,9 +108,9 @@ def forward(model: Model, pieces: Sequence[Piece], cache: KVCache, observe: Any 
     tokens = column([token for piece in pieces for token in piece.token_ids])
     slots = column([piece.slot for piece in pieces for _ in piece.token_ids])
     positions = column([piece.begin + index for piece in pieces for index in range(len(piece.token_ids))])
-    runs = [Run(len(piece.token_ids), piece.slot, piece.begin) for piece in pieces]
+    spans = [TokenSpan(len(piece.token_ids), piece.slot, piece.begin) for piece in pieces]
     with torch.inference_mode():
-        logits = model.forward(tokens, slots, positions, cache, observe=observe, runs=runs)
+        logits = model.forward(Batch(tokens, slots, positions, spans=spans), cache, observe)
     return list(logits.split([len(piece.token_ids) for piece in pieces]))
 
 

@@ -44,6 +44,7 @@ def list_parts(model: Model, cache: ContiguousCache, batch: int, context: int) -
     import torch
 
     from engine.model.cost import step_cost
+    from engine.ops.batch import Batch
 
     config, weights, ops = model.config, model.weights, model.ops
     dtype, device = weights.dtype, weights.device
@@ -62,16 +63,14 @@ def list_parts(model: Model, cache: ContiguousCache, batch: int, context: int) -
     positions = integers([context] * batch)
     chosen, places, columns = (torch.zeros_like(tokens) for _ in range(3))
     history = integers([[0] * (cache.capacity + 1)] * batch)
+    step = Batch(tokens, slots, positions, one_token_per_slot=True)
     norm = config.rms_norm_eps, config.norm_rounding
     layers = list(enumerate(weights.layers))
     norms = [weight for _, layer in layers for weight in (layer.attention_norm, layer.mlp_norm)]
     post = config.norm_placement == "post"
 
-    def attend(index: int, layer: Any) -> Callable[[], Any]:
-        return lambda: ops.attend(
-            qkv, layer.q_norm, layer.k_norm, *norm, *model.tables[index], cache.k[index], cache.v[index], slots,
-            positions, model.scale, config.window(index), True,
-        )  # fmt: skip
+    def attend(index: int) -> Callable[[], Any]:
+        return lambda: ops.attend(qkv, model.attention[index], cache.layer(index), step)
 
     def linears(kind: str, given: Any, run: Any = ops.linear) -> Part:
         matrices = [getattr(layer, kind) for _, layer in layers]
@@ -83,7 +82,7 @@ def list_parts(model: Model, cache: ContiguousCache, batch: int, context: int) -
     parts = [
         Part("embedding", [lambda: ops.embedding(tokens, weights.embedding)], 2 * x.nbytes),
         linears("qkv", x),
-        Part("attention", [attend(*pair) for pair in layers], cached + len(layers) * (qkv.nbytes + q.nbytes)),
+        Part("attention", [attend(index) for index, _ in layers], cached + len(layers) * (qkv.nbytes + q.nbytes)),
         linears("o", q),
         Part(
             "add_norm",

@@ -26,7 +26,7 @@ def bench_attention(context: Context, case: Case) -> tuple[Found, str | None]:
     from torch.nn.functional import scaled_dot_product_attention
 
     from engine.bench.latency import TooLarge
-    from engine.ops.reference import Run
+    from engine.ops.batch import TokenSpan
 
     model, backend = context.llm.model, case.get("backend")
     batch, prompt_tokens = case["batch"], case["prompt_tokens"]
@@ -43,7 +43,7 @@ def bench_attention(context: Context, case: Case) -> tuple[Found, str | None]:
         from kernels.attention import prefill
         from kernels.launch import machine_of
 
-        runs = [Run(prompt_tokens, slot, 0) for slot in range(batch)]
+        runs = [TokenSpan(prompt_tokens, slot, 0) for slot in range(batch)]
         plan, tiling = model.ops.plan(runs, dtype, heads, kv_heads, width), None
         if plan is None:
             raise TooLarge("this engine has no kernel for the prompts' attention alone")

@@ -32,13 +32,13 @@ def stretch(model: Model, tokens: int) -> tuple[Model, str | None]:
     """The model with linear RoPE scaling (arXiv:2306.15595) to `tokens` positions, and a note that says so; as it is
     where it has them, and where its attention reads a whole row of scores, which so many take minutes for."""
     from engine.model.transformer import Model as Made
-    from engine.ops.reference import Run
+    from engine.ops.batch import TokenSpan
 
     config = model.config
     if tokens <= model.max_positions:
         return model, None
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if model.ops.plan([Run(1, 0, 0)], model.weights.dtype, heads, kv_heads, config.head_dim) is None:
+    if model.ops.plan([TokenSpan(1, 0, 0)], model.weights.dtype, heads, kv_heads, config.head_dim) is None:
         return model, None
     factor = tokens / config.max_position_embeddings
     rope, sliding = (

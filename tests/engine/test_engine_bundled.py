@@ -16,7 +16,7 @@ from engine.sampling_params import SamplingParams
 
 PATH = Path(__file__).resolve().parents[2] / "data" / "models" / "olmo2-tiny"
 pytestmark = pytest.mark.skipif(
-    not (PATH / "config.json").exists(), reason=f"{PATH} holds no model; `python -m stages.train_tiny` makes it"
+    not (PATH / "config.json").exists(), reason=f"{PATH} holds no model; `python tools/train_tiny.py` makes it"
 )
 
 

@@ -16,10 +16,10 @@ from threading import Thread
 from types import TracebackType
 from typing import TypeVar
 
-from engine.core import EngineStats
 from engine.llm import LLM, Live
-from engine.requests import Update, completion
-from engine.sampling import SamplingParams
+from engine.runtime.engine import EngineStats
+from engine.runtime.request import Update, completion
+from engine.sampling_params import SamplingParams
 
 T = TypeVar("T")
 

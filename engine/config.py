@@ -1,389 +1,208 @@
-"""The architecture of a checkpoint, read strictly from its `config.json`.
+"""What the engine switches on, and the operations that follow from it."""
 
-Whatever could change a number is either understood or refused by name. A field that is absent is an error: the class
-defaults of other libraries are never assumed (those for OLMo-2 are wrong for every released OLMo-2). The only fields
-that may be left out are those that the shapes of the checkpoint's tensors prove when the weights are loaded.
-"""
+from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+import logging
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-DTYPES = ("bfloat16", "float16", "float32")
-FULL, SLIDING = "full_attention", "sliding_attention"
+import torch
 
-# Fields that describe training, bookkeeping or generation defaults: they change no number of a forward pass.
-HARMLESS = frozenset(
-    """
-    _attn_implementation_autoset _name_or_path architectures attention_dropout auto_map bos_token_id
-    chunk_size_feed_forward dtype eos_token_id id2label initializer_range is_decoder is_encoder_decoder label2id
-    max_sequence_length model_type output_attentions output_hidden_states pad_token_id pretraining_tp problem_type
-    return_dict torch_dtype transformers_version unsloth_version use_cache
-    """.split()  # noqa: SIM905
-)
-REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
+from engine.model.config import DTYPES, ModelConfig
+from engine.model.cost import kv_bytes_per_token
+from engine.model.kv_cache import PAGE_SIZE, PAGE_SIZES
+from engine.ops.reference import Ops, ReferenceOps
 
-
-class ConfigError(ValueError):
-    """A `config.json` that cannot be read, lacks a field, or asks for something the engine does not compute."""
+log = logging.getLogger(__name__)
+MANY = 256  # requests that run together where nothing else is asked for
+CPU_CACHE_BYTES = 2**30  # of memory that a cache takes on a CPU where its size is not given
+_CHOICES = {
+    "backend": ("reference", "cuda"),
+    "device": ("cpu", "cuda"),
+    "dtype": ("auto", *DTYPES),
+    "attention": ("naive", "flash"),
+    "linear": ("naive", "streamed", "tiled"),
+    "sampling": ("naive", "split"),
+    "kv_cache": ("none", "contiguous", "paged", "auto"),
+    "cuda_graph": (False, True),
+    "batching": ("inflight", "continuous"),
+    "prefix_cache": (False, True),
+}
+# Tokens of one forward pass by device, where nothing else is asked for. Who decodes waits for a pass: on a CPU one over
+# 2,048 tokens takes seconds, and shorter ones cost it nothing; a GPU needs many tokens to be busy.
+STEP_TOKENS = {"cpu": 256, "cuda": 8192}
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """What a class name in `architectures` fixes beyond the fields of the file."""
+class EngineConfig:
+    """What the engine switches on. `attention`, `linear`, `sampling` name the versions that the cuda backend runs.
 
-    model_type: str
-    norm_placement: Literal["pre", "post"]  # pre: x + f(norm(x)); post: x + norm(f(x))
-    qk_norm: Literal["none", "full"]  # full: one RMSNorm over the whole projection, before the head split
-    norm_rounding: Literal["once", "twice"]  # once: (w * n).to(dtype); twice: w * n.to(dtype)
-    rope_dtype: Literal["float32", "model"]  # dtype in which cos and sin are kept
-    fields: frozenset[str]  # fields of the file this architecture reads besides the common ones
+    The fields' defaults are the plainest engine, on a CPU; `for_machine` makes the fastest for this machine.
 
-
-ARCHITECTURES = {
-    "Olmo2ForCausalLM": Architecture("olmo2", "post", "full", "once", "float32", frozenset({"attention_bias"})),
-    "Olmo3ForCausalLM": Architecture(
-        "olmo3", "post", "full", "once", "float32", frozenset({"attention_bias", "layer_types", "sliding_window"})
-    ),
-    "LlamaForCausalLM": Architecture(
-        "llama", "pre", "none", "twice", "model", frozenset({"attention_bias", "mlp_bias"})
-    ),
-    "MistralForCausalLM": Architecture("mistral", "pre", "none", "twice", "model", frozenset({"sliding_window"})),
-}
-COMMON = frozenset(REQUIRED) | {
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-}
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding: inverse frequencies theta^(-2i/head_dim), then scaled as `type` says.
-
-    `factor` is used by "linear" and "llama3"; the three fields after it by "llama3" only (lengths in tokens).
+    Raises:
+        ValueError: A field has a value that does not exist; names the field, the value and the choices.
     """
 
-    theta: float
-    type: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_max_position_embeddings: int = 0
+    backend: Literal["reference", "cuda"] = "reference"
+    device: Literal["cpu", "cuda"] = "cpu"
+    # auto: the dtype of weights that are given; of a checkpoint float16 where it is stored so, else bfloat16
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    attention: Literal["naive", "flash"] = "naive"
+    linear: Literal["naive", "streamed", "tiled"] = "naive"
+    sampling: Literal["naive", "split"] = "naive"
+    # none: every step computes the whole prefix again; contiguous: a row for each request; paged: pages, as they grow;
+    # auto: paged where the operations read pages of such a model, else contiguous (`for_model`)
+    kv_cache: Literal["none", "contiguous", "paged", "auto"] = "contiguous"
+    page_size: int = PAGE_SIZE  # tokens of a page
+    kv_tokens: int | None = None  # that a paged cache has room for; None = what max_batch requests take, or memory has
+    prefix_cache: bool = True  # pages that begin with the same tokens are shared and kept; paged caches alone
+    cuda_graph: bool = False  # decode steps by engine.decode_loop, captured where the cuda backend runs on a GPU
+    # inflight: a step is prompts or decoding, and its results are awaited before the next is scheduled; continuous: it
+    # is both, and the next one is scheduled while it runs
+    batching: Literal["inflight", "continuous"] = "continuous"
+    max_batch: int = 8  # requests that run together
+    max_model_len: int | None = None  # prompt and new tokens; None = what the model and kv_tokens allow
+    max_step_tokens: int | None = None  # of one forward pass: longer prompts are taken in chunks; None = STEP_TOKENS
 
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """One decoder-only transformer. Sizes in elements, lengths in tokens."""
-
-    architecture: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    hidden_act: str
-    tie_word_embeddings: bool
-    norm_placement: Literal["pre", "post"]
-    qk_norm: Literal["none", "full"]
-    norm_rounding: Literal["once", "twice"]
-    rope_dtype: Literal["float32", "model"]
-    rope: Rope  # of layers that see everything
-    sliding_rope: Rope  # of layers with a window
-    layer_types: tuple[str, ...]  # FULL or SLIDING, one a layer
-    sliding_window: int | None
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int | None
-    dtype: str | None  # of the stored weights, as the file says
-
-    @property
-    def q_size(self) -> int:
-        return self.num_attention_heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        return self.num_key_value_heads * self.head_dim
-
-    def window(self, layer: int) -> int:
-        """Keys a query of `layer` may see, itself included; 0 = all before it."""
-        return (self.sliding_window or 0) if self.layer_types[layer] == SLIDING else 0
-
-    def layer_rope(self, layer: int) -> Rope:
-        return self.sliding_rope if self.layer_types[layer] == SLIDING else self.rope
-
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor a checkpoint of this architecture holds, by its Hugging Face name."""
-        hidden, inter = self.hidden_size, self.intermediate_size
-        layer: dict[str, tuple[int, ...]] = {
-            "self_attn.q_proj": (self.q_size, hidden),
-            "self_attn.k_proj": (self.kv_size, hidden),
-            "self_attn.v_proj": (self.kv_size, hidden),
-            "self_attn.o_proj": (hidden, self.q_size),
-            "mlp.gate_proj": (inter, hidden),
-            "mlp.up_proj": (inter, hidden),
-            "mlp.down_proj": (hidden, inter),
-        }
-        if self.qk_norm == "full":
-            layer |= {"self_attn.q_norm": (self.q_size,), "self_attn.k_norm": (self.kv_size,)}
-        first, second = self.layer_norm_names()
-        layer |= {first: (hidden,), second: (hidden,)}
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
-        for index in range(self.num_hidden_layers):
-            shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
-        shapes["model.norm.weight"] = (hidden,)
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
-        return shapes
-
-    def layer_norm_names(self) -> tuple[str, str]:
-        """Names of a layer's norm that belongs to attention and of the one that belongs to the MLP."""
-        if self.norm_placement == "post":
-            return "post_attention_layernorm", "post_feedforward_layernorm"
-        return "input_layernorm", "post_attention_layernorm"  # the same name as above, in another place
-
-    def parameter_count(self) -> int:
-        total = 0
-        for shape in self.tensor_shapes().values():
-            size = 1
-            for extent in shape:
-                size *= extent
-            total += size
-        return total
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} = {getattr(self, name)!r}; it must be one of {', '.join(map(str, choices))}")
+        if self.cuda_graph and self.kv_cache == "none":
+            raise ValueError("cuda_graph = True with kv_cache = 'none'; it needs kv_cache = 'contiguous' or 'paged'")
+        if self.page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size = {self.page_size!r}; it must be one of {', '.join(map(str, PAGE_SIZES))}")
+        for name in ("max_batch", "max_model_len", "max_step_tokens", "kv_tokens"):
+            value = getattr(self, name)
+            if name != "max_batch" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} = {value!r}; it must be an integer of at least 1")
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "ModelConfig":
-        """Read `path`, a `config.json` or the folder that holds one.
+    def for_machine(cls, backend: str = "auto", **settings: Any) -> EngineConfig:
+        """The fastest that this machine runs: `LLM`'s default, and what the command `afs` starts from.
+
+        On a GPU that our kernels are for it is the kernels, each in its fastest version, with decode steps as CUDA
+        graphs; on an older GPU, which a line of the log names, and on a CPU torch's operations. Up to MANY requests run
+        together, on pages where the operations read them.
+
+        Args:
+            backend: "cuda" (our kernels), "reference" (torch's operations) or "auto".
+            settings: Fields that are to be otherwise.
 
         Raises:
-            ConfigError: The file is absent, is not a JSON object, or `from_dict` refuses it.
+            ValueError: There is no such backend, or a field has a value that does not exist.
         """
-        path = Path(path)
-        if path.is_dir():
-            path = path / "config.json"
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: there is no such file; a checkpoint folder holds a config.json") from None
-        except ValueError as error:
-            raise ConfigError(f"{path}: not JSON ({error})") from None
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{path}: holds a JSON {type(fields).__name__}, not an object")
-        try:
-            return cls.from_dict(fields)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "ModelConfig":
-        """Read the fields of a `config.json`, written by transformers 4 or 5.
-
-        Raises:
-            ConfigError: A field is missing, unknown, of the wrong type, or asks for something not computed here.
-        """
-        name, arch = _architecture(fields)
-        for field in fields:
-            if field not in HARMLESS | COMMON | arch.fields:
-                raise ConfigError(f"{field} = {fields[field]!r} is not a field known for {name}; it may change results")
-
-        act = _get(fields, "hidden_act", str)
-        if act != "silu":
-            raise ConfigError(f"hidden_act = {act!r} is not supported; the engine computes 'silu'")
-        for field in ("attention_bias", "mlp_bias"):
-            if fields.get(field) not in (None, False):
-                raise ConfigError(f"{field} = {fields[field]!r} is not supported; projections have no bias here")
-
-        sizes = {field: _positive(fields, field) for field in REQUIRED}
-        heads = sizes["num_attention_heads"]
-        kv_heads = heads if fields.get("num_key_value_heads") is None else _positive(fields, "num_key_value_heads")
-        if heads % kv_heads:
-            raise ConfigError(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
-        if fields.get("head_dim") is not None:
-            head_dim = _positive(fields, "head_dim")
-        elif sizes["hidden_size"] % heads:
-            raise ConfigError(f"hidden_size = {sizes['hidden_size']} is not a multiple of {heads} heads; give head_dim")
-        else:
-            head_dim = sizes["hidden_size"] // heads
-        if head_dim % 2:
-            raise ConfigError(f"head_dim = {head_dim} is odd; rotary embedding needs pairs")
-        eps = float(_get(fields, "rms_norm_eps", (int, float)))
-        if not 0 < eps < 1:
-            raise ConfigError(f"rms_norm_eps = {eps} is not between 0 and 1")
-
-        layer_types, window = _layer_types(fields, arch, sizes["num_hidden_layers"])
-        rope = _rope_by_layer_type(fields)
-        dtype = fields.get("dtype", fields.get("torch_dtype"))
-        if dtype is not None and dtype not in DTYPES:
-            raise ConfigError(f"dtype = {dtype!r} is not supported; one of {', '.join(DTYPES)}")
-        return cls(
-            architecture=name,
-            **sizes,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            rms_norm_eps=eps,
-            hidden_act=act,
-            tie_word_embeddings=_get(fields, "tie_word_embeddings", bool),
-            norm_placement=arch.norm_placement,
-            qk_norm=arch.qk_norm,
-            norm_rounding=arch.norm_rounding,
-            rope_dtype=arch.rope_dtype,
-            rope=rope[FULL],
-            sliding_rope=rope[SLIDING],
-            layer_types=layer_types,
-            sliding_window=window,
-            bos_token_id=_token(fields, "bos_token_id", sizes["vocab_size"]),
-            eos_token_ids=_eos(fields, sizes["vocab_size"]),
-            pad_token_id=_token(fields, "pad_token_id", sizes["vocab_size"]),
-            dtype=dtype,
-        )
-
-
-def _architecture(fields: dict[str, Any]) -> tuple[str, Architecture]:
-    names = _get(fields, "architectures", list)
-    known = ", ".join(ARCHITECTURES)
-    if len(names) != 1 or names[0] not in ARCHITECTURES:
-        raise ConfigError(f"architectures = {names!r} is not supported; one of {known}")
-    arch = ARCHITECTURES[names[0]]
-    if _get(fields, "model_type", str) != arch.model_type:
-        raise ConfigError(f"model_type = {fields['model_type']!r} does not belong to {names[0]} ({arch.model_type!r})")
-    return names[0], arch
-
-
-def _get(fields: dict[str, Any], field: str, kind: type | tuple[type, ...], where: str = "") -> Any:
-    if field not in fields:
-        raise ConfigError(f"{where}{field} is missing; no default is assumed for it")
-    value = fields[field]
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise ConfigError(f"{where}{field} = {value!r} is not a {' or '.join(k.__name__ for k in kinds)}")
-    return value
-
-
-def _positive(fields: dict[str, Any], field: str) -> int:
-    value = _get(fields, field, int)
-    if value < 1:
-        raise ConfigError(f"{field} = {value} is not at least 1")
-    return value
-
-
-def _token(fields: dict[str, Any], field: str, vocab_size: int) -> int | None:
-    if fields.get(field) is None:
-        return None
-    value = _get(fields, field, int)
-    if field == "pad_token_id" and value == -1:  # written by some checkpoints to say there is none
-        return None
-    if not 0 <= value < vocab_size:
-        raise ConfigError(f"{field} = {value} is not a token of a vocabulary of {vocab_size}")
-    return value
-
-
-def _eos(fields: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
-    if "eos_token_id" not in fields:
-        raise ConfigError("eos_token_id is missing; no default is assumed for it (null says there is none)")
-    value = fields["eos_token_id"]
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(t for i in ids if (t := _token({"eos_token_id": i}, "eos_token_id", vocab_size)) is not None)
-
-
-def _layer_types(fields: dict[str, Any], arch: Architecture, layers: int) -> tuple[tuple[str, ...], int | None]:
-    if "sliding_window" not in arch.fields:
-        return (FULL,) * layers, None
-    if "sliding_window" not in fields:
-        raise ConfigError("sliding_window is missing; no default is assumed for it (null says there is none)")
-    window = None if fields["sliding_window"] is None else _positive(fields, "sliding_window")
-    if "layer_types" not in arch.fields:
-        return ((FULL if window is None else SLIDING),) * layers, window
-    types = _get(fields, "layer_types", list)
-    if len(types) != layers:
-        raise ConfigError(f"layer_types has {len(types)} entries for num_hidden_layers = {layers}")
-    for kind in types:
-        if kind not in (FULL, SLIDING):
-            raise ConfigError(f"layer_types names {kind!r}; the engine computes {FULL!r} and {SLIDING!r}")
-    if SLIDING in types and window is None:
-        raise ConfigError(f"layer_types names {SLIDING!r} but sliding_window is null")
-    return tuple(types), window
-
-
-def _rope_by_layer_type(fields: dict[str, Any]) -> dict[str, Rope]:
-    """Either `rope_parameters` (transformers 5; flat, or one a layer type) or `rope_theta` with `rope_scaling`."""
-    limit = fields["max_position_embeddings"]
-    if fields.get("rope_parameters") is not None:
-        if fields.get("rope_scaling") is not None:
-            raise ConfigError("rope_parameters and rope_scaling are both given; the file must hold one of them")
-        given = _get(fields, "rope_parameters", dict)
-        if "rope_theta" in fields:
-            given = {"rope_theta": fields["rope_theta"], **given}
-        by_type = fields["model_type"] == "olmo3"
-        if not {FULL, SLIDING} & set(given):
-            rope = _rope(given, limit, "rope_parameters.")
-            if by_type and rope.type != "default":
-                raise ConfigError(
-                    f"rope_parameters = {given!r} scales the layers of all types; in this architecture those of "
-                    f"{SLIDING!r} are never scaled: give rope_parameters.{FULL} and rope_parameters.{SLIDING}"
-                )
-            return dict.fromkeys((FULL, SLIDING), rope)
-        if not by_type:
-            raise ConfigError(f"rope_parameters = {given!r} is by layer type; this architecture has one for all")
-        for field in sorted(set(given) - {FULL, SLIDING, "rope_theta"}):
-            raise ConfigError(
-                f"rope_parameters.{field} = {given[field]!r} is beside {FULL!r} and {SLIDING!r}, in neither"
-            )
-        return {
-            kind: _rope(_get(given, kind, dict, "rope_parameters."), limit, f"rope_parameters.{kind}.")
-            for kind in (FULL, SLIDING)
+        if backend not in ("auto", "reference", "cuda"):
+            raise ValueError(f"backend = {backend!r}; it must be auto, reference or cuda")
+        device = settings.pop("device", "cuda" if backend == "cuda" or torch.cuda.is_available() else "cpu")
+        if backend == "auto":
+            unfit = _unfit() if device == "cuda" else None
+            if unfit:
+                log.warning("%s: torch's operations run in their place", unfit)
+            backend = "reference" if device == "cpu" or unfit else "cuda"
+        chosen: dict[str, Any] = {
+            "backend": backend,
+            "device": device,
+            "attention": "flash",
+            "linear": "tiled",
+            "sampling": "split",
+            "kv_cache": "auto",
+            "cuda_graph": settings.get("kv_cache") != "none",
+            "max_batch": MANY,
         }
-    theta = _get(fields, "rope_theta", (int, float))
-    plain = _rope({"rope_theta": theta, "rope_type": "default"}, limit, "")
-    if fields.get("rope_scaling") is None:
-        return dict.fromkeys((FULL, SLIDING), plain)
-    scaled = _rope({"rope_theta": theta, **_get(fields, "rope_scaling", dict)}, limit, "rope_scaling.")
-    # In OLMo-3, scaling applies only to the layers that see everything.
-    return {FULL: scaled, SLIDING: plain if fields["model_type"] == "olmo3" else scaled}
+        return cls(**chosen | settings)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of one forward pass, at most: max_step_tokens, or where that is None what suits the device."""
+        return self.max_step_tokens or STEP_TOKENS[self.device]
+
+    @property
+    def cache_tokens(self) -> int | None:
+        """Tokens that kv_tokens gives a paged cache room for: whole pages. None where the size is not given."""
+        if self.kv_cache not in ("paged", "auto") or self.kv_tokens is None:
+            return None
+        return -(-self.kv_tokens // self.page_size) * self.page_size
+
+    @property
+    def captures(self) -> bool:
+        """Whether decode steps are CUDA graphs: other backends run the same steps without one."""
+        return self.cuda_graph and self.backend == "cuda" and self.device == "cuda"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Raises ValueError where dtype is still "auto": `for_dtype` settles it."""
+        if self.dtype == "auto":
+            raise ValueError(f"dtype = 'auto' is no dtype yet; name one of {', '.join(DTYPES)}")
+        return getattr(torch, self.dtype)
+
+    def for_dtype(self, found: torch.dtype | str) -> EngineConfig:
+        """With `found` in place of dtype "auto": the dtype, or its name, of the weights that there are.
+
+        Raises:
+            ValueError: `found` is none of the dtypes that the engine runs in.
+        """
+        return replace(self, dtype=str(found).removeprefix("torch.")) if self.dtype == "auto" else self
+
+    def cache_kind(self, model: ModelConfig, ops: Ops) -> Literal["none", "contiguous", "paged"]:
+        """`kv_cache`, in place of "auto": paged where `ops` read pages of such heads of a settled dtype, or `kv_tokens`
+        asks for them; else contiguous."""
+        if self.kv_cache != "auto":
+            return self.kv_cache
+        heads = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+        paged = self.kv_tokens is not None or ops.why_not_paged(self.torch_dtype, *heads) is None
+        return "paged" if paged else "contiguous"
+
+    def for_model(self, model: ModelConfig, ops: Ops, max_len: int) -> EngineConfig:
+        """With kv_cache "auto" settled, in kind and size, for a model whose weights are on the device.
+
+        On a CPU a paged cache is of up to CPU_CACHE_BYTES, or one request's bytes where these are more. A contiguous
+        one is for as many requests, up to `max_batch`, as half of the device's free memory has room for.
+
+        Args:
+            max_len: Tokens of a request, at most: prompt and generated.
+        """
+        if self.kv_cache != "auto":
+            return self
+        size = kv_bytes_per_token(model, self.torch_dtype)
+        if self.cache_kind(model, ops) == "paged":
+            tokens = self.kv_tokens
+            if tokens is None and self.device == "cpu":
+                tokens = max(max_len, min(self.max_batch * max_len, CPU_CACHE_BYTES // size))
+            return replace(self, kv_cache="paged", kv_tokens=tokens)
+        # A bucket of rows may be twice as many as run: half of the memory has room for those too.
+        room = CPU_CACHE_BYTES if self.device == "cpu" else torch.cuda.mem_get_info()[0] // 2
+        fitting = max(1, room // (max_len * size))
+        return replace(self, kv_cache="contiguous", max_batch=min(self.max_batch, fitting))
 
 
-def _rope(given: dict[str, Any], max_positions: int, where: str) -> Rope:
-    given = dict(given)
-    legacy = given.pop("type", None)
-    kind = given.setdefault("rope_type", legacy)
-    if legacy is not None and legacy != kind:
-        raise ConfigError(f"{where}type = {legacy!r} contradicts {where}rope_type = {kind!r}")
-    used = {
-        "default": set(),
-        "linear": {"factor"},
-        "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    }
-    if kind not in used:
-        raise ConfigError(f"{where}rope_type = {kind!r} is not supported; one of {', '.join(used)}")
-    if given.get("partial_rotary_factor") == 1.0:
-        del given["partial_rotary_factor"]
-    for field in given:
-        if field not in used[kind] | {"rope_type", "rope_theta"}:
-            raise ConfigError(f"{where}{field} = {given[field]!r} is not a field of rope_type {kind!r}")
-    values = {field: _get(given, field, (int, float), where) for field in sorted(used[kind])}
-    theta = _get(given, "rope_theta", (int, float), where)
-    for field, value in {"rope_theta": theta, **values}.items():
-        if value <= 0:
-            raise ConfigError(f"{where}{field} = {value} is not positive")
-    if kind == "llama3":
-        if values["high_freq_factor"] <= values["low_freq_factor"]:
-            raise ConfigError(f"{where}high_freq_factor is not above low_freq_factor: {values}")
-        if values["original_max_position_embeddings"] > max_positions:
-            raise ConfigError(f"{where}original_max_position_embeddings is above {max_positions} positions: {values}")
-    return Rope(theta=float(theta), type=kind, **values)
+def make_ops(engine: EngineConfig) -> Ops:
+    """The operations that `engine` names.
+
+    Raises:
+        ValueError: The device or the backend is not there on this machine.
+    """
+    if engine.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = 'cuda', but torch finds no CUDA GPU on this machine; use device = 'cpu'")
+    if engine.backend == "reference":
+        return ReferenceOps(engine.device)
+    if engine.device == "cuda" and (unfit := _unfit()):
+        raise ValueError(f"backend = 'cuda', but {unfit}; use backend = 'reference'")
+    from engine.ops.cuda import CudaOps  # it imports numba, which takes a second
+
+    return CudaOps(engine.device, attention=engine.attention, linear=engine.linear, sampling=engine.sampling)
+
+
+def _unfit() -> str | None:
+    """Why our kernels are not for the GPU; None where they are, or where there is no GPU to ask."""
+    if not torch.cuda.is_available():
+        return None
+    from kernels.architectures import BuildError, architecture_of
+
+    try:
+        architecture_of(torch.cuda.get_device_capability())
+    except BuildError as error:
+        return f"{torch.cuda.get_device_name()}: {error}"
+    return None

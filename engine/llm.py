@@ -13,17 +13,17 @@ from pathlib import Path
 
 import torch
 
-from engine.config import ConfigError, ModelConfig
-from engine.core import Engine, EngineStats
-from engine.engine_config import EngineConfig, make_ops
+from engine.config import EngineConfig, make_ops
 from engine.errors import ContextLengthError, RequestError
-from engine.hub import find_model
-from engine.model import Model
-from engine.requests import Completion, Request, Text, completion
-from engine.sampling import SamplingParams
-from engine.startup import Preparation
-from engine.tokenizer import Tokenizer
-from engine.weights import Weights, load_weights, stored_dtype
+from engine.model.config import ConfigError, ModelConfig
+from engine.model.hub import find_model
+from engine.model.transformer import Model
+from engine.model.weights import Weights, load_weights, stored_dtype
+from engine.runtime.engine import Engine, EngineStats
+from engine.runtime.request import Completion, Request, Text, completion
+from engine.runtime.startup import Preparation
+from engine.sampling_params import SamplingParams
+from engine.text.tokenizer import Tokenizer
 
 __all__ = ["LLM", "Completion", "EngineConfig", "Live", "make_ops"]
 

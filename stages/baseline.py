@@ -141,7 +141,7 @@ def measure_prompts(
 def main(run: Run, gpu: Gpu, model: Model, workload: Workload) -> None:
     import torch
 
-    from engine.config import ModelConfig
+    from engine.model.config import ModelConfig
 
     path = run.find_snapshot(model.name)
     checkpoint = checkpoint_id(run.find(f"data/hf/{model.name}.manifest.json"))

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.throughput import LATE
+from engine.bench.throughput import LATE
 from stages import decode, peers, prefill, throughput
 from stages.host import read_host, use_gpu
 from stages.metrics import COLUMNS, KNOBS, Rows, read
@@ -37,8 +37,8 @@ from stages.standard import (
 )
 
 if TYPE_CHECKING:
-    from engine.config import ModelConfig
     from engine.llm import LLM
+    from engine.model.config import ModelConfig
 
 NO_FORWARD = "no forward pass before w03"
 TOKENIZER_BYTES = 1 << 16
@@ -62,7 +62,7 @@ class Context:
 
     @cached_property
     def config(self) -> ModelConfig:
-        from engine.config import ModelConfig
+        from engine.model.config import ModelConfig
 
         return ModelConfig.from_file(self.path)
 
@@ -140,7 +140,7 @@ def bench_tokenizer(context: Context) -> None:
         for case, metric in names.items():
             context.rows.missing(case=case, metric=metric, reason="random weights come without a tokenizer", **shared)
         return
-    from engine.tokenizer import Tokenizer
+    from engine.text.tokenizer import Tokenizer
 
     text = sample_text(context.workload.prompts)
     size = len(text.encode()) / 1e6
@@ -196,7 +196,7 @@ def bench_load(context: Context) -> None:
     """
     import torch
 
-    from engine.weights import load_weights
+    from engine.model.weights import load_weights
 
     files = sorted(context.path.resolve().glob("*.safetensors"))
     size = sum(path.stat().st_size for path in files)
@@ -256,7 +256,7 @@ def bench_standard(context: Context) -> None:
 
 def measure_standard(context: Context, cases: list[Any]) -> None:
     """Generation through `LLM`, greedy, from token ids."""
-    from engine.sampling import SamplingParams
+    from engine.sampling_params import SamplingParams
     from stages.timing import measurement_lock
 
     settings, knobs = context.settings, context.knobs
@@ -339,7 +339,7 @@ def bench_peers(context: Context) -> None:
 
 def read_sizes(workload: Workload) -> throughput.Sizes:
     """What the suites of `stages.throughput` run."""
-    from engine.workloads import Mix
+    from engine.bench.workloads import Mix
 
     many, shared = workload.requests, workload.shared_prefix
     return throughput.Sizes(

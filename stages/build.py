@@ -56,7 +56,7 @@ def add_build(rows: Rows, build: Build) -> str | None:
 
 @stage(Gpu)
 def main(run: Run, gpu: Gpu) -> None:
-    from engine.progress import compile_kernels
+    from engine.runtime.progress import compile_kernels
     from kernels import catalogue
     from kernels.architectures import ARCHITECTURES, BuildError
 

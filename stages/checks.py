@@ -13,9 +13,9 @@ from stages.metrics import Rows
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from engine.kv_cache import KVCache
     from engine.llm import EngineConfig
-    from engine.model import Model
+    from engine.model.kv_cache import KVCache
+    from engine.model.transformer import Model
 
 
 @dataclass
@@ -61,10 +61,10 @@ def explain(value: float, limit: float, limit_kind: str, unit: str) -> str:
 
 def load_engine(path: Path, engine: EngineConfig) -> Model:
     """The checkpoint at `path` in the engine that `engine` describes."""
-    from engine.config import ModelConfig
     from engine.llm import make_ops
-    from engine.model import Model
-    from engine.weights import load_weights
+    from engine.model.config import ModelConfig
+    from engine.model.transformer import Model
+    from engine.model.weights import load_weights
 
     config = ModelConfig.from_file(path)
     return Model(config, load_weights(path, config, engine.device, engine.torch_dtype), make_ops(engine))
@@ -74,7 +74,7 @@ def new_cache(model: Model, slots: int, capacity: int, paged: bool) -> KVCache:
     """An empty cache; a paged one's pages are given to its slots in an order that is none."""
     import torch
 
-    from engine.kv_cache import PAGE_SIZE
+    from engine.model.kv_cache import PAGE_SIZE
 
     if not paged:
         return model.new_cache(slots, capacity)
@@ -98,7 +98,7 @@ def forward(model: Model, pieces: Sequence[Piece], cache: KVCache, observe: Any 
     """One packed forward pass; each piece's logits [its tokens, V]."""
     import torch
 
-    from engine.ops import Run
+    from engine.ops.reference import Run
 
     device = model.weights.device
 

@@ -18,9 +18,9 @@ from stages.params import Workload
 if TYPE_CHECKING:
     import torch
 
-    from engine.cost import Ceilings
-    from engine.kv_cache import ContiguousCache
-    from engine.model import Model
+    from engine.model.cost import Ceilings
+    from engine.model.kv_cache import ContiguousCache
+    from engine.model.transformer import Model
 
 STEP, KERNELS, GRAPHS = "decode_step", "kernels", "graphs"
 SUITES = (STEP, KERNELS, GRAPHS)
@@ -81,7 +81,7 @@ def bench(
     suite: str, rows: Rows, model: Model, workload: Workload, ceilings: Ceilings, graph: bool, **knobs: Any
 ) -> None:  # fmt: skip
     """The suite's rows on a GPU. A case that the model or the memory does not hold is a row that says so."""
-    from engine.latency import TooLarge
+    from engine.bench.latency import TooLarge
 
     run = {STEP: bench_step, KERNELS: bench_kernels, GRAPHS: bench_graphs}[suite]
     for size in dict.fromkeys((batch, context) for _, _, batch, context in list_rows(suite)):
@@ -103,7 +103,7 @@ Found = list[tuple[str, str, list[float], float | None, str | None]]  # case, me
 
 def bench_step(model: Model, workload: Workload, ceilings: Ceilings, graph: bool, batch: int, context: int) -> Found:
     """Decode steps as the engine runs them, each token read by the host, the next step enqueued before."""
-    from engine.latency import Case, measure
+    from engine.bench.latency import Case, measure
 
     case = Case(prompt=0, new=workload.new_tokens, depth=context)
     result = measure(model, case, batch, workload.repeats, graph, chunk=1, ceilings=ceilings)
@@ -133,7 +133,7 @@ def list_parts(model: Model, cache: ContiguousCache, batch: int, context: int) -
     """A decode step's operations on random inputs: each layer's call on that layer's weights and cache."""
     import torch
 
-    from engine.cost import step_cost
+    from engine.model.cost import step_cost
 
     config, weights, ops = model.config, model.weights, model.ops
     dtype, device = weights.dtype, weights.device
@@ -193,7 +193,7 @@ def list_parts(model: Model, cache: ContiguousCache, batch: int, context: int) -
 
 def time_part(part: Part, repeats: int, device: torch.device) -> list[float]:
     """Milliseconds that the part's calls take, one after another; on a GPU enough of them in one CUDA graph."""
-    from engine.cuda_graph import capture
+    from engine.runtime.cuda_graph import capture
     from stages.timing import measure
 
     rounds = -(-CAPTURED // len(part.calls))
@@ -225,7 +225,7 @@ def bench_kernels(model: Model, workload: Workload, ceilings: Ceilings, graph: b
     """Each operation of the step by itself, over all layers in a row, so that no weight is still in the L2 cache."""
     import torch
 
-    from engine.latency import random_cache
+    from engine.bench.latency import random_cache
 
     found: Found = []
     with torch.inference_mode():
@@ -251,8 +251,8 @@ def bench_graphs(model: Model, workload: Workload, ceilings: Ceilings, graph: bo
     Host time of single steps: enqueueing one and taking over its tokens once they are there. Of many: enqueueing them
     all, over their tokens.
     """
-    from engine.decode_loop import DecodeLoop
-    from engine.latency import Case, case_cost, measure_decode, random_cache, seconds, start_decode
+    from engine.bench.latency import Case, case_cost, measure_decode, random_cache, seconds, start_decode
+    from engine.runtime.decode_loop import DecodeLoop
 
     steps, repeats, device = workload.new_tokens, workload.repeats, model.weights.device
     size = name_case(batch, context)

@@ -18,8 +18,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine.config import ConfigError, ModelConfig
-from engine.safetensors_io import CheckpointError, read_index
+from engine.model.config import ConfigError, ModelConfig
+from engine.model.safetensors import CheckpointError, read_index
 from stages.fit import check_fit
 from stages.host import read_host
 from stages.params import Model

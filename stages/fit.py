@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.memory import free_host_bytes
+from engine.runtime.memory import free_host_bytes
 from stages.host import free_gpu_bytes
 from stages.params import Model
 from stages.sources import SHARD_BYTES, count_bytes, plan_shards, read_architecture

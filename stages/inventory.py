@@ -16,8 +16,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from engine.config import ConfigError, ModelConfig
-from engine.safetensors_io import CheckpointError, TensorEntry, read_index, read_tensor_bytes
+from engine.model.config import ConfigError, ModelConfig
+from engine.model.safetensors import CheckpointError, TensorEntry, read_index, read_tensor_bytes
 from stages.host import HOST, Host
 from stages.metrics import Rows
 from stages.params import Model, StagedModel

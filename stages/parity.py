@@ -40,9 +40,9 @@ from stages.stage import Run, StageError, stage
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from engine.config import ModelConfig
     from engine.llm import LLM, EngineConfig
-    from engine.model import Model as EngineModel
+    from engine.model.config import ModelConfig
+    from engine.model.transformer import Model as EngineModel
 
 FP32_LIMIT = 1e-3
 HALF_RATIO = 1.25
@@ -76,7 +76,7 @@ class Context:
 
     @cached_property
     def config(self) -> ModelConfig:
-        from engine.config import ModelConfig
+        from engine.model.config import ModelConfig
 
         return ModelConfig.from_file(self.path)
 
@@ -164,7 +164,7 @@ def compare_tokenizers(findings: Findings, path: Path, prompts: list[str]) -> No
     """Our tokenizer of the files at `path` against transformers' own."""
     import torch
 
-    from engine.tokenizer import Tokenizer
+    from engine.text.tokenizer import Tokenizer
 
     ours, theirs = Tokenizer(path), load_tokenizer(path)
     texts = TEXTS | {f"prompt {index}": text for index, text in enumerate(prompts)}
@@ -214,7 +214,7 @@ def check_tensors(context: Context) -> None:
     """Every tensor as the engine holds it equals the one transformers loads."""
     import torch
 
-    from engine.weights import load_weights
+    from engine.model.weights import load_weights
 
     device = "cuda" if context.gpu else "cpu"
     dtype = getattr(torch, context.config.dtype or "bfloat16")
@@ -548,7 +548,7 @@ def compare_micro(
     """
     import torch
 
-    from engine.ops import ReferenceOps
+    from engine.ops.reference import ReferenceOps
 
     knobs: dict[str, Any] = {"backend": backend, "model": "micro"}
     exact, own = reference["float32"], reference[dtype]
@@ -624,7 +624,7 @@ def count_unequal_requests(llm: LLM, prompts: list[list[int]]) -> int:
     Together they have pages for a part of their tokens only, and steps too short for the longest prompt.
     """
     from engine.llm import LLM
-    from engine.sampling import MOST_LOGPROBS, SamplingParams
+    from engine.sampling_params import MOST_LOGPROBS, SamplingParams
 
     params = [
         SamplingParams(max_new_tokens=2 * STEPS, temperature=i % 2, seed=i, logprobs=MOST_LOGPROBS, ignore_eos=True)
@@ -656,8 +656,8 @@ def count_unequal_steps(engine: EngineModel, prompts: list[list[int]], captures:
     """
     import torch
 
-    from engine.decode_loop import DecodeLoop, Row, bucket
-    from engine.sampling import SamplingParams
+    from engine.runtime.decode_loop import DecodeLoop, Row, bucket
+    from engine.sampling_params import SamplingParams
 
     capacity = max(map(len, prompts)) + STEPS
     loop = DecodeLoop(engine, new_cache(engine, bucket(len(prompts)), capacity, paged), captures)
@@ -727,7 +727,7 @@ def check_text(context: Context) -> None:
 
 def compare_text(findings: Findings, llm: LLM, bundle: Bundle) -> None:
     """Greedy completions of the bundle's prompts by `llm` against the bundle's."""
-    from engine.sampling import SamplingParams
+    from engine.sampling_params import SamplingParams
 
     dtype, tokenizer = llm.engine.dtype, llm.tokenizer
     references = [prompt.greedy[dtype] for prompt in bundle.prompts]
@@ -841,7 +841,7 @@ def draw(ops: Any, logits: Tensor, seeds: Tensor, positions: Tensor, **filters: 
 
 def check_sampling(context: Context) -> None:
     """Draws follow transformers' distribution, and are the same for the same seed whatever they are batched with."""
-    from engine.sampling import SamplingParams
+    from engine.sampling_params import SamplingParams
 
     llm = context.llm(context.dtype)
     compare_distributions(context.findings, llm.model.ops, context.device, context.backend)

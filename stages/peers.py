@@ -15,9 +15,9 @@ from stages.metrics import Rows
 from stages.params import Workload
 
 if TYPE_CHECKING:
-    from engine.config import ModelConfig
-    from engine.cost import Ceilings
-    from engine.weights import Weights
+    from engine.model.config import ModelConfig
+    from engine.model.cost import Ceilings
+    from engine.model.weights import Weights
 
 PEERS = "peers"
 PRODUCT_BATCHES = (1, 8, 32, 128)
@@ -57,7 +57,7 @@ def bench(
     """The suite's rows, on a GPU. path: the checkpoint's folder. knobs: dtype and the like, of every row."""
     import torch
 
-    from engine.latency import Case, case_cost
+    from engine.bench.latency import Case, case_cost
     from stages.hf import load_model
 
     model: Any = None

@@ -15,8 +15,8 @@ from stages.metrics import Rows
 from stages.params import Workload
 
 if TYPE_CHECKING:
-    from engine.cost import Ceilings
-    from engine.model import Model
+    from engine.model.cost import Ceilings
+    from engine.model.transformer import Model
 
 LENGTHS, PRODUCTS, ATTENTION = "prompt_lengths", "prompt_products", "prompt_attention"
 SUITES = (LENGTHS, PRODUCTS, ATTENTION)
@@ -83,7 +83,7 @@ def bench(
 
     chunk: tokens of a pass at most. graph: whether short prompts are CUDA graphs.
     """
-    from engine.latency import TooLarge
+    from engine.bench.latency import TooLarge
 
     for case in list_cases(suite):
         note = None
@@ -106,8 +106,8 @@ def bench(
 def stretch(model: Model, tokens: int) -> tuple[Model, str | None]:
     """The model with linear RoPE scaling (arXiv:2306.15595) to `tokens` positions, and a note that says so; as it is
     where it has them, and where its attention reads a whole row of scores, which so many take minutes for."""
-    from engine.model import Model as Made
-    from engine.ops import Run
+    from engine.model.transformer import Model as Made
+    from engine.ops.reference import Run
 
     config = model.config
     if tokens <= model.max_positions:
@@ -132,8 +132,8 @@ def time_prompt(
     """Raises TooLarge."""
     import torch
 
-    from engine.cost import kv_bytes_per_token
-    from engine.latency import PAGE, Case, case_cost, measure
+    from engine.bench.latency import PAGE, Case, case_cost, measure
+    from engine.model.cost import kv_bytes_per_token
 
     gpu, before = model.weights.device.type == "cuda", 0
     if gpu:
@@ -200,8 +200,8 @@ def time_attention(
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    from engine.latency import TooLarge
-    from engine.ops import Run
+    from engine.bench.latency import TooLarge
+    from engine.ops.reference import Run
 
     config, device, dtype = model.config, model.weights.device, model.weights.dtype
     heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim

@@ -119,11 +119,11 @@ def load(checkpoint: Path, settings: Mapping[str, Any]) -> LLM:
 def prepare(llm: LLM, work: Work) -> Callable[[], Any]:
     """What runs the work once: its kernels are compiled and its graphs captured. Raises StageError for a cache that
     does not fit."""
-    from engine.latency import TooLarge, run_decode, start_decode
+    from engine.bench.latency import TooLarge, run_decode, start_decode
     from stages.throughput import random_cache
 
     if not work.steps:
-        from engine.sampling import SamplingParams
+        from engine.sampling_params import SamplingParams
 
         params = SamplingParams(temperature=0.0, max_new_tokens=1, ignore_eos=True)
         case = Case(PREFILL, work.batch, work.tokens, 1)
@@ -134,7 +134,7 @@ def prepare(llm: LLM, work: Work) -> Callable[[], Any]:
 
         run(0)
         return lambda: run(1)
-    from engine.decode_loop import DecodeLoop
+    from engine.runtime.decode_loop import DecodeLoop
 
     llm.release()  # the cache is our own
     try:

@@ -28,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.throughput import LATE
+from engine.bench.throughput import LATE
 from stages import metrics
 from stages.compare import Row, spread
 from stages.compose import read_params

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 import yaml
 
-from engine import hub
-from engine.config import ConfigError, ModelConfig
+from engine.model import hub
+from engine.model.config import ConfigError, ModelConfig
 from stages.params import CONF, Model, ParamsError, thaw
 from stages.stage import StageError, cache_folder, write_whole
 

@@ -19,8 +19,8 @@ from stages.params import Workload
 from stages.stage import Run
 
 if TYPE_CHECKING:
-    from engine.config import ModelConfig
-    from engine.cost import Ceilings
+    from engine.model.config import ModelConfig
+    from engine.model.cost import Ceilings
 
 PREFILL, DECODE = "standard_prefill", "standard_decode"
 PROMPTS = "workload_prompts"  # the workload's own text instead of random tokens
@@ -199,7 +199,7 @@ def measure_case(
 
 def read_ceilings(run: Run, gpu: bool) -> Ceilings:
     """The ceilings that the provision stage measured for the GPU, or for the CPU where `gpu` is False."""
-    from engine.cost import Ceilings
+    from engine.model.cost import Ceilings
 
     frame: Any = read(run.find("data/ceilings.parquet"))
     frame = frame[
@@ -218,7 +218,7 @@ def limits(
     """metric -> (the value it could have at best on this host, why)."""
     import torch
 
-    from engine.cost import step_cost
+    from engine.model.cost import step_cost
 
     kind = getattr(torch, dtype)
     prompts = [case.prompt_tokens] * case.batch

@@ -26,16 +26,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from engine.workloads import LATENCIES, Mix, Outcome, Request, arrive, describe, samples
+from engine.bench.workloads import LATENCIES, Mix, Outcome, Request, arrive, describe, samples
 from stages.metrics import Rows
 from stages.stage import StageError
 from stages.standard import NO_GPU, TooSlow
 
 if TYPE_CHECKING:
-    from engine import client, throughput
-    from engine.cost import Ceilings
-    from engine.kv_cache import KVCache
+    from engine.bench import client, throughput
     from engine.llm import LLM
+    from engine.model.cost import Ceilings
+    from engine.model.kv_cache import KVCache
 
 THROUGHPUT, PREFIX, DECODE, TRACE, SERVE = "throughput", "prefix_cache", "decode_batches", "step_trace", "serve"
 SUITES = (THROUGHPUT, PREFIX, DECODE, TRACE)  # of an engine in this process
@@ -247,7 +247,7 @@ def bench(suite: str, rows: Rows, llm: LLM, sizes: Sizes, ceilings: Ceilings, **
 
 def check(llm: LLM, suite: str, mix: Mix) -> None:
     """Raises ValueError for requests the model or the engine is not for, TooSlow for a CPU that would take too long."""
-    from engine.throughput import run_offline
+    from engine.bench.throughput import run_offline
 
     if mix.longest > llm.max_model_len:
         raise ValueError(f"a request of {mix.longest} tokens, prompt and new ones; the model has {llm.max_model_len}")
@@ -295,7 +295,7 @@ def bench_throughput(rows: Rows, llm: LLM, mix: Mix, repeats: int, ceilings: Cei
 
 def repeat(llm: LLM, mix: Mix, repeats: int, ceilings: Ceilings) -> list[throughput.Result]:
     """Runs of the mix after one to warm up; on a CPU no more are begun once the first have taken CPU_SECONDS / 10."""
-    from engine.throughput import measure, warm_up
+    from engine.bench.throughput import measure, warm_up
 
     requests = mix.requests(llm.config.vocab_size)
     gpu = llm.engine.device == "cuda"
@@ -322,7 +322,7 @@ def add_memory(rows: Rows, suite: str, case: str, results: Sequence[throughput.R
 def bench_prefix(rows: Rows, llm: LLM, mix: Mix, repeats: int, ceilings: Ceilings, **knobs: Any) -> None:
     """Requests that begin with the same tokens: the first alone, then each of the rest alone; and all at once, beside
     as many prompts of the same lengths that share nothing."""
-    from engine.throughput import Limit, measure, run_offline
+    from engine.bench.throughput import Limit, measure, run_offline
 
     vocabulary, name = llm.config.vocab_size, name_mix(mix)
     apart = replace(mix, low=mix.low + mix.prefix_tokens, high=mix.high + mix.prefix_tokens, prefix_tokens=0)
@@ -370,7 +370,7 @@ def add_absent(rows: Rows, case: str, reason: str, **knobs: Any) -> None:
 
 def bench_decode(rows: Rows, llm: LLM, sizes: Sizes, ceilings: Ceilings, **knobs: Any) -> None:
     """Decode steps of many sequences at one context, as the engine runs them, on a cache of random numbers."""
-    from engine.latency import Case, Result, TooLarge, case_cost
+    from engine.bench.latency import Case, Result, TooLarge, case_cost
 
     gpu = llm.engine.device == "cuda"
     for batch, context in BATCHES if gpu else SMALL:
@@ -392,8 +392,8 @@ def bench_decode(rows: Rows, llm: LLM, sizes: Sizes, ceilings: Ceilings, **knobs
 
 def time_steps(llm: LLM, batch: int, context: int, steps: int, repeats: int) -> list[float]:
     """Seconds of each run of `steps` decode steps after `context` tokens, after a short one. Raises TooLarge."""
-    from engine.decode_loop import DecodeLoop
-    from engine.latency import run_decode, seconds, start_decode
+    from engine.bench.latency import run_decode, seconds, start_decode
+    from engine.runtime.decode_loop import DecodeLoop
 
     loop = DecodeLoop(llm.model, random_cache(llm, batch, context + steps), llm.engine.captures)
     spent = []
@@ -416,8 +416,8 @@ def random_cache(llm: LLM, batch: int, positions: int) -> KVCache:
 
     import torch
 
-    from engine import latency
-    from engine.cost import kv_bytes_per_token
+    from engine.bench import latency
+    from engine.model.cost import kv_bytes_per_token
 
     model = llm.model
     if llm.engine.kv_cache != "paged":
@@ -473,7 +473,7 @@ def trace_steps(llm: LLM, batch: int) -> list[Span]:
     """What ran on the GPU in the last quarter of a run of `batch` requests, when all of them decode."""
     from torch.profiler import ProfilerActivity, profile
 
-    from engine.throughput import run_offline, warm_up
+    from engine.bench.throughput import run_offline, warm_up
 
     requests = Mix(batch, TRACED_TOKENS, TRACED_TOKENS, TRACED_STEPS).requests(llm.config.vocab_size)
     warm_up(llm, requests)
@@ -511,7 +511,7 @@ def bench_server(
     rows: Rows, url: str, model: str, vocabulary: int, sizes: Sizes, **knobs: Any
 ) -> None:  # fmt: skip
     """Every load of `list_loads` against the server at `url`, each with requests of its own."""
-    from engine.client import Server, run
+    from engine.bench.client import Server, run
 
     server = Server(url, model)
     mix = sizes.requests

@@ -51,7 +51,7 @@ Line = Mapping[str, str]
 
 def list_shapes(names: Iterable[str]) -> list[Shape]:
     """The projections of the models, each shape once. Raises StageError for a name without a file."""
-    from engine.config import ModelConfig
+    from engine.model.config import ModelConfig
 
     found = []
     for name in names:
@@ -111,7 +111,7 @@ def measure(tokens: int, shape: Shape, candidates: Sequence[Tiling], machine: tu
     streamed version's."""
     import torch
 
-    from engine.cuda_graph import capture
+    from engine.runtime.cuda_graph import capture
     from kernels.linear import streamed, tiled
 
     rows, depth, gated = shape
@@ -173,7 +173,7 @@ def merge(kept: Iterable[Line], new: Mapping[tuple[str, ...], Line | None]) -> s
 
 def build(shapes: Sequence[Shape], tokens: Sequence[int], machine: tuple[str, int]) -> set[str]:
     """Compile what is going to be timed; the names of kernels that spill, which are not worth timing."""
-    from engine.progress import compile_kernels
+    from engine.runtime.progress import compile_kernels
     from kernels.linear import tiled
 
     kernels = {}

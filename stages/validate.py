@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from engine.config import ModelConfig
+from engine.model.config import ModelConfig
 from kernels.architectures import ARCHITECTURES
 from stages.params import CONF, Gpu, Model, ParamsError, Week, Weeks, Workload, list_choices, parse, select_all, thaw
 from stages.sources import make_source, read_architecture

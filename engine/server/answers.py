@@ -14,10 +14,10 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from engine.async_llm import EngineDead, Stream
-from engine.requests import Completion, TokenLogprobs, Update
+from engine.runtime.request import Completion, TokenLogprobs, Update
 from engine.server.protocol import ApiError
 from engine.server.tokens import TokenTexts
-from engine.tokenizer import StreamDecoder, Tokenizer
+from engine.text.tokenizer import StreamDecoder, Tokenizer
 
 log = logging.getLogger(__name__)
 encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode

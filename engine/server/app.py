@@ -36,8 +36,8 @@ from engine.server.tokens import TokenTexts
 
 if TYPE_CHECKING:
     from engine.llm import LLM
-    from engine.sampling import SamplingParams
-    from engine.tokenizer import Tokenizer
+    from engine.sampling_params import SamplingParams
+    from engine.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, WrapValidator
 
 from engine.errors import ContextLengthError, RequestError
-from engine.sampling import MOST_COMPLETIONS, MOST_LOGPROBS, SamplingParams
-from engine.tokenizer import TokenizerError
+from engine.sampling_params import MOST_COMPLETIONS, MOST_LOGPROBS, SamplingParams
+from engine.text.tokenizer import TokenizerError
 
 RETRY = {"Retry-After": "1"}  # s, at the least; clients wait longer by themselves where that is not enough
 # What an error of a status is called where nothing more is known: OpenAI's type, and a code.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from engine.async_llm import AsyncLLM
-from engine.cost import kv_bytes_per_token
+from engine.model.cost import kv_bytes_per_token
 from engine.server.app import Settings, create_app, max_active
 from engine.server.connection import Connection, Connections
 from engine.server.logs import is_text, log_to_stderr, show_summary

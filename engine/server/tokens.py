@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 
 
 class TokenTexts:

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 
 from engine.async_llm import EngineDead, QueueFull
-from engine.config import ModelConfig
-from engine.core import EngineStats
 from engine.errors import RequestError
-from engine.requests import Completion, TokenLogprobs, Update
-from engine.sampling import SamplingParams
+from engine.model.config import ModelConfig
+from engine.runtime.engine import EngineStats
+from engine.runtime.request import Completion, TokenLogprobs, Update
+from engine.sampling_params import SamplingParams
 from engine.server.app import Settings
 from engine.server.serve import Server
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "data/models/olmo2-tiny"

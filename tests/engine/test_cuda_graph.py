@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from engine import cuda_graph
+from engine.runtime import cuda_graph
 
 
 class Holder:

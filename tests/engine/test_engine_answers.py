@@ -12,11 +12,11 @@ import pytest
 from engine_checkpoints import save_llama
 from fake_engine import entry
 
-from engine.requests import Completion, Update
+from engine.runtime.request import Completion, Update
 from engine.server import answers
 from engine.server.answers import Job, Prompt
 from engine.server.tokens import TokenTexts
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

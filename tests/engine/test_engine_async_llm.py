@@ -13,8 +13,8 @@ from engine_checkpoints import Reference
 
 from engine.async_llm import AsyncLLM, Encoder, EngineDead, QueueFull, Stream
 from engine.llm import LLM, EngineConfig
-from engine.requests import Completion, Update
-from engine.sampling import SamplingParams
+from engine.runtime.request import Completion, Update
+from engine.sampling_params import SamplingParams
 
 T = TypeVar("T")
 LONG = SamplingParams(max_new_tokens=400, temperature=0.0, ignore_eos=True)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from engine.kv_cache import ContiguousCache
 from engine.llm import LLM, EngineConfig
-from engine.sampling import SamplingParams
+from engine.model.kv_cache import ContiguousCache
+from engine.sampling_params import SamplingParams
 
 PATH = Path(__file__).resolve().parents[2] / "data" / "models" / "olmo2-tiny"
 pytestmark = pytest.mark.skipif(

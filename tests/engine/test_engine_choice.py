@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.choice import choose, log_probabilities, send_logprobs
-from engine.ops import ReferenceOps
-from engine.requests import Request
-from engine.sampling import SamplingParams
+from engine.ops.reference import ReferenceOps
+from engine.runtime.request import Request
+from engine.runtime.sampler import choose, log_probabilities, send_logprobs
+from engine.sampling_params import SamplingParams
 
 INF, NAN = math.inf, math.nan
 ADJUSTMENTS: list[dict[str, Any]] = [

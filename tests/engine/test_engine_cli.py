@@ -16,9 +16,10 @@ import torch
 from engine_checkpoints import Reference
 from typer.testing import CliRunner, Result
 
-from engine.cli import _kernel_paths, app
+from engine.cli.app import app
+from engine.cli.check_gpu import _kernel_paths
 from engine.llm import LLM, EngineConfig
-from engine.sampling import SamplingParams
+from engine.sampling_params import SamplingParams
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -138,7 +139,7 @@ def test_models_of_the_hub(olmo2: Reference, monkeypatch: pytest.MonkeyPatch):
         asked.append((name, part))
         return olmo2.path
 
-    for module in ("engine.hub", "engine.llm"):
+    for module in ("engine.model.hub", "engine.llm"):
         monkeypatch.setattr(f"{module}.find_model", find_model)
 
     def serve(load: Any, settings: Any, *_: Any) -> None:
@@ -231,7 +232,7 @@ def test_kernel_paths():
 
 def test_as_a_process(olmo2: Reference):
     """No traceback, nothing but text on stdout, and help without loading torch."""
-    script = "import sys; from engine.cli import app; sys.argv[0] = 'afs'; app()"
+    script = "import sys; from engine.cli.app import app; sys.argv[0] = 'afs'; app()"
     command = [
         sys.executable,
         "-c",

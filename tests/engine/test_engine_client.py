@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.client import EventParser, Result, Server, bench, find_model, make_body, make_schedules, run
-from engine.workloads import Mix, Outcome, Request, arrive, parse_schedules
+from engine.bench.client import EventParser, Result, Server, bench, find_model, make_body, make_schedules, run
+from engine.bench.workloads import Mix, Outcome, Request, arrive, parse_schedules
 
 # --- events -----------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import ConfigError, ModelConfig, Rope
+from engine.model.config import ConfigError, ModelConfig, Rope
 
 # config.json of allenai/OLMo-2-1124-13B-Instruct, as transformers 4 wrote it
 OLMO2_13B = {

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig
-from engine.core import Engine
-from engine.engine_config import EngineConfig
+from engine.config import EngineConfig
 from engine.llm import LLM
-from engine.ops import Run
-from engine.requests import Request
-from engine.sampling import SamplingParams
-from engine.weights import random_weights
+from engine.model.config import ModelConfig
+from engine.model.weights import random_weights
+from engine.ops.reference import Run
+from engine.runtime.engine import Engine
+from engine.runtime.request import Request
+from engine.sampling_params import SamplingParams
 
 FIELDS: dict[str, Any] = {
     "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "attention_bias": False, "eos_token_id": 1,
@@ -399,7 +399,7 @@ def test_caches_follow_the_memory_of_a_cpu(monkeypatch: pytest.MonkeyPatch):
     fields = {"max_batch": 40, "max_step_tokens": 1}
 
     def free(size: float) -> None:
-        monkeypatch.setattr("engine.core.free_bytes", lambda device: size)
+        monkeypatch.setattr("engine.runtime.engine.free_bytes", lambda device: size)
 
     free(1e12)
     assert make_llm("cpu", **fields).core.pool.pages == 40 * 16

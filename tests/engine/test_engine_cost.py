@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.config import ModelConfig
-from engine.cost import kv_bytes_per_token, matrix_parameters, step_cost, weight_bytes
+from engine.model.config import ModelConfig
+from engine.model.cost import kv_bytes_per_token, matrix_parameters, step_cost, weight_bytes
 
 COMMON = {
     "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "attention_bias": False, "hidden_act": "silu",

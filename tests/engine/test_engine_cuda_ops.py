@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config import ModelConfig
 from engine.llm import LLM, EngineConfig
-from engine.model import Model
-from engine.ops import Ops, ReferenceOps, Run, gumbel
-from engine.sampling import SamplingParams
-from engine.weights import LayerWeights, Weights, random_weights
+from engine.model.config import ModelConfig
+from engine.model.transformer import Model
+from engine.model.weights import LayerWeights, Weights, random_weights
+from engine.ops.reference import Ops, ReferenceOps, Run, gumbel
+from engine.sampling_params import SamplingParams
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MICRO = {
@@ -34,7 +34,7 @@ FAST = {"attention": "flash", "linear": "tiled", "sampling": "split"}
 
 
 def cuda_ops(**versions: str) -> Ops:
-    from engine.cuda_ops import CudaOps
+    from engine.ops.cuda import CudaOps
 
     return CudaOps(DEVICE, **versions)
 
@@ -151,14 +151,14 @@ def test_attention_over_pages_equals_contiguous(kind: str, monkeypatch: pytest.M
     results = [attend(rows, None), attend(pool, table)]
     assert torch.equal(*results) and results[0].isfinite().all()
     for few in (1, 16):
-        monkeypatch.setattr("engine.cuda_ops.FEW", few)
+        monkeypatch.setattr("engine.ops.cuda.FEW", few)
         assert torch.equal(attend(pool, table, [1]), results[0][1:])
         assert attend(rows, None, []).shape == (0, heads * dim)
     assert torch.equal(pool[:, order].view_as(rows), rows) and pool[:, [1, 5]].isnan().all()
 
 
 def test_where_pages_cannot_be():
-    from engine.kv_cache import PAGE_SIZES
+    from engine.model.kv_cache import PAGE_SIZES
     from kernels.rope_write import PAGES
 
     assert PAGE_SIZES == PAGES
@@ -266,7 +266,7 @@ def test_generate_equals_reference():
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_device_must_fit_the_simulator(monkeypatch: pytest.MonkeyPatch):
-    from engine import cuda_ops as module
+    from engine.ops import cuda as module
 
     with pytest.raises(ValueError, match=r"device = 'cuda' .* NUMBA_ENABLE_CUDASIM=1"):
         module.CudaOps("cuda")

@@ -9,13 +9,13 @@ import pytest
 import torch
 from engine_checkpoints import Reference
 
-from engine.config import ModelConfig
-from engine.decode_loop import DecodeLoop, Row, bucket
 from engine.llm import LLM, EngineConfig
-from engine.model import Model
-from engine.ops import ReferenceOps
-from engine.sampling import SamplingParams
-from engine.weights import load_weights, random_weights
+from engine.model.config import ModelConfig
+from engine.model.transformer import Model
+from engine.model.weights import load_weights, random_weights
+from engine.ops.reference import ReferenceOps
+from engine.runtime.decode_loop import DecodeLoop, Row, bucket
+from engine.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
 DRAWN = SamplingParams(temperature=0.8, top_k=40, top_p=0.9, min_p=0.01)
@@ -93,7 +93,7 @@ def test_equals_step_by_step(reference: Reference, dtype: torch.dtype):
 @pytest.mark.parametrize("versions", [("naive", "naive", "naive"), ("flash", "tiled", "split")], ids=str)
 def test_graph_equals_step_by_step(olmo2: Reference, versions: tuple[str, str, str]):
     """On the GPU: steps replayed from a graph, single and many, against forward passes without one."""
-    from engine.cuda_ops import CudaOps
+    from engine.ops.cuda import CudaOps
 
     fields = ModelConfig.from_file(olmo2.path)
     config = ModelConfig(**{**vars(fields), "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64})

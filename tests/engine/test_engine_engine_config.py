@@ -10,14 +10,14 @@ import pytest
 import torch
 from engine_checkpoints import Reference
 
-from engine.config import ModelConfig
-from engine.cost import kv_bytes_per_token
-from engine.engine_config import EngineConfig, make_ops
+from engine.config import EngineConfig, make_ops
 from engine.llm import LLM
-from engine.ops import ReferenceOps
-from engine.sampling import SamplingParams
-from engine.startup import kernels_of
-from engine.weights import random_weights
+from engine.model.config import ModelConfig
+from engine.model.cost import kv_bytes_per_token
+from engine.model.weights import random_weights
+from engine.ops.reference import ReferenceOps
+from engine.runtime.startup import kernels_of
+from engine.sampling_params import SamplingParams
 
 TINY = Path(__file__).resolve().parents[2] / "data/models/olmo2-tiny"
 FASTEST = {"attention": "flash", "linear": "tiled", "sampling": "split", "kv_cache": "auto", "cuda_graph": True}

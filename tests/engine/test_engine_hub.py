@@ -17,7 +17,7 @@ from fake_hub import REPO, SHA, FakeHub, environment_for
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.hub import HubError, find_model, model_name, parse_id
+from engine.model.hub import HubError, find_model, model_name, parse_id
 
 ROOT = Path(__file__).resolve().parents[2]
 NOWHERE = "http://127.0.0.1:9"
@@ -25,7 +25,7 @@ SNAPSHOT = f"hf/hub/models--tiny--model/snapshots/{SHA}"
 # Tells of each name the folder or the error, as the client reads its environment once in a process.
 FIND = """
 import json, sys
-from engine.hub import HubError, find_model
+from engine.model.hub import HubError, find_model
 for name in sys.argv[2:]:
     try:
         print(json.dumps(str(find_model(name, sys.argv[1]))))

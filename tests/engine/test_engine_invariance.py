@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.config import ModelConfig
-from engine.decode_loop import DecodeLoop, Row
-from engine.model import Model
-from engine.ops import Run
-from engine.sampling import SamplingParams
-from engine.weights import random_weights
+from engine.model.config import ModelConfig
+from engine.model.transformer import Model
+from engine.model.weights import random_weights
+from engine.ops.reference import Run
+from engine.runtime.decode_loop import DecodeLoop, Row
+from engine.sampling_params import SamplingParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -38,7 +38,7 @@ SHAPE = {
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=str)
 def model(request: pytest.FixtureRequest) -> Model:
-    from engine.cuda_ops import CudaOps
+    from engine.ops.cuda import CudaOps
 
     config = ModelConfig.from_dict(SHAPE)
     weights = random_weights(config, "cuda", request.param, 0)

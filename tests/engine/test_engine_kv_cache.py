@@ -1,4 +1,4 @@
-"""engine/kv_cache.py: pages hold what rows do, to the bit, whichever pages they are and whatever lies on the others."""
+"""engine/model/kv_cache.py: pages hold what rows do, to the bit, whichever they are and whatever lies on the others."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import ModelConfig
-from engine.decode_loop import DecodeLoop, Row
-from engine.kv_cache import PAGE_SIZE, PAGE_SIZES, PagedCache
-from engine.model import Model
-from engine.ops import Ops, ReferenceOps, Run
-from engine.sampling import SamplingParams
-from engine.weights import random_weights
+from engine.model.config import ModelConfig
+from engine.model.kv_cache import PAGE_SIZE, PAGE_SIZES, PagedCache
+from engine.model.transformer import Model
+from engine.model.weights import random_weights
+from engine.ops.reference import Ops, ReferenceOps, Run
+from engine.runtime.decode_loop import DecodeLoop, Row
+from engine.sampling_params import SamplingParams
 
 OPS = ReferenceOps()
 GREEDY = SamplingParams(temperature=0.0)
@@ -183,7 +183,7 @@ def test_decode_loop_equals_contiguous(model: Model):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("graph", [False, True])
 def test_decode_loop_over_pages_on_a_gpu(graph: bool):
-    from engine.cuda_ops import CudaOps
+    from engine.ops.cuda import CudaOps
 
     check_decode(build(CudaOps("cuda", attention="flash", linear="tiled", sampling="split"), "cuda"), graph)
 

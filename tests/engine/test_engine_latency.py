@@ -12,13 +12,13 @@ import torch
 from engine_checkpoints import Reference
 from typer.testing import CliRunner
 
-from engine.cli import app
-from engine.config import ModelConfig
-from engine.cost import Ceilings, step_cost
-from engine.latency import Case, TooLarge, measure, measure_decode, measure_prompt, random_cache, records, render
-from engine.model import Model
-from engine.ops import ReferenceOps
-from engine.weights import random_weights
+from engine.bench.latency import Case, TooLarge, measure, measure_decode, measure_prompt, random_cache, records, render
+from engine.cli.app import app
+from engine.model.config import ModelConfig
+from engine.model.cost import Ceilings, step_cost
+from engine.model.transformer import Model
+from engine.model.weights import random_weights
+from engine.ops.reference import ReferenceOps
 
 
 @pytest.fixture(scope="module")

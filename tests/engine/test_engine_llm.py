@@ -16,13 +16,13 @@ from engine_checkpoints import Reference, byte_level_tokenizer, save_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import ConfigError, ModelConfig
 from engine.errors import ContextLengthError
 from engine.llm import LLM, Completion, EngineConfig
-from engine.requests import Text
-from engine.sampling import SamplingParams
-from engine.tokenizer import Tokenizer
-from engine.weights import random_weights
+from engine.model.config import ConfigError, ModelConfig
+from engine.model.weights import random_weights
+from engine.runtime.request import Text
+from engine.sampling_params import SamplingParams
+from engine.text.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(max_new_tokens=20, temperature=0, ignore_eos=True)
 PROMPTS = [[5, 6, 7], list(range(10, 60)), [100], list(range(300, 417)), [9, 9, 9, 9]]

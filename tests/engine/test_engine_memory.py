@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from engine.memory import _container_bytes, free_bytes
+from engine.runtime.memory import _container_bytes, free_bytes
 
 
 def write(path: Path, **files: str) -> None:
@@ -48,5 +48,5 @@ def test_version_1(tmp_path: Path):
 
 
 def test_free_memory_is_the_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("engine.memory._container_bytes", lambda root: [12345, 99 << 40])
+    monkeypatch.setattr("engine.runtime.memory._container_bytes", lambda root: [12345, 99 << 40])
     assert free_bytes(torch.device("cpu")) == 12345

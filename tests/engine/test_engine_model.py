@@ -9,11 +9,11 @@ import pytest
 import torch
 from engine_checkpoints import Reference
 
-from engine.config import ModelConfig, Rope
-from engine.kv_cache import ContiguousCache
-from engine.model import Model, rope_table
-from engine.ops import ReferenceOps
-from engine.weights import load_weights
+from engine.model.config import ModelConfig, Rope
+from engine.model.kv_cache import ContiguousCache
+from engine.model.transformer import Model, rope_table
+from engine.model.weights import load_weights
+from engine.ops.reference import ReferenceOps
 
 
 def build(reference: Reference, dtype: torch.dtype = torch.float32) -> Model:

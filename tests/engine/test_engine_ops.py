@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from engine.ops import ReferenceOps
+from engine.ops.reference import ReferenceOps
 
 OPS = ReferenceOps()
 BATCHES = (1, 2, 7, 16, 33)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.pages import OutOfPages, PagePool, extend_keys
+from engine.scheduler.page_pool import OutOfPages, PagePool, extend_keys
 
 SIZE = 2  # tokens a page
 

@@ -1,17 +1,17 @@
-"""engine/prompt_loop.py: prompts filled up to a bucket give the bits of the prompts alone."""
+"""engine/runtime/prompt_loop.py: prompts filled up to a bucket give the bits of the prompts alone."""
 
 import random
 
 import pytest
 import torch
 
-from engine.config import ModelConfig
-from engine.kv_cache import KVCache, PagedCache
-from engine.model import Model
-from engine.ops import ReferenceOps, Run
-from engine.prompt_loop import PromptLoop
-from engine.sampling import SamplingParams
-from engine.weights import random_weights
+from engine.model.config import ModelConfig
+from engine.model.kv_cache import KVCache, PagedCache
+from engine.model.transformer import Model
+from engine.model.weights import random_weights
+from engine.ops.reference import ReferenceOps, Run
+from engine.runtime.prompt_loop import PromptLoop
+from engine.sampling_params import SamplingParams
 
 FIELDS = {
     "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "attention_bias": False, "hidden_act": "silu",
@@ -130,7 +130,7 @@ def test_logits_that_are_nan():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("versions", [("naive", "naive", "naive"), ("flash", "tiled", "split")], ids=str)
 def test_prompts_from_graphs(versions: tuple[str, str, str]):
-    from engine.cuda_ops import CudaOps
+    from engine.ops.cuda import CudaOps
 
     weights = random_weights(CONFIG, "cuda", torch.bfloat16, 0)
     ops = CudaOps("cuda", attention=versions[0], linear=versions[1], sampling=versions[2])

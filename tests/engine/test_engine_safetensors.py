@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.safetensors_io import (
+from engine.model.safetensors import (
     DTYPE_BYTES,
     INDEX_NAME,
     CheckpointError,

@@ -15,8 +15,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from engine.ops import ReferenceOps, gumbel, philox
-from engine.sampling import SamplingParams
+from engine.ops.reference import ReferenceOps, gumbel, philox
+from engine.sampling_params import SamplingParams
 
 OPS = ReferenceOps()
 

@@ -11,8 +11,8 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.pages import PagePool
-from engine.scheduler import Scheduler, Sequence, Step
+from engine.scheduler.page_pool import PagePool
+from engine.scheduler.scheduler import Scheduler, Sequence, Step
 
 SIZE = 4  # tokens a page, where a test does not say otherwise
 END = 0  # the token that ends a sequence before its limit

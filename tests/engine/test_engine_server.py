@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import ValidationError
 
 from engine.errors import ContextLengthError, RequestError
-from engine.requests import Completion, Update
+from engine.runtime.request import Completion, Update
 from engine.server.app import Settings, create_app
 from engine.server.gate import MAX_VALUES
 from engine.server.logs import JsonLines, TextLines, is_text, log_to_stderr
@@ -26,7 +26,7 @@ from engine.server.metrics import Metrics, token_buckets
 from engine.server.protocol import ChatRequest, CompletionRequest, refusal
 from engine.server.serve import serve
 from engine.server.tokens import TokenTexts
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 
 CHAT = [{"role": "user", "content": "hi"}]
 REPLY_IDS = tokenizer().encode(REPLY)

@@ -17,8 +17,8 @@ from fake_engine import TINY, Running, eventually, running, tokenizer
 
 from engine.async_llm import AsyncLLM
 from engine.llm import LLM, EngineConfig
-from engine.requests import Completion
-from engine.sampling import SamplingParams
+from engine.runtime.request import Completion
+from engine.sampling_params import SamplingParams
 
 PROMPTS = [
     entry if isinstance(entry, str) else entry["prompt"] for entry in json.loads((TINY / "prompts.json").read_text())

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from fake_engine import REPLY, TINY, FakeEngine, Running, eventually, fake_llm, running, tokenizer
 
-from engine.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

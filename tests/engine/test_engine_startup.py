@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from engine import decode_loop, prompt_loop
-from engine.config import ModelConfig
 from engine.llm import LLM, EngineConfig
-from engine.sampling import SamplingParams
-from engine.startup import kernels_of
-from engine.weights import empty_weights, random_weights
+from engine.model.config import ModelConfig
+from engine.model.weights import empty_weights, random_weights
+from engine.runtime import decode_loop, prompt_loop
+from engine.runtime.startup import kernels_of
+from engine.sampling_params import SamplingParams
 from kernels import simulator
 from kernels.launch import Kernel
 

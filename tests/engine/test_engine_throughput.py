@@ -18,12 +18,12 @@ import pytest
 import torch
 from engine_checkpoints import Reference
 
-from engine.config import ModelConfig
-from engine.cost import Ceilings, step_cost, weight_bytes
-from engine.requests import Completion, Update
-from engine.sampling import SamplingParams
-from engine.throughput import Limit, bench, check, measure, progress, run_offline, run_online, split, warm_up
-from engine.workloads import Mix, Outcome, Request, arrive, render
+from engine.bench.throughput import Limit, bench, check, measure, progress, run_offline, run_online, split, warm_up
+from engine.bench.workloads import Mix, Outcome, Request, arrive, render
+from engine.model.config import ModelConfig
+from engine.model.cost import Ceilings, step_cost, weight_bytes
+from engine.runtime.request import Completion, Update
+from engine.sampling_params import SamplingParams
 
 TINY = Path(__file__).resolve().parents[2] / "data/models/olmo2-tiny"
 CEILINGS = Ceilings(bandwidth=1e9, matrix_rate=1e12)
@@ -348,5 +348,5 @@ def test_a_shared_prefix_is_computed_once(llm: Any):
 
 
 def test_the_client_needs_no_torch():
-    code = "import sys, engine.client; sys.exit('torch' in sys.modules)"
+    code = "import sys, engine.bench.client; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

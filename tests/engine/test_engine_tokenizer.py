@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import ContextLengthError
-from engine.tokenizer import Tokenizer, TokenizerError
+from engine.text.tokenizer import Tokenizer, TokenizerError
 
 DOLMA2 = Path(
     os.environ.get("AFS_DOLMA2_TOKENIZER")

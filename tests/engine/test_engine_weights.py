@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 from engine_checkpoints import Reference
 
-from engine.config import ModelConfig
-from engine.safetensors_io import CheckpointError
-from engine.weights import load_weights, random_weights, stored_dtype
+from engine.model.config import ModelConfig
+from engine.model.safetensors import CheckpointError
+from engine.model.weights import load_weights, random_weights, stored_dtype
 
 
 def test_tensors_equal_transformers(reference: Reference):

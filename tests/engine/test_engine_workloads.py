@@ -17,8 +17,7 @@ from engine_checkpoints import Reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.tokenizer import Tokenizer
-from engine.workloads import (
+from engine.bench.workloads import (
     LATENCIES,
     STATISTICS,
     Mix,
@@ -43,6 +42,7 @@ from engine.workloads import (
     tables,
     with_text,
 )
+from engine.text.tokenizer import Tokenizer
 
 
 def done(

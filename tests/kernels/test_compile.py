@@ -98,7 +98,7 @@ def test_without_a_toolkit_kept_cubins_are_taken_and_others_are_said_to_be_missi
     kept, said = run_compiled(NO_TOOLKIT, AFS_CACHE=built["folder"]).splitlines()
     assert kept == "residual_naive_bf16"
     assert said == (
-        "residual_naive_bf16: does not compile for sm_89: Failure finding \"libnvvm.so\"; "
+        'residual_naive_bf16: does not compile for sm_89: Failure finding "libnvvm.so"; '
         "libnvvm comes with pip install 'numba-cuda[cu13]'"
     )
 

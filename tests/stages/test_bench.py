@@ -9,9 +9,9 @@ import pytest
 import tiny_pipeline as tiny
 import torch
 
-from engine.config import ModelConfig
-from engine.cost import Ceilings, step_cost
-from engine.throughput import LATE
+from engine.bench.throughput import LATE
+from engine.model.config import ModelConfig
+from engine.model.cost import Ceilings, step_cost
 from stages import bench, throughput
 from stages.params import ParamsError, Workload
 from stages.stage import Run

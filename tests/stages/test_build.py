@@ -32,7 +32,7 @@ def compiled() -> list[Build]:
 
 
 def run_stage(monkeypatch: pytest.MonkeyPatch, builds: list[Build]) -> None:
-    monkeypatch.setattr("engine.progress.compile_kernels", lambda _kernels, _archs: builds)
+    monkeypatch.setattr("engine.runtime.progress.compile_kernels", lambda _kernels, _archs: builds)
     build.main.__wrapped__(Run("build"), tiny.GPU)  # type: ignore[attr-defined]
 
 

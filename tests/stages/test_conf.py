@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.config import ModelConfig
-from engine.engine_config import EngineConfig
+from engine.config import EngineConfig
+from engine.model.config import ModelConfig
 from stages.compose import as_dict, compose_conf, dump, read_params
 from stages.compose import main as compose_main
 from stages.params import Gpu, Model, Weeks, Workload, list_choices, select, thaw
@@ -53,12 +53,12 @@ def test_params_yaml_is_what_dvc_would_write(tmp_path):
 def test_check_finds_params_yaml_out_of_step(workspace, capsys):
     assert compose_main(["--check"]) == 0
     conf = Path("conf/workload/smoke.yaml")
-    conf.write_text(conf.read_text().replace("new_tokens: 32", "new_tokens: 33"))
+    conf.write_text(conf.read_text().replace("new_tokens: 16", "new_tokens: 17"))
     assert compose_main(["--check"]) == 1
     assert "run `make params`" in capsys.readouterr().err
     assert compose_main([]) == 0
     assert compose_main(["--check"]) == 0
-    assert yaml.safe_load(Path("params.yaml").read_text())["workload"]["new_tokens"] == 33
+    assert yaml.safe_load(Path("params.yaml").read_text())["workload"]["new_tokens"] == 17
 
 
 def test_what_overrides_compose_to_is_shown(workspace, capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.config import ModelConfig
+from engine.model.config import ModelConfig
 from stages import inventory, metrics
 from stages.inventory import COLUMNS, place
 from stages.sources import Random, plan_shards

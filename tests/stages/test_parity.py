@@ -12,8 +12,8 @@ import tiny_pipeline as tiny
 import torch
 
 from engine import llm
-from engine.ops import ReferenceOps
-from engine.tokenizer import Tokenizer
+from engine.ops.reference import ReferenceOps
+from engine.text.tokenizer import Tokenizer
 from stages import micro, parity
 from stages.checks import Findings, bf16_step, divergence, errors, forward_order
 from stages.host import read_host
@@ -201,7 +201,7 @@ def test_a_field_the_engine_ignored_would_fail(findings: Findings, monkeypatch: 
     """The shapes' prompts reach beyond the window, and the scaled frequencies matter: neither is left out unseen."""
     name = {"sliding_window": "mistral_shape", "rope_parameters": "llama_shape"}[field]
     wrong = {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}[field]
-    from engine.config import ModelConfig
+    from engine.model.config import ModelConfig
 
     right = ModelConfig.from_dict.__func__  # type: ignore[attr-defined]
     monkeypatch.setattr(ModelConfig, "from_dict", classmethod(lambda cls, given: right(cls, given | {field: wrong})))
@@ -288,7 +288,7 @@ def test_a_simulator_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PYTHONPATH", str(Path(parity.__file__).parents[1]))
     out = tmp_path / "out"
     process = micro.start_simulation(tmp_path / "absent", "float32", "prefill", {}, out)
-    with pytest.raises(RuntimeError, match=r"status 1: engine\.config\.ConfigError: .*config\.json"):
+    with pytest.raises(RuntimeError, match=r"status 1: engine\.model\.config\.ConfigError: .*config\.json"):
         micro.finish_simulation(process, out)
 
 

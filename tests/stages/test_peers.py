@@ -6,9 +6,9 @@ import pytest
 import tiny_pipeline as tiny
 import torch
 
-from engine.config import ModelConfig
-from engine.cost import Ceilings
-from engine.weights import load_weights
+from engine.model.config import ModelConfig
+from engine.model.cost import Ceilings
+from engine.model.weights import load_weights
 from stages import bench, peers
 from stages.hf import load_model
 from stages.host import read_host

@@ -4,11 +4,11 @@ import pytest
 import tiny_pipeline as tiny
 import torch
 
-from engine.config import ModelConfig
-from engine.cost import Ceilings, step_cost
-from engine.model import Model
-from engine.ops import ReferenceOps
-from engine.weights import random_weights
+from engine.model.config import ModelConfig
+from engine.model.cost import Ceilings, step_cost
+from engine.model.transformer import Model
+from engine.model.weights import random_weights
+from engine.ops.reference import ReferenceOps
 from stages import bench, prefill
 from stages.host import read_host
 from stages.metrics import Rows, check
@@ -86,7 +86,7 @@ def test_products_and_attention_beside_torch(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.gpu
 def test_suites_on_a_gpu():
-    from engine.cuda_ops import CudaOps
+    from engine.ops.cuda import CudaOps
 
     config = ModelConfig.from_dict(tiny.ARCHITECTURE | {"hidden_size": 128, "max_position_embeddings": 4096})
     weights = random_weights(config, "cuda", torch.bfloat16, 0)

@@ -15,14 +15,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config import ModelConfig
-from engine.cost import Ceilings, step_cost
-from engine.model import Model
-from engine.ops import ReferenceOps
-from engine.requests import Completion
-from engine.throughput import Limit
-from engine.weights import random_weights
-from engine.workloads import Mix, Outcome, failed
+from engine.bench.throughput import Limit
+from engine.bench.workloads import Mix, Outcome, failed
+from engine.model.config import ModelConfig
+from engine.model.cost import Ceilings, step_cost
+from engine.model.transformer import Model
+from engine.model.weights import random_weights
+from engine.ops.reference import ReferenceOps
+from engine.runtime.request import Completion
 from stages import throughput
 from stages.host import read_host
 from stages.metrics import Rows, check

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from engine.engine_config import EngineConfig
-from engine.kv_cache import PAGE_SIZES
+from engine.config import EngineConfig
+from engine.model.kv_cache import PAGE_SIZES
 from stages import bench, decode, parity, peers, prefill, standard, throughput, validate
 from stages.params import Engine, ParamsError
 from stages.validate import check_params

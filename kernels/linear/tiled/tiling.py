@@ -134,7 +134,7 @@ class Tiling:
         kept = measured().get((arch, multiprocessors, rows, depth, gated, -(-count // TOKENS) * TOKENS))
         if kept:
             return replace(kept, segments=segments)
-        every = (replace(tiling, segments=segments) for tiling in tilings(arch, gated))
+        every = (replace(tiling, segments=segments) for tiling in tilings(arch, gated, rows * depth <= SMALL))
         return min(
             (tiling for tiling in every if tiling.fits(gated, depth)),
             key=lambda tiling: tiling.clocks(count, rows, depth, multiprocessors),
@@ -146,6 +146,8 @@ class Tiling:
 MEASURED = Path(__file__).parent.with_name("tilings.csv")
 TOKENS = 128  # of a tile of warpgroups
 STEP = 64  # tokens that may take another tiling than as many more or fewer: the least of a tile
+# A weight as small takes microseconds in any tiling, and each tiling is another kernel that a first start compiles.
+SMALL = 1 << 21  # elements
 
 
 @functools.cache
@@ -161,8 +163,10 @@ def measured() -> dict[tuple[str, int, int, int, bool, int], Tiling]:
 
 
 @functools.cache
-def tilings(arch: str, gated: bool) -> tuple[Tiling, ...]:
-    """Tilings that `Tiling.choose` chooses from."""
+def tilings(arch: str, gated: bool, small: bool = False) -> tuple[Tiling, ...]:
+    """Tilings that `Tiling.choose` chooses from; of a small weight a few."""
+    if arch == "sm_90a" and small:
+        return tuple(Tiling.of_warpgroups(rows) for rows in (64, 128, 256))
     if arch == "sm_90a":
         alone = tuple(Tiling.of_warpgroups(rows) for rows in (32, 40, 64, 80, 96, 128, 160, 192, 224, 240, 256))
         shared = tuple(Tiling.of_warpgroups(rows, cluster=2) for rows in (160, 192, 224, 256))

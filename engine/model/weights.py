@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig
-from engine.safetensors_io import CheckpointError, TensorEntry, read_index
+from engine.model.config import ModelConfig
+from engine.model.safetensors import CheckpointError, TensorEntry, read_index
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig
+from engine.model.config import ModelConfig
 
 PAGE_SIZE = 16  # positions of a page where nothing else is asked for
 PAGE_SIZES = (8, 16, 32, 64, 128)

@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.safetensors_io import INDEX_NAME, SINGLE_NAME
+from engine.model.safetensors import INDEX_NAME, SINGLE_NAME
 
 log = logging.getLogger(__name__)
 EXAMPLE = "allenai/OLMo-2-0425-1B-Instruct"

@@ -9,16 +9,16 @@ from typing import cast
 
 import torch
 
-from engine.cost import kv_bytes_per_token
-from engine.decode_loop import bucket
-from engine.engine_config import EngineConfig
-from engine.kv_cache import KVCache
-from engine.memory import free_bytes
-from engine.model import Model
-from engine.pages import PagePool
-from engine.requests import FinishReason, Request
-from engine.runner import Runner
-from engine.scheduler import Scheduler
+from engine.config import EngineConfig
+from engine.model.cost import kv_bytes_per_token
+from engine.model.kv_cache import KVCache
+from engine.model.transformer import Model
+from engine.runtime.decode_loop import bucket
+from engine.runtime.memory import free_bytes
+from engine.runtime.request import FinishReason, Request
+from engine.runtime.runner import Runner
+from engine.scheduler.page_pool import PagePool
+from engine.scheduler.scheduler import Scheduler
 
 # Of the free memory that a paged cache takes where its size is not given: a CPU's is for others too.
 MEMORY_SHARE = {"cuda": 0.9, "cpu": 0.5}

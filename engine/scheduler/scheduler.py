@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Literal, NamedTuple
 
-from engine.pages import PagePool, extend_keys
+from engine.scheduler.page_pool import PagePool, extend_keys
 
 _by_rank = attrgetter("rank")
 

@@ -19,7 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import ContextLengthError
-from engine.tokenizer_files import (
+from engine.text.tokenizer_files import (
     TokenizerError,
     added_around,
     chat_template,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.ops import Composed, Placement, Rounding, Run, of_rows
+from engine.ops.reference import Composed, Placement, Rounding, Run, of_rows
 from kernels import add_norm, embedding, kv_write, residual, rms_norm, rope, rope_write, sampling, swiglu
 from kernels.attention import flash, prefill
 from kernels.attention import naive as naive_attention
@@ -22,7 +22,7 @@ FEW = 16  # attention for up to one in so many tokens is computed for them one b
 
 
 class CudaOps(Composed):
-    """`engine.ops.Ops` over the launchers in `kernels/`, which say what each computes.
+    """`engine.ops.reference.Ops` over the launchers in `kernels/`, which say what each computes.
 
     The fast versions are for bf16 and fp16: fp32 tensors take the naive ones whatever is chosen, and so do weights and
     heads of a shape that the fast ones do not take. Which one a model takes never depends on the tokens.

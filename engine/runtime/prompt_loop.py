@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.cuda_graph import capture, new_pool
-from engine.decode_loop import CHOICES
-from engine.kv_cache import KVCache
-from engine.model import Model
-from engine.ops import Run
-from engine.sampling import SamplingParams
+from engine.model.kv_cache import KVCache
+from engine.model.transformer import Model
+from engine.ops.reference import Run
+from engine.runtime.cuda_graph import capture, new_pool
+from engine.runtime.decode_loop import CHOICES
+from engine.sampling_params import SamplingParams
 
 BUCKETS = (16, 32, 64, 128, 256)
 HEAD = 16  # 32-bit words that a pass is told ahead of its tokens

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.tokenizer import Tokenizer
+    from engine.text.tokenizer import Tokenizer
 
 ARRIVALS = ("poisson", "fixed")
 LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")

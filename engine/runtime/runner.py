@@ -1,8 +1,8 @@
 """Runs the scheduler's steps on the device, without waiting for it: a step's tokens are asked for when the next one is
 on its way.
 
-Steps that are nothing but decoding run in `engine.decode_loop`, one short prompt alone in `engine.prompt_loop`, and all
-others as one forward pass over a packed list of tokens. The token that each slot chose last stays on the device, where
+Steps that are nothing but decoding run in the decode loop, one short prompt alone in the prompt loop, and all others as
+one forward pass over a packed list of tokens. The token that each slot chose last stays on the device, where
 the next step takes it from.
 """
 
@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.choice import Sent, choose, send_logprobs, to_device, to_host
-from engine.decode_loop import DecodeLoop, Row
-from engine.kv_cache import KVCache, PagedCache
-from engine.model import Model
-from engine.ops import Run
-from engine.progress import progress
-from engine.prompt_loop import PromptLoop
-from engine.requests import Request, TokenLogprobs
-from engine.scheduler import Sequence, Step, Work
+from engine.model.kv_cache import KVCache, PagedCache
+from engine.model.transformer import Model
+from engine.ops.reference import Run
+from engine.runtime.decode_loop import DecodeLoop, Row
+from engine.runtime.progress import progress
+from engine.runtime.prompt_loop import PromptLoop
+from engine.runtime.request import Request, TokenLogprobs
+from engine.runtime.sampler import Sent, choose, send_logprobs, to_device, to_host
+from engine.scheduler.scheduler import Sequence, Step, Work
 
 
 class Result(NamedTuple):

@@ -11,9 +11,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from engine.sampling import SamplingParams
-from engine.scheduler import Sequence
-from engine.tokenizer import StreamDecoder
+from engine.sampling_params import SamplingParams
+from engine.scheduler.scheduler import Sequence
+from engine.text.tokenizer import StreamDecoder
 
 FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
 

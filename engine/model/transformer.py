@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig, Rope
-from engine.kv_cache import PAGE_SIZE, ContiguousCache, KVCache, PagedCache
-from engine.memory import free_bytes
-from engine.ops import Ops, Run, of_rows
-from engine.weights import LayerWeights, Weights
+from engine.model.config import ModelConfig, Rope
+from engine.model.kv_cache import PAGE_SIZE, ContiguousCache, KVCache, PagedCache
+from engine.model.weights import LayerWeights, Weights
+from engine.ops.reference import Ops, Run, of_rows
+from engine.runtime.memory import free_bytes
 
 Observe = Callable[[str, Tensor], None]
 _ROWS = 1 << 16  # of a rotary table that are computed at a time

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.cuda_graph import capture, new_pool
-from engine.kv_cache import KVCache
-from engine.model import Model
-from engine.sampling import SamplingParams
+from engine.model.kv_cache import KVCache
+from engine.model.transformer import Model
+from engine.runtime.cuda_graph import capture, new_pool
+from engine.sampling_params import SamplingParams
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 UNROLLED = 8  # steps in one graph where many follow each other: the host launches it once for all

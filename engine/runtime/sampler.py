@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.ops import Ops
-from engine.requests import Request, TokenLogprobs
+from engine.ops.reference import Ops
+from engine.runtime.request import Request, TokenLogprobs
 
 ROWS = 256  # rows of logits whose probabilities are worked out at a time
 

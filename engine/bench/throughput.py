@@ -22,17 +22,17 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from engine.sampling import SamplingParams
-from engine.workloads import Arrive, Outcome, Request, failed, summarize
+from engine.bench.workloads import Arrive, Outcome, Request, failed, summarize
+from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     import torch
 
     from engine.async_llm import AsyncLLM
-    from engine.config import ModelConfig
-    from engine.cost import Ceilings
     from engine.llm import LLM
-    from engine.requests import Completion
+    from engine.model.config import ModelConfig
+    from engine.model.cost import Ceilings
+    from engine.runtime.request import Completion
 
 LATE = ("late_kernels", "late_graphs")
 Span = tuple[int, int]  # the contexts of a sequence's first and last decode step
@@ -79,7 +79,7 @@ class Result:
         return sum(outcome.prompt_tokens - outcome.cached_tokens for outcome in self.outcomes)
 
     def record(self, run: str, **shared: Any) -> dict[str, Any]:
-        """One flat record for `engine.workloads.render`; `run` is its name."""
+        """One flat record for `engine.bench.workloads.render`; `run` is its name."""
         return {
             "run": run,
             **shared,
@@ -223,14 +223,14 @@ class Limit:
 
     def prompts(self, sizes: Sequence[tuple[int, int]]) -> Floor:
         """sizes: (tokens to compute, length) of each prompt. All in one pass, which no smaller ones can beat."""
-        from engine.cost import step_cost
+        from engine.model.cost import step_cost
 
         cost = step_cost(self.config, self.dtype, [size[0] for size in sizes], [size[1] for size in sizes])
         return _seconds(self.ceilings.milliseconds(cost))
 
     def decoding(self, spans: Sequence[Span]) -> Floor:
         """Of decode steps that reach every context of every span, with as many sequences in each as may run."""
-        from engine.cost import StepCost, step_cost, weight_bytes
+        from engine.model.cost import StepCost, step_cost, weight_bytes
 
         counts = [last - first + 1 for first, last in spans]
         steps = max(-(-sum(counts) // self.max_batch), max(counts))

@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from engine.throughput import progress
-from engine.workloads import Arrive, Outcome, Request, describe, failed, goodput, summarize
+from engine.bench.throughput import progress
+from engine.bench.workloads import Arrive, Outcome, Request, describe, failed, goodput, summarize
 
 APIS = ("completions", "chat")
 DONE = "[DONE]"
@@ -257,7 +257,7 @@ class Result:
     late_ms: list[float]  # how much later than at its time each request was sent: the client's own delay
 
     def record(self, run: str, objectives: Mapping[str, float] | None = None, **shared: Any) -> dict[str, Any]:
-        """One flat record for `engine.workloads.render`; `run` is its name, `objectives` those of its goodput."""
+        """One flat record for `engine.bench.workloads.render`; `run` is its name, `objectives` those of its goodput."""
         pairs = zip(self.outcomes, self.asked, strict=True)
         other = sum(outcome.error is None and outcome.new_tokens != asked.new_tokens for outcome, asked in pairs)
         found = {"goodput": goodput(self.outcomes, objectives, self.seconds)} if objectives else {}
@@ -315,7 +315,7 @@ Schedule = tuple[str, Arrive, int | None]  # its name, what gives requests their
 
 
 def make_schedules(timed: Sequence[tuple[str, Arrive]], clients: Sequence[int]) -> list[Schedule]:
-    """Each of `engine.workloads.parse_schedules`' with each number of clients; with no bound where there is none."""
+    """Each schedule of `parse_schedules` with each number of clients; with no bound where there is none."""
     if not clients:
         return [(name, given, None) for name, given in timed]
     return [

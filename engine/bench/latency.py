@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from engine.config import ModelConfig
-from engine.cost import Ceilings, StepCost, kv_bytes_per_token, step_cost
-from engine.decode_loop import DecodeLoop, Row, bucket
-from engine.kv_cache import ContiguousCache
-from engine.model import Model
-from engine.ops import Run
-from engine.prompt_loop import PromptLoop
-from engine.sampling import SamplingParams
+from engine.model.config import ModelConfig
+from engine.model.cost import Ceilings, StepCost, kv_bytes_per_token, step_cost
+from engine.model.kv_cache import ContiguousCache
+from engine.model.transformer import Model
+from engine.ops.reference import Run
+from engine.runtime.decode_loop import DecodeLoop, Row, bucket
+from engine.runtime.prompt_loop import PromptLoop
+from engine.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
 PAGE = 256  # positions by which a cache's capacity grows

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig
-from engine.engine_config import EngineConfig
-from engine.kv_cache import KVCache
-from engine.model import Model
-from engine.ops import Run
-from engine.progress import compile_kernels
-from engine.weights import empty_weights
+from engine.config import EngineConfig
+from engine.model.config import ModelConfig
+from engine.model.kv_cache import KVCache
+from engine.model.transformer import Model
+from engine.model.weights import empty_weights
+from engine.ops.reference import Run
+from engine.runtime.progress import compile_kernels
 
 if TYPE_CHECKING:
     from kernels.cubins import Build
@@ -47,7 +47,7 @@ def kernels_of(
     """
     if engine.backend != "cuda":
         return []
-    from engine.cuda_ops import CudaOps
+    from engine.ops.cuda import CudaOps
     from kernels.launch import rehearsal
 
     # Layers differ in what they are told, not in their kernels; but the last computes fewer rows.

@@ -1,0 +1,1 @@
+"""Measurements that anyone can make: latency, throughput, load on a server."""

@@ -1,0 +1,1 @@
+"""The operations of the forward graph: torch's as reference, and the CUDA kernels'."""

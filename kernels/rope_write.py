@@ -224,7 +224,7 @@ def check_projection(
 
 
 def norm_kind(q_norm: torch.Tensor | None, rounding: str) -> str:
-    """What a kernel does before the rotation: "none", "once" or "twice"."""
+    """Kind of norm before the rotation: "none", "once" or "twice"."""
     return "none" if q_norm is None else rounding
 
 

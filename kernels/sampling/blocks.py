@@ -28,8 +28,8 @@ PROGRAMMATIC = LaunchOptions(programmatic=True)
 
 
 @device_function
-def _logit_bf16(word, half):
-    return ptx.f32_from_bits(uint32(word & uint32(0xFFFF0000)) if half else uint32(word << uint32(16)))
+def _logit_bf16(word, upper):
+    return ptx.f32_from_bits(uint32(word & uint32(0xFFFF0000)) if upper else uint32(word << uint32(16)))
 
 
 @device_function
@@ -46,8 +46,8 @@ def _logit_at_bf16(place):
 
 
 @device_function
-def _logit_f16(word, half):
-    return ptx.f32_from_f16(uint16(uint32(word >> uint32(16)) if half else uint32(word & uint32(0xFFFF))))
+def _logit_f16(word, upper):
+    return ptx.f32_from_f16(uint16(uint32(word >> uint32(16)) if upper else uint32(word & uint32(0xFFFF))))
 
 
 @device_function
@@ -64,8 +64,11 @@ def _logit_at_f16(place):
 
 
 class Logits(NamedTuple):
-    """Of a 16-bit dtype. of(word, half): float32 of the lower (half 0) or upper element of a pair. place(value): place
-    0 … 0xffff of such a float32 in the order of all, as `ordered` orders. at(place): the float32 of a place."""
+    """Logits of a 16-bit dtype.
+
+    of(word, upper): float32 of the lower (upper 0) or upper element of a pair. place(value): place 0 … 0xffff of such a
+    float32 in the order of all, as `ordered` orders. at(place): the float32 of a place.
+    """
 
     of: Callable[[Any, Any], Any]
     place: Callable[[Any], Any]

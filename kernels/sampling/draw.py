@@ -41,15 +41,15 @@ def split_sample(dtype: str) -> Kernel:
         while vector < vectors:
             words = ptx.ld_global_v4(logits, row + vector * 8)
             for e in range(4):
-                for half in range(2):
-                    value = logit_of(words[e], half)
+                for upper in range(2):
+                    value = logit_of(words[e], upper)
                     kept = value >= floor  # never a NaN
                     if kept and not greedy:
                         value = score(value, largest, inverse)
                         if min_p > float32(0.0):
                             kept = device.exp(value) >= min_p
                     if kept:
-                        token = vector * 8 + 2 * e + half
+                        token = vector * 8 + 2 * e + upper
                         if not greedy:
                             value = ptx.add_rn_f32(value, gumbel(token, position, seed))
                         if value > best or (value == best and best_token == uint32(NOTHING)):

@@ -140,7 +140,7 @@ def _search(dtype: str) -> Callable[..., int]:
 
     @device_function
     def weigh(count, place, least, scale, by_mass):
-        """What `count` logits at `place` in the order of all weigh: 1 each, or their likelihood relative to that of the
+        """Weight of `count` logits at `place` in the order of all: 1 each, or their likelihood relative to that of the
         largest; 0 below the place `least`. scale: 1 / temperature and the largest logit."""
         inverse, largest = scale
         if count == 0 or place < least:

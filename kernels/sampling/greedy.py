@@ -30,10 +30,10 @@ def split_argmax(dtype: str) -> Kernel:
         while vector < vectors:
             words = ptx.ld_global_v4(logits, row + vector * 8)
             for e in range(4):
-                for half in range(2):
-                    value = logit_of(words[e], half)
+                for upper in range(2):
+                    value = logit_of(words[e], upper)
                     if value > best or (value == best and best_token == uint32(NOTHING)):
-                        best, best_token = value, uint32(vector * 8 + 2 * e + half)
+                        best, best_token = value, uint32(vector * 8 + 2 * e + upper)
             vector += int64(cuda.gridDim.x) * SPLIT_THREADS
         finish(values, tokens, last, workspace, int64(cuda.blockIdx.y) * HEAD, thread, best, best_token, out)
 

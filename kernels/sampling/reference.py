@@ -1,4 +1,4 @@
-"""What a row is filtered and drawn by, in torch and plain Python."""
+"""References in torch and plain Python: the filters of a row, and the random words of a draw."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the rows of a batch are sampled with."""
+"""Settings that the rows of a batch are sampled with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a row has chosen becomes the next step's input."""
+"""The step between two steps: a chosen token becomes the next input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def step_advance() -> Kernel:
 def advance(
     chosen: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, places: torch.Tensor, history: torch.Tensor
 ) -> None:
-    """What a row has chosen becomes its next step's input: one launch between two steps of a CUDA graph.
+    """The token that a row has chosen becomes its next step's input: one launch between two steps of a CUDA graph.
 
     positions[b] += 1, tokens[b] = chosen[b] (0 where that is -1), history[b, places[b]] = chosen[b], places[b] moves
     to the next of the C columns, after the last to the first. chosen, tokens, positions, places i32[B], history

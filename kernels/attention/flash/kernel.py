@@ -8,13 +8,12 @@ from kernels import ptx
 from kernels.attention.flash.combine import combiner, ender, record_of
 from kernels.attention.flash.copy import copier, pages_of
 from kernels.attention.flash.layout import THREADS, Layout
-from kernels.attention.flash.prologue import loaders, rotator, scaler
+from kernels.attention.flash.prologue import prologue
 from kernels.attention.flash.tile import scorer, value_products, weigher
 from kernels.attention.softmax import SEGMENT, TILE
 from kernels.cuda import cuda, device_function, float32, int64, uint8, uint32
 from kernels.device import HALVES
 from kernels.launch import Kernel, LaunchOptions, kernel_factory
-from kernels.rope_write import WORDS
 
 
 @kernel_factory
@@ -33,13 +32,10 @@ def flash(dtype: str, head_dim: int, group: int, source: str, paged: bool) -> Ke
     row_blocks, rows_at, sums_at = layout.row_blocks, layout.rows_at, layout.sums_at
     largest_at, zeros_at = layout.largest_at, layout.zeros_at
     # Elements of arrays in registers.
-    pair_words, angle_words = 2 * layout.rounds, 4 * layout.rounds
-    q_words_held, o_words = 4 * steps, 4 * layout.columns
+    weight_words, q_words, o_words = 2 * layout.rounds, 4 * steps, 4 * layout.columns
     all_but_one, all_landed = ptx.cp_async_wait_group(1), ptx.cp_async_wait_group(0)
     copy, record_size = copier(layout, paged), record_of(layout)
-    load_weights, load_angles, load_rows = loaders(layout, normed)
-    sum_squares, scales_of = scaler(dtype, normed)
-    rotate_rows = rotator(dtype, layout, normed, source == "twice")
+    load_weights, prepare = prologue(dtype, layout, normed, source == "twice")
     multiply_keys, mask, put_largest = scorer(dtype, layout)
     weigh, rescale, add_sums = weigher(dtype, layout)
     multiply_values, end_segment = value_products(dtype, layout), ender(dtype, layout)
@@ -92,9 +88,7 @@ def flash(dtype: str, head_dim: int, group: int, source: str, paged: bool) -> Ke
             ptx.st_shared_v4(zeros, uint32(0), uint32(0), uint32(0), uint32(0))
 
         # What no kernel of the step writes may be read before the wait: the norm's weights.
-        weights = cuda.local.array(pair_words, uint32)
-        pairs = cuda.local.array(pair_words, uint32)
-        angles = cuda.local.array(angle_words, float32)
+        weights = cuda.local.array(weight_words, uint32)
         if normed:
             load_weights(weights, q_norm, k_norm, kv_head, thread)
         # Nor does one write positions, slots, table or earlier keys and values (`decode` asks for that): the first tile
@@ -136,25 +130,17 @@ def flash(dtype: str, head_dim: int, group: int, source: str, paged: bool) -> Ke
         ptx.cp_async_commit_group()
         new_k = cuda.local.array(4, uint32)
         new_v = cuda.local.array(4, uint32)
-        q_words = cuda.local.array(WORDS, uint32)
-        k_words = cuda.local.array(WORDS, uint32)
         for e in range(4):
             new_k[e], new_v[e] = uint32(0), uint32(0)
-        for i in range(pair_words):
-            pairs[i] = uint32(0)
         if fused:
-            load_angles(angles, cos, sin, position, thread)
-            ptx.griddepcontrol_wait()
-            load_rows((q_words, k_words), pairs, new_v, x, widths, row, kv_head, thread)
-            sum_squares((q_words, k_words), x, widths, row, largest_shared, thread)
-            if tile == last_tile and thread < chunks:
-                ptx.st_shared_v4(v_tile + own_place, new_v[0], new_v[1], new_v[2], new_v[3])
-            scales = scales_of(largest_shared, widths, eps, thread)
-            rotate_rows(pairs, weights, angles, scales, rows, (k_tile, own_row, tile == last_tile), thread)
+            prepare(
+                weights, new_v, x, (cos, sin, position), (row, widths, kv_head, eps),
+                (rows, k_tile, v_tile, largest_shared), (own_row, own_place, tile == last_tile), thread,
+            )  # fmt: skip
         all_but_one()
         cuda.syncthreads()
 
-        q = cuda.local.array(q_words_held, uint32)
+        q = cuda.local.array(q_words, uint32)
         load_queries(q, rows, zeros, lane)
         if fused and thread < chunks:
             loaded = ptx.ld_shared_v4(rows + uint32(group * row_bytes + ((thread ^ (group & 7)) * 16)))

@@ -8,10 +8,49 @@ from kernels import ptx
 from kernels.attention.flash.layout import THREADS, Layout
 from kernels.cuda import cuda, device_function, float32, uint32
 from kernels.device import normalised
-from kernels.rope_write import load_batch, norm_scales, put_sums, rotated, sums_of_squares
+from kernels.rope_write import WORDS, load_batch, norm_scales, put_sums, rotated, sums_of_squares
 
 
-def loaders(layout: Layout, normed: bool) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
+def prologue(dtype: str, layout: Layout, normed: bool, twice: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Functions that load the norm's weights, which no kernel of a step writes, and that do the rest once the
+    projection is there."""
+    pair_words, angle_words, chunks = 2 * layout.rounds, 4 * layout.rounds, layout.chunks
+    load_weights, load_angles, load_rows = _loaders(layout, normed)
+    sum_squares, scales_of = _scaler(dtype, normed)
+    rotate_rows = _rotator(dtype, layout, normed, twice)
+
+    @device_function
+    def prepare(weights, new_v, x, angle, source, shared, own, thread):
+        """Queries and the new key to their rows in shared memory, the new value to new_v; where the first tile is the
+        new token's, both into it too.
+
+        angle: cos, sin, position. source: the token's row of x, widths of q and of k, KV head, eps. shared: of rows, K
+        tile, V tile, sums of squares. own: the new token's row in a tile, where the thread's chunk of it lies, whether
+        the tile is the new token's.
+        """
+        cos, sin, position = angle
+        row, widths, kv_head, eps = source
+        rows, k_tile, v_tile, scratch = shared
+        own_row, own_place, is_last = own
+        pairs = cuda.local.array(pair_words, uint32)
+        angles = cuda.local.array(angle_words, float32)
+        q_words = cuda.local.array(WORDS, uint32)
+        k_words = cuda.local.array(WORDS, uint32)
+        for i in range(pair_words):
+            pairs[i] = uint32(0)
+        load_angles(angles, cos, sin, position, thread)
+        ptx.griddepcontrol_wait()
+        load_rows((q_words, k_words), pairs, new_v, x, widths, row, kv_head, thread)
+        sum_squares((q_words, k_words), x, widths, row, scratch, thread)
+        if is_last and thread < chunks:
+            ptx.st_shared_v4(v_tile + own_place, new_v[0], new_v[1], new_v[2], new_v[3])
+        scales = scales_of(scratch, widths, eps, thread)
+        rotate_rows(pairs, weights, angles, scales, rows, (k_tile, own_row, is_last), thread)
+
+    return load_weights, prepare
+
+
+def _loaders(layout: Layout, normed: bool) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
     """Functions that load what a thread rotates: the norm's weights, the angles, and rows of the projection."""
     head_dim, group, chunks = layout.head_dim, layout.group, layout.chunks
     units, rounds = layout.units, layout.rounds
@@ -40,7 +79,7 @@ def loaders(layout: Layout, normed: bool) -> tuple[Callable[..., None], Callable
 
     @device_function
     def load_rows(words, pairs, new_v, x, widths, row, kv_head, thread):
-        """What this thread needs of the projection: for the sums of squares, to rotate, and of the new value."""
+        """Load what this thread needs of the projection: for the sums of squares, to rotate, and of the new value."""
         q_words, k_words = words
         q_width, k_width = widths
         if normed:
@@ -63,7 +102,7 @@ def loaders(layout: Layout, normed: bool) -> tuple[Callable[..., None], Callable
     return load_weights, load_angles, load_rows
 
 
-def scaler(dtype: str, normed: bool) -> tuple[Callable[..., None], Callable[..., tuple[float, float]]]:
+def _scaler(dtype: str, normed: bool) -> tuple[Callable[..., None], Callable[..., tuple[float, float]]]:
     """Functions that put a warp's sums of squares to shared memory, and that give the scales of q and of k."""
     squares = sums_of_squares(dtype)
 
@@ -88,7 +127,7 @@ def scaler(dtype: str, normed: bool) -> tuple[Callable[..., None], Callable[...,
     return sum_squares, scales_of
 
 
-def rotator(dtype: str, layout: Layout, normed: bool, twice: bool) -> Callable[..., None]:
+def _rotator(dtype: str, layout: Layout, normed: bool, twice: bool) -> Callable[..., None]:
     """`rotate_rows(pairs, weights, angles, scales, rows, new_key, thread)`: norm and RoPE, to the rows of queries and
     the new key in shared memory.
 

@@ -2,7 +2,7 @@
 
 | step | idea |
 |---|---|
-| mma.py | sm_80 and later: cp.async, ldmatrix and mma.sync; warps of 16 queries, a tile a block |
+| mma | sm_80 and later: cp.async, ldmatrix and mma.sync; warps of 16 queries, a tile a block |
 | wgmma | sm_90a: tensor maps (TMA); warpgroups of 64 queries, the product with the next keys during softmax |
 | persistent | blocks stay and take one tile after another |
 | ping-pong | one warpgroup multiplies as the other exponentiates |

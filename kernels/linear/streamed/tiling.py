@@ -56,7 +56,7 @@ class Tiling:
 
     @property
     def name(self) -> str:
-        """What tells it apart in a kernel's name."""
+        """Its part of a kernel's name."""
         way = f"wgmma_b{self.boxes}"
         if not self.wgmma:
             way = f"x{self.each}x{self.split}_b{self.boxes}x{self.batch}x{min(self.tiles, self.together)}"

@@ -43,13 +43,13 @@ def bench_attention(context: Context, case: Case) -> tuple[Found, str | None]:
         from kernels.attention import prefill
         from kernels.launch import machine_of
 
-        runs = [TokenSpan(prompt_tokens, slot, 0) for slot in range(batch)]
-        plan, tiling = model.ops.plan(runs, dtype, heads, kv_heads, width), None
+        spans = [TokenSpan(prompt_tokens, slot, 0) for slot in range(batch)]
+        plan, tiling = model.ops.plan(spans, dtype, heads, kv_heads, width), None
         if plan is None:
             raise TooLarge("this engine has no kernel for the prompts' attention alone")
         if backend == PORTABLE:
             tiling = prefill.Tiling.of_warps(width, machine_of(device.index or 0)[0])
-            plan = prefill.plan(runs, width, device, tiling)
+            plan = prefill.plan(spans, width, device, tiling)
         q = random(batch * prompt_tokens, heads, width)
         cache, out = (keys.transpose(1, 2), values.transpose(1, 2)), torch.empty_like(q)
         run: Callable[[], Any] = lambda: prefill.attention(q, *cache, plan, scale, 0, out, None, tiling)  # noqa: E731

@@ -110,5 +110,5 @@ def test_every_stage_of_the_pipeline_reaches_what_it_runs(monkeypatch: pytest.Mo
     assert {"engine/llm.py", "engine/server/app.py", "kernels/linear/tilings.csv"} <= set(bench)
     assert {"stages/bench/serve.py", "stages/bench/peers.py", "stages/profile.py"} <= set(bench)
     assert not any(name.startswith("stages/parity") for name in bench)
-    assert "kernels/linear/tiled.py" in names("stages.build") and "engine/llm.py" not in names("stages.build")
+    assert "kernels/linear/tiled/wgmma.py" in names("stages.build") and "engine/llm.py" not in names("stages.build")
     assert not any(name.startswith("kernels/linear") for name in names("stages.report"))

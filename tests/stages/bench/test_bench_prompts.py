@@ -66,7 +66,7 @@ def test_lengths_are_measured_beside_their_limit():
 
 def test_a_prompt_beyond_the_models_positions_has_its_rope_scaled():
     class WithAPlan(ReferenceOps):
-        def plan(self, *args, **kwargs) -> Any:
+        def plan(self, *args: Any, **kwargs: Any) -> Any:
             return object()
 
     weights = random_weights(CONFIG, "cpu", torch.float32, 0)

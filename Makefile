@@ -70,7 +70,7 @@ experiments: env ## list this commit's experiments: the headlines and parameters
 	$(RUN) dvc exp show --only-changed --drop '$(HIDDEN)'
 
 test: env ## run the tests that need no GPU, but for slow ones
-	$(RUN) python -m pytest -n 2 --dist loadgroup -m "not gpu and not slow"
+	$(RUN) python -m pytest -n 3 --dist loadgroup -m "not gpu and not slow"
 
 test-slow: env ## run those that take tens of seconds each: large simulations, soaks, DVC end to end
 	$(RUN) python -m pytest -n 2 --dist loadgroup -m "slow and not gpu"

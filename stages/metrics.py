@@ -172,9 +172,14 @@ class Rows:
                 if row["other_load"] is None:
                     row["other_load"] = share
         check(self.rows)
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(self.rows, schema=SCHEMA), sink, compression="zstd")
-        write_whole(path, sink.getvalue().to_pybytes())
+        write_table(path, self.rows)
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows of SCHEMA as one Parquet file, whole or not at all."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], SCHEMA), sink, compression="zstd")
+    write_whole(path, sink.getvalue().to_pybytes())
 
 
 def check(rows: Iterable[Mapping[str, Any]]) -> None:

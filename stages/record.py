@@ -89,6 +89,12 @@ def week_of(name: str) -> str | None:
     return week if kind in OF_WEEK and week else None
 
 
+def again(name: str) -> str:
+    """The command that measures a file anew."""
+    week = week_of(name)
+    return f"`dvc repro --force --single-item {f'bench@{week}' if week else name}`"
+
+
 def find_host(folder: Path) -> Path:
     """A run's host.json, given its reports/metrics."""
     return folder.parent.parent / "data" / HOST
@@ -203,8 +209,7 @@ def check_alone(run: Measured) -> Iterator[Refusal]:
         busy = [row for row in rows if (row["other_load"] or 0) > metrics.BUSY]
         if busy:
             text = f"other processes kept {busy[0]['other_load']:.0%} of the cores busy while it was measured"
-            again = f"bench@{week_of(name)}" if week_of(name) else name
-            text += f"; should be {metrics.BUSY:.0%} at most (`dvc repro --force --single-item {again}`)"
+            text += f"; should be {metrics.BUSY:.0%} at most ({again(name)})"
             yield Refusal(name, text, True)
 
 
@@ -241,9 +246,8 @@ def check_noise(run: Measured) -> Iterator[Refusal]:
             share = spread(row) / abs(row["value"]) if row["value"] else 0.0
             if share > NOISE:
                 text = f"{say(row)}: {len(row['samples'])} samples spread by {share:.1%} of {row['value']:.4g}"
-                again = f"bench@{week_of(name)}" if week_of(name) else name
                 text += f"; should be {NOISE:.0%} at most: measure again while nothing else runs"
-                yield Refusal(name, f"{text} (`dvc repro --force --single-item {again}`)", True)
+                yield Refusal(name, f"{text} ({again(name)})", True)
 
 
 def check_kept(run: Measured, kept: Mapping[str, Path]) -> Iterator[Refusal]:

@@ -5,54 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.bench.throughput import LATE
+from stages.context import WeekContext
 from stages.metrics import Rows
-from stages.params import Model, ParamsError, Week, Workload
-from stages.stage import Run
 from stages.standard import Budget, read_ceilings
 
 if TYPE_CHECKING:
     from engine.llm import LLM
-    from engine.model.config import ModelConfig
     from engine.model.cost import Ceilings
 
 VERSIONS = ("attention", "linear", "sampling", "kv_cache", "cuda_graph", "batching")
 
 
 @dataclass
-class Context:
+class Context(WeekContext):
     """One bench run. What is costly, the model above all, is made when a suite first asks for it."""
 
-    run: Run
-    model: Model
-    week: Week
-    workload: Workload
-    gpu: bool
     rows: Rows
-
-    @cached_property
-    def path(self) -> Path:
-        return self.run.find_snapshot(self.model.name)
-
-    @cached_property
-    def config(self) -> ModelConfig:
-        from engine.model.config import ModelConfig
-
-        return ModelConfig.from_file(self.path)
 
     @property
     def device(self) -> str:
         return "cuda" if self.gpu else "cpu"
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """The week's EngineConfig fields on this host."""
-        if self.week.engine is None:
-            raise ParamsError(f"weeks.{self.week.name}.engine is null: this needs an engine")
-        return self.week.engine.settings(self.gpu, self.config.max_position_embeddings)
 
     @property
     def knobs(self) -> dict[str, Any]:

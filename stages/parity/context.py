@@ -6,29 +6,24 @@ import gc
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from stages.context import WeekContext
 from stages.findings import Findings
-from stages.params import Model, ParamsError, Week, Workload
 from stages.reference import Bundle, checkpoint_id
-from stages.stage import Run
 
 if TYPE_CHECKING:
     from engine.llm import LLM, EngineConfig
-    from engine.model.config import ModelConfig
 
 DTYPES = ("float32", "bfloat16")
 
 
 @dataclass
-class Context:
+class Context(WeekContext):
     """One parity run: what is checked, on which backend, and what was found."""
 
-    run: Run
-    model: Model
-    week: Week
-    workload: Workload
-    gpu: bool
+    asking: ClassVar[str] = "this check"
+
     findings: Findings
     folder: Path
     """For files that are gone when the stage ends."""
@@ -36,26 +31,9 @@ class Context:
     loaded: LLM | None = None
 
     @cached_property
-    def path(self) -> Path:
-        return self.run.find_snapshot(self.model.name)
-
-    @cached_property
-    def config(self) -> ModelConfig:
-        from engine.model.config import ModelConfig
-
-        return ModelConfig.from_file(self.path)
-
-    @cached_property
     def bundle(self) -> Bundle:
         manifest = self.run.find(f"data/hf/{self.model.name}.manifest.json")
         return Bundle(self.run.find(f"data/reference/{self.model.name}"), checkpoint_id(manifest))
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The week's EngineConfig fields on this host."""
-        if self.week.engine is None:
-            raise ParamsError(f"weeks.{self.week.name}.engine is null: this check needs an engine")
-        return self.week.engine.settings(self.gpu, self.config.max_position_embeddings)
 
     def engine(self, dtype: str) -> EngineConfig:
         """The week's engine in `dtype`."""

@@ -24,7 +24,7 @@ from engine.model.cost import Ceilings, StepCost, kv_bytes_per_token, step_cost
 from engine.model.kv_cache import ContiguousCache
 from engine.model.transformer import Model
 from engine.ops.batch import Batch, TokenSpan
-from engine.runtime.decode_loop import DecodeLoop, Row, bucket
+from engine.runtime.decode_loop import DecodeLoop, DecodeRow, bucket
 from engine.runtime.prompt_loop import PromptLoop
 from engine.sampling_params import SamplingParams
 
@@ -114,7 +114,7 @@ def start_decode(loop: DecodeLoop, batch: int, depth: int) -> None:
     """`batch` sequences go on from a random token after `depth` cached ones, greedily."""
     generator = torch.Generator().manual_seed(batch * 65_537 + depth)
     tokens = torch.randint(0, loop.model.config.vocab_size, (batch,), generator=generator).tolist()
-    loop.start([Row(slot, token, depth, GREEDY, 0) for slot, token in enumerate(tokens)])
+    loop.start([DecodeRow(slot, token, depth, GREEDY, 0) for slot, token in enumerate(tokens)])
 
 
 def run_decode(loop: DecodeLoop, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""How much memory is free for weights, tables and caches."""
+"""Memory that is free for weights, tables and caches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import psutil
 if TYPE_CHECKING:
     import torch
 
-# Of a control group, version 2 and 1: its limit, what it uses, and in memory.stat what of that can be taken back.
+# Files of a control group, version 2 and 1: its limit, what it uses, and in memory.stat what of that can be reclaimed.
 _GROUPS = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

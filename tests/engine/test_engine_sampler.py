@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine.ops.reference import ReferenceOps
 from engine.runtime.request import Request
-from engine.runtime.sampler import choose, log_probabilities, send_logprobs
+from engine.runtime.sampler import log_probabilities, sample, send_logprobs
 from engine.sampling_params import SamplingParams
 
 INF, NAN = math.inf, math.nan
@@ -44,11 +44,11 @@ def test_choosing_leaves_the_logits_alone(dtype: torch.dtype):
     logits = torch.randn(len(requests), 16).to(dtype)
     before = logits.clone()
     out = torch.full((len(requests),), -7, dtype=torch.int32)
-    choose(ReferenceOps(), requests, logits, out)
+    sample(ReferenceOps(), requests, logits, out)
     assert torch.equal(logits, before)
     assert out[0] == 3 and out.min() >= 0
     alone = torch.full((1,), -7, dtype=torch.int32)
-    choose(ReferenceOps(), [request([1, 2, 3, 4], repetition_penalty=1.9)], logits[2:3], alone)
+    sample(ReferenceOps(), [request([1, 2, 3, 4], repetition_penalty=1.9)], logits[2:3], alone)
     assert torch.equal(logits, before) and alone[0] == out[2]
     sent = send_logprobs(logits, out, 3)
     expected = torch.log_softmax(before.float(), -1)

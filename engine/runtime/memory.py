@@ -28,10 +28,10 @@ def free_bytes(device: torch.device) -> int:
 
 def free_host_bytes() -> int:
     """Bytes of a CPU's memory, as `free_bytes` has them; without importing torch."""
-    return min([psutil.virtual_memory().available, *_container_bytes(Path("/"))])
+    return min([psutil.virtual_memory().available, *container_bytes(Path("/"))])
 
 
-def _container_bytes(root: Path) -> list[int]:
+def container_bytes(root: Path) -> list[int]:
     """Bytes free under the limit of each control group that this process is in, as `root`'s proc and sys tell."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

@@ -17,7 +17,8 @@ from engine.model.kv_cache import PAGE_SIZE, ContiguousCache, KVCache, PagedCach
 from engine.model.rope import rope_tables
 from engine.model.weights import Weights
 from engine.ops.batch import AttentionLayer, Batch, LayerCache, TokenSpan
-from engine.ops.reference import Ops, of_rows
+from engine.ops.protocol import Ops
+from engine.ops.reference import of_rows
 
 if TYPE_CHECKING:
     from kernels.attention.prefill import Plan

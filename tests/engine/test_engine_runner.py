@@ -47,7 +47,8 @@ def paged(model: Model) -> KVCache:
 
 
 def new_request(id: str, prompt: list[int], new: int = 6, **fields: Any) -> Request:
-    params = SamplingParams(max_new_tokens=new, **{"temperature": 0.0} | fields)
+    settings: dict[str, Any] = {"max_new_tokens": new, "temperature": 0.0} | fields
+    params = SamplingParams(**settings)
     return Request(
         id=id, tokens=prompt, limit=len(prompt) + new, params=params, seed=3, stop_ids=frozenset(), entered=0.0
     )

@@ -184,7 +184,7 @@ def case_cost(model: Footprint, case: Case, batch: int) -> tuple[StepCost, int]:
 
 
 @dataclass(frozen=True)
-class Result:
+class LatencyResult:
     """A test's runs."""
 
     case: Case
@@ -211,7 +211,7 @@ class Result:
 
 def measure(
     model: Model, case: Case, batch: int, repeats: int, graph: bool, chunk: int, ceilings: Ceilings
-) -> Result:  # fmt: skip
+) -> LatencyResult:  # fmt: skip
     """Run one case. Raises TooLarge."""
     if case.prompt:
         samples = measure_prompt(model, batch, case.prompt, case.depth, repeats, chunk, graph)
@@ -219,10 +219,10 @@ def measure(
         samples = measure_decode(model, batch, case.new, case.depth, repeats, graph)
     cost, steps = case_cost(model.footprint, case, batch)
     limit, kind = ceilings.milliseconds(cost)
-    return Result(case, batch, samples, steps, None if limit is None else limit / 1e3, kind)
+    return LatencyResult(case, batch, samples, steps, None if limit is None else limit / 1e3, kind)
 
 
-def records(results: Sequence[Result], **shared: Any) -> list[dict[str, Any]]:
+def records(results: Sequence[LatencyResult], **shared: Any) -> list[dict[str, Any]]:
     """One flat record a result, named as llama-bench's JSON names them where it has the field."""
     return [
         {

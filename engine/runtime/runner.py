@@ -110,7 +110,7 @@ class Runner:
             self._pending.append(self._decode(self._decode_loop, step.chunks))
         else:
             self._leave_decode_loop()
-            self._pending.append(self._pass(step))
+            self._pending.append(self._prompt(step) or self._pass(step))
 
     def wait(self) -> list[StepResult]:
         """Results of the first step that is not waited for, when it has ended."""
@@ -190,21 +190,51 @@ class Runner:
             most = max(count for count in asked if count is not None)
             pending.logprobs = send_logprobs(logits.index_select(0, rows), out.index_select(0, rows), most)
 
+    def _prompt(self, step: Step) -> _PendingStep | None:
+        """One short prompt, or the end of one, alone, in the prompt loop; None where the step is something else."""
+        loop, (sequence, begin, count, samples) = self._prompt_loop, step.chunks[0]
+        request, span = cast(Request, sequence), TokenSpan(count, sequence.slot, begin)
+        if not (loop and len(step.chunks) == 1 and samples and loop.takes(span)):
+            return None
+        if request.params.prompt_logprobs is not None:
+            return None
+        tokens = request.tokens[begin : begin + count]
+        if request.plain:
+            loop.enqueue(tokens, span, request.params, request.seed)
+            self._show([request], loop.logits)
+            return _PendingStep([request], loop.wait)
+        pending = _PendingStep([request])
+        self._take(pending, loop.forward(tokens, span))
+        return pending
+
     def _pass(self, step: Step) -> _PendingStep:
         """One forward pass over all of the step's tokens."""
-        spans = [TokenSpan(count, sequence.slot, begin) for sequence, begin, count, _ in step.chunks]
-        if self._prompt_loop and len(spans) == 1 and step.chunks[0].samples and self._prompt_loop.takes(spans[0]):
-            request = cast(Request, step.chunks[0].sequence)
-            if request.params.prompt_logprobs is None:
-                return self._prompt(self._prompt_loop, request, spans[0])
         pending = _PendingStep([])
-        ready: list[int] = []  # the row of the last token of each request that chooses one
-        scored: list[int] = []  # rows whose logits say how likely a prompt's next token was
+        packed, ready, scored = self._pack(step, pending)
+        sent = packed.to(self._tokens.device, non_blocking=True)
+        if step.decodes:
+            sent[0, : step.decodes] = self._tokens.index_select(0, sent[1, : step.decodes])
+        rows = to_device([*ready, *scored], self._tokens, torch.int32)
+        spans = [TokenSpan(count, sequence.slot, begin) for sequence, begin, count, _ in step.chunks]
+        batch = Batch(*sent, logits_at=rows, spans=spans, decodes=step.decodes)
+        logits = self.model.forward(batch, self.cache)
+        if scored:
+            known = to_device([r.tokens[place] for r, place in pending.prompt_places], logits, torch.int32)
+            most = max(r.params.prompt_logprobs or 0 for r, _ in pending.prompt_places)
+            pending.prompt = send_logprobs(logits[len(ready) :], known, most)
+        self._take(pending, logits[: len(ready)])
+        return pending
+
+    def _pack(self, step: Step, pending: _PendingStep) -> tuple[Tensor, list[int], list[int]]:
+        """Tokens, slots and positions of the step, int32 [3, T], and the rows of these whose logits are wanted: the
+        last one of each request that chooses a token, and those that say how likely a prompt's next token was."""
+        ready: list[int] = []
+        scored: list[int] = []
         packed = torch.zeros((3, step.tokens), dtype=torch.int32, pin_memory=self._tokens.is_cuda)
         tokens, slots, positions = packed.numpy()
         # Tokens that decode are taken from the device: the host may not know them yet.
-        slots[: step.decodes] = [span.slot for span in spans[: step.decodes]]
-        positions[: step.decodes] = [span.position for span in spans[: step.decodes]]
+        slots[: step.decodes] = [chunk.sequence.slot for chunk in step.chunks[: step.decodes]]
+        positions[: step.decodes] = [chunk.begin for chunk in step.chunks[: step.decodes]]
         end = 0
         for number, (sequence, begin, count, samples) in enumerate(step.chunks):
             request, first, end = cast(Request, sequence), end, end + count
@@ -219,29 +249,7 @@ class Runner:
             if samples:
                 pending.requests.append(request)
                 ready.append(end - 1)
-        sent = packed.to(self._tokens.device, non_blocking=True)
-        if step.decodes:
-            sent[0, : step.decodes] = self._tokens.index_select(0, sent[1, : step.decodes])
-        rows = to_device([*ready, *scored], self._tokens, torch.int32)
-        batch = Batch(*sent, logits_at=rows, spans=spans, decodes=step.decodes)
-        logits = self.model.forward(batch, self.cache)
-        if scored:
-            known = to_device([r.tokens[place] for r, place in pending.prompt_places], logits, torch.int32)
-            most = max(r.params.prompt_logprobs or 0 for r, _ in pending.prompt_places)
-            pending.prompt = send_logprobs(logits[len(ready) :], known, most)
-        self._take(pending, logits[: len(ready)])
-        return pending
-
-    def _prompt(self, loop: PromptLoop, request: Request, span: TokenSpan) -> _PendingStep:
-        """One short prompt, or the end of one, alone."""
-        tokens = request.tokens[span.position : span.position + span.count]
-        if request.plain:
-            loop.enqueue(tokens, span, request.params, request.seed)
-            self._show([request], loop.logits)
-            return _PendingStep([request], loop.wait)
-        pending = _PendingStep([request])
-        self._take(pending, loop.forward(tokens, span))
-        return pending
+        return packed, ready, scored
 
     def _take(self, pending: _PendingStep, logits: Tensor) -> None:
         """Choose the requests' tokens by their logits [n, V], keep them for the next step, and send them to the host

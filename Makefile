@@ -18,7 +18,7 @@ OLMO ?= olmo2_1b
 ARGS ?= --prompt "The capital of France is"
 
 .PHONY: help env setup setup-vast download-assets fetch-olmo run-olmo
-.PHONY: repro test test-slow test-gpu lint format types contracts params report record pack lock clean
+.PHONY: repro test test-slow test-gpu mutants lint format types contracts params report record pack lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 17
 
@@ -72,6 +72,9 @@ test-slow: env ## run those that take tens of seconds each: large simulations, s
 
 test-gpu: ## run the tests that need a GPU, with PYTHON
 	$(PYTHON) -m pytest -m gpu
+
+mutants: env ## put each fault of tests/mutants.toml into a copy of the code: do the tests notice?
+	$(RUN) python -m tests.mutants
 
 lint: env ## check style
 	$(BIN)/ruff check

@@ -52,6 +52,8 @@ TOKENS = 256
 # Partial results that a thread of the combining block asks for at once.
 PARTIALS = 8
 PARTIAL_WORDS, PARTIAL_PAIRS = 4 * PARTIALS, 2 * PARTIALS
+# What `decode` reads before the kernels ahead are done: its docstring says why it may.
+EARLY = ("q_norm", "k_norm", "cos", "sin", "k_cache", "v_cache", "slots", "positions", "table")
 
 
 def _record(heads: int, width: int, segments: int) -> int:
@@ -562,7 +564,7 @@ def flash(dtype: str, head_dim: int, group: int, source: str, paged: bool) -> Ke
     kinds += (*("i32",) * 5, "i32" if paged else "i64", *("i64",) * 4, "f32", "f32", "i32")
     return Kernel(
         name, attention, kinds, THREADS, dynamic_shared=shared_bytes, blocks_per_sm=3,
-        options=LaunchOptions(programmatic=True),
+        options=LaunchOptions(programmatic=True), early=EARLY if fused else (),
     )  # fmt: skip
 
 

@@ -485,7 +485,7 @@ def streamed(dtype: str, tiling: Tiling, gated: bool, arch: str) -> Kernel:
     kinds = ("u8*" if bulk else pointer, "u8*" if bulk else pointer, pointer, "i32", "i32", "i32")
     return Kernel(
         name, linear, kinds, tiling.threads, dynamic_shared=tiling.shared, blocks_per_sm=1,
-        options=LaunchOptions(programmatic=True),
+        options=LaunchOptions(programmatic=True), early=("weight",),
         architectures=(arch,),
     )  # fmt: skip
 

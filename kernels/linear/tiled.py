@@ -523,7 +523,7 @@ def warpgroups(dtype: str, tiling: Tiling, gated: bool, arch: str) -> Kernel:
         name, linear, ("u8*", "u8*", f"{dtype}*", "i32", "i32", "i32", "i32"), tiling.threads,
         dynamic_shared=tiling.shared, blocks_per_sm=1,
         options=LaunchOptions(programmatic=True, cluster=(cluster, 1, 1) if cluster > 1 else None),
-        architectures=(arch,),
+        architectures=(arch,), early=("weight",),
     )  # fmt: skip
 
 
@@ -669,7 +669,7 @@ def warps(dtype: str, tiling: Tiling, gated: bool, arch: str) -> Kernel:
     return Kernel(
         name, linear, (*(f"{dtype}*",) * 3, "i32", "i32", "i32", "i32"), threads,
         dynamic_shared=tiling.shared, blocks_per_sm=1,
-        options=LaunchOptions(programmatic=True),
+        options=LaunchOptions(programmatic=True), early=("weight",),
         architectures=(arch,),
     )  # fmt: skip
 

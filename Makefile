@@ -16,9 +16,11 @@ PYTHON ?= $(BIN)/python
 # What fetch-olmo stages and run-olmo runs: a file of conf/model/.
 OLMO ?= olmo2_1b
 ARGS ?= --prompt "The capital of France is"
+# Columns that `dvc exp show` leaves out: sums of files, what a GPU's or a model's name already says, and the queue's.
+HIDDEN ?= .*/|State|Executor|checkpoint\.|gpu\.(?!name)|model\.(?!name|weights)
 
 .PHONY: help env setup setup-vast download-assets fetch-olmo run-olmo
-.PHONY: repro test test-slow test-gpu mutants lint format types contracts params report record pack lock clean
+.PHONY: repro experiments test test-slow test-gpu mutants lint format types contracts params report record pack lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 17
 
@@ -64,8 +66,11 @@ run-olmo: env ## generate with what fetch-olmo staged, ARGS as of `afs generate`
 repro: env ## run the pipeline: whatever changed since it ran last
 	$(RUN) dvc repro
 
+experiments: env ## list this commit's experiments: the headlines and parameters that differ between them
+	$(RUN) dvc exp show --only-changed --drop '$(HIDDEN)'
+
 test: env ## run the tests that need no GPU, but for slow ones
-	$(RUN) python -m pytest -n 2 --dist loadgroup -m "not gpu and not slow"
+	$(RUN) python -m pytest -n 3 --dist loadgroup -m "not gpu and not slow"
 
 test-slow: env ## run those that take tens of seconds each: large simulations, soaks, DVC end to end
 	$(RUN) python -m pytest -n 2 --dist loadgroup -m "slow and not gpu"

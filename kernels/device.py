@@ -188,7 +188,7 @@ def _high_f16(pair):
 
 
 class Half(NamedTuple):
-    """What differs between the kernels of one 16-bit dtype and those of another.
+    """Functions that differ between the kernels of one 16-bit dtype and those of another.
 
     low, high: float32 of the lower or upper element of a pair in a uint32. pack(high, low): two float32 rounded to a
     pair. rounded: the 16 bits of a float32. mma: m16n8k16 of kernels.ptx. wgmma: what makes its m64k16. suffix: of a

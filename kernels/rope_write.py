@@ -4,7 +4,7 @@
 |---|---|
 | fast | one block of 128 threads a token, all of it in vectors of 16 bytes |
 
-The decode kernel of `kernels/attention/flash.py` does the same to its one token with the functions of this file.
+The decode kernel of `kernels/attention/flash` does the same to its one token with the functions of this file.
 
 Arithmetic, bf16 or fp16 in and out, for every version:
 1. Where there is a norm, it is over the whole projection width of q and of k, each by itself. Thread i of 128 takes the
@@ -113,7 +113,7 @@ def norm_scales(scratch, thread, q_width, k_width, eps):
 
 
 @device_function
-def turned(a, b, cosine, sine):
+def rotated_element(a, b, cosine, sine):
     """a * cosine - b * sine, each operation rounded to fp32."""
     return ptx.add_rn_f32(ptx.mul_rn_f32(a, cosine), -ptx.mul_rn_f32(b, sine))
 
@@ -128,8 +128,8 @@ def rotated(dtype: str) -> Callable[..., Any]:
     def rotated(first, second, cos0, sin0, cos1, sin1):
         a0, a1, b0, b1 = low(first), high(first), low(second), high(second)
         return (
-            pack(turned(a1, b1, cos1, sin1), turned(a0, b0, cos0, sin0)),
-            pack(turned(b1, a1, cos1, -sin1), turned(b0, a0, cos0, -sin0)),
+            pack(rotated_element(a1, b1, cos1, sin1), rotated_element(a0, b0, cos0, sin0)),
+            pack(rotated_element(b1, a1, cos1, -sin1), rotated_element(b0, a0, cos0, -sin0)),
         )
 
     return rotated
@@ -224,7 +224,7 @@ def check_projection(
 
 
 def norm_kind(q_norm: torch.Tensor | None, rounding: str) -> str:
-    """What a kernel does before the rotation: "none", "once" or "twice"."""
+    """Kind of norm before the rotation: "none", "once" or "twice"."""
     return "none" if q_norm is None else rounding
 
 

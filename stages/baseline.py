@@ -34,9 +34,9 @@ from stages.standard import (
     Latency,
     TooSlow,
     add_latency,
-    add_missing,
     limits,
     list_cases,
+    list_rows,
     measure_case,
     read_ceilings,
 )
@@ -175,7 +175,7 @@ def main(run: Run, gpu: Gpu, model: Model, workload: Workload) -> None:
                         generate, case, workload, config.vocab_size, device, budget, rehearse=use_cuda
                     )  # fmt: skip
                 except TooSlow as reason:
-                    add_missing(rows, case, str(reason), **knobs)
+                    rows.add_missing(list_rows(case), str(reason), **knobs)
                     continue
             add_latency(rows, case, latency, limits(case, config, DTYPE, ceilings), no_memory, **knobs)
             add_utilisation(rows, case.name, sampler, use_cuda, **case.knobs, **knobs)

@@ -10,6 +10,7 @@ are of other code.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 from hashlib import md5, sha256
 from pathlib import Path
@@ -31,8 +32,9 @@ def find_module(name: str) -> Path | None:
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()), None)
 
 
-def list_imports(path: Path) -> set[str]:
-    """Our modules that a file imports at any place, but for type checkers only."""
+@functools.cache
+def list_imports(source: str) -> frozenset[str]:
+    """Our modules that a file of this text imports at any place, but for type checkers only."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
@@ -45,8 +47,8 @@ def list_imports(path: Path) -> set[str]:
                 found.update([child.module, *(f"{child.module}.{alias.name}" for alias in child.names)])
             visit(child)
 
-    visit(ast.parse(path.read_text(encoding="utf-8")))
-    return {name for name in found if name.split(".")[0] in PACKAGES}
+    visit(ast.parse(source))
+    return frozenset(name for name in found if name.split(".")[0] in PACKAGES)
 
 
 def list_files(module: str) -> list[Path]:
@@ -61,7 +63,7 @@ def list_files(module: str) -> list[Path]:
         files.add(file)
         parts = name.split(".")
         waiting += [".".join(parts[:length]) for length in range(1, len(parts))]
-        waiting += list_imports(file)
+        waiting += list_imports(file.read_text(encoding="utf-8"))
     beside = {path for folder in {file.parent for file in files} for path in folder.glob(f"*{DATA}")}
     return sorted(files | beside)
 

@@ -26,9 +26,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from stages import metrics
 from stages.compare import Comparison, Run, add_noise, compare, read_run
 from stages.host import Host, read_host
@@ -105,11 +102,7 @@ def write(path: Path, run: Run) -> None:
     path.unlink(missing_ok=True)
     if run:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sink = pa.BufferOutputStream()
-        pq.write_table(
-            pa.Table.from_pylist([dict(row) for row in run.values()], metrics.SCHEMA), sink, compression="zstd"
-        )
-        write_whole(path, sink.getvalue().to_pybytes())
+        metrics.write_table(path, list(run.values()))
 
 
 def main(arguments: list[str]) -> int:

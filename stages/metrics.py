@@ -1,6 +1,6 @@
-"""The one tidy table of measurements: a Parquet file a stage and week, and the small JSON that `dvc metrics` reads.
+"""The one tidy table of measurements: a Parquet file a stage and week, and beside it the headlines that DVC reads.
 
-Parquet is the source of truth; the JSON is derived from its rows.
+Parquet is the source of truth; the headlines are derived from its rows.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages import headlines
 from stages.commit import read_commit
 from stages.host import Host, OtherLoad
 from stages.stage import StageError, write_whole
@@ -54,6 +54,8 @@ COLUMNS: dict[str, pa.DataType] = {
     "other_load": pa.float64(),
     "note": pa.string(),
 }
+Listed = Mapping[str, Any]
+"""What a row says before it is measured: suite, case, metric, unit, better, and the knobs of its case."""
 REQUIRED = frozenset({"stage", "suite", "case", "metric", "unit", "status", "gpu"})
 SCHEMA = pa.schema([pa.field(name, kind, nullable=name not in REQUIRED) for name, kind in COLUMNS.items()])
 KNOBS = (
@@ -61,7 +63,8 @@ KNOBS = (
     "kernel_versions",
 )  # fmt: skip
 IDENTITY = ("stage", "week", "suite", "case", "metric", "model", "gpu", *KNOBS)
-PLOTTED = ("baseline", "bench")
+TIMED = ("baseline", "bench")
+"""The stages whose rows other processes are in the way of."""
 BUSY = 0.25
 """The share of a machine's cores, as `other_load` has it, from which other processes are in a measurement's way."""
 STATUSES = ("ok", "not_measured", "failed")
@@ -131,6 +134,11 @@ class Rows:
             note=reason, **knobs,
         )  # fmt: skip
 
+    def add_missing(self, listed: Iterable[Listed], reason: str, **knobs: Any) -> None:
+        """Adds these rows without values, saying why; a row's own knobs come before those of all."""
+        for row in listed:
+            self.missing(reason=reason, **knobs | dict(row))
+
     def _append(self, **fields: Any) -> None:
         unknown = set(fields) - set(COLUMNS)
         if unknown:
@@ -140,30 +148,38 @@ class Rows:
             fields["kernel_versions"] = json.dumps(versions, sort_keys=True)
         self.rows.append(dict.fromkeys(COLUMNS) | self.common | fields)
 
-    def write(self, path: Path, headline: Callable[[Mapping[str, Any]], bool] | None = None) -> None:
-        """Writes the rows as Parquet at `path`, each file whole or not at all, and beside it what DVC can read of them:
-        `.json` for `dvc metrics` (only the rows `headline` picks, where there are too many to read) and, of the stages
-        in PLOTTED, `.csv` for `dvc plots`, a line a case and a column a metric.
+    def write(self, path: Path) -> None:
+        """Writes the rows as Parquet at `path`, each file whole or not at all, and beside it what DVC reads of them:
+        `.json` for `dvc metrics`, of stages that have headlines, and of bench `.csv` for `dvc plots`.
 
         Raises MetricsError where a row breaks the schema or two rows are the same measurement.
         """
         self.write_parquet(path)
-        picked = [row for row in self.rows if headline is None or headline(row)]
-        write_whole(path.with_suffix(".json"), json.dumps(summarize(picked), indent=2) + "\n")
-        if self.common["stage"] in PLOTTED:
-            write_whole(path.with_suffix(".csv"), tabulate(self.rows))
+        self.write_headlines(path)
+
+    def write_headlines(self, path: Path) -> None:
+        """Only what `write` leaves for DVC beside the Parquet at `path`."""
+        if self.common["stage"] in headlines.STAGES:
+            write_whole(path.with_suffix(".json"), headlines.as_json(self.rows))
+        if self.common["stage"] == "bench":
+            write_whole(path.with_suffix(".csv"), headlines.as_csv(self.rows))
 
     def write_parquet(self, path: Path) -> None:
-        """Only `write`'s Parquet file; rows of the stages in PLOTTED get the `other_load` they were measured beside."""
-        if self.common["stage"] in PLOTTED:
+        """Only `write`'s Parquet file; rows of the stages in TIMED get the `other_load` they were measured beside."""
+        if self.common["stage"] in TIMED:
             share = self._load.share()
             for row in self.rows:
                 if row["other_load"] is None:
                     row["other_load"] = share
         check(self.rows)
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(self.rows, schema=SCHEMA), sink, compression="zstd")
-        write_whole(path, sink.getvalue().to_pybytes())
+        write_table(path, self.rows)
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows of SCHEMA as one Parquet file, whole or not at all."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], SCHEMA), sink, compression="zstd")
+    write_whole(path, sink.getvalue().to_pybytes())
 
 
 def check(rows: Iterable[Mapping[str, Any]]) -> None:
@@ -214,25 +230,6 @@ def read(path: str | Path) -> pd.DataFrame:
     return read_table(path).to_pandas(types_mapper=integers.get)
 
 
-def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """suite → case → metric → value, for `dvc metrics`; null where there is no value.
-
-    Where several rows share suite, case and metric, the case's name gets the fewest knobs that tell them apart.
-    """
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["suite"], row["case"], row["metric"]].append(row)
-    summary: dict[str, Any] = {}
-    for (suite, case, metric), members in groups.items():
-        needed = find_needed_knobs(members)
-        for row in members:
-            knobs = ",".join(f"{knob}={row[knob]}" for knob in needed if row[knob] is not None)
-            value = row["value"]
-            value = int(value) if value is not None and value == int(value) else value
-            summary.setdefault(suite, {}).setdefault(f"{case}[{knobs}]" if knobs else case, {})[metric] = value
-    return summary
-
-
 def find_needed_knobs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The first knobs, backend before all, that tell the rows apart; none for a single row."""
     needed: list[str] = []
@@ -243,16 +240,3 @@ def find_needed_knobs(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             needed.append(knob)
             kinds = more
     return needed
-
-
-def tabulate(rows: Sequence[Mapping[str, Any]]) -> str:
-    """`summarize`'s values as CSV: suite, case, then a column a metric; empty where there is no value."""
-    import pandas as pd
-
-    lines = [
-        {"suite": suite, "case": case} | metrics
-        for suite, cases in summarize(rows).items()
-        for case, metrics in cases.items()
-    ]
-    columns = ["suite", "case", *dict.fromkeys(row["metric"] for row in rows)]
-    return pd.DataFrame(lines, columns=columns, dtype=object).to_csv(index=False, lineterminator="\n")

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.checks import Piece, forward, load_engine
+from stages.findings import Piece, forward, load_engine
 
 if TYPE_CHECKING:
     from torch import Tensor

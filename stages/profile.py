@@ -120,7 +120,7 @@ def prepare(llm: LLM, work: Work) -> Callable[[], Any]:
     """What runs the work once: its kernels are compiled and its graphs captured. Raises StageError for a cache that
     does not fit."""
     from engine.bench.latency import TooLarge, run_decode, start_decode
-    from stages.throughput import random_cache
+    from stages.bench.decode_batches import random_cache
 
     if not work.steps:
         from engine.sampling_params import SamplingParams

@@ -13,10 +13,11 @@ unless
 - it passed: no row has failed, and where a week has checks of parity, one was made;
 - it is of one commit: every row names one, none is dirty, and build's and the weeks' are the same. Provision, inventory
   and baseline may be older, as DVC runs them again when what they depend on changes;
-- its noise is bounded: in no headline row (HEADLINE, of bench and baseline) do three or more samples spread by more
+- its noise is bounded: in no row of BOUNDED, of bench and baseline, do three or more samples spread by more
   than NOISE of the value, the spread being stages.compare's: 1.4826 × the median absolute deviation.
 
---force promotes a run that only the last two refuse; the reason and what was refused are kept beside, in forced.json.
+--force promotes a run that only the last two refuse, but none of a dirty tree, which nobody can measure again; the
+reason and what was refused are kept beside, in forced.json.
 """
 
 import argparse
@@ -30,11 +31,12 @@ from pathlib import Path
 
 from engine.bench.throughput import LATE
 from stages import metrics
+from stages.commit import DAYS, find_day, read_days
 from stages.compare import Row, spread
 from stages.compose import read_params
 from stages.host import Host
 from stages.params import ParamsError, Week, Weeks, select
-from stages.stage import StageError, reported
+from stages.stage import StageError, reported, write_whole
 
 METRICS, RECORDED = Path("reports/metrics"), Path("reports/recorded")
 HOST, FORCED, FAILED = "host.json", "forced.json", ".failed"
@@ -42,7 +44,7 @@ SHARED = ("provision", "inventory", "baseline", "build")
 OF_WEEK = ("parity", "bench")
 MACHINE = ("gpu", "driver", "cuda")
 NOISE = 0.1
-HEADLINE = {
+BOUNDED = {
     ("standard_prefill", "ttft_ms"), ("standard_decode", "ttft_ms"), ("standard_decode", "tpot_ms"),
     ("standard_decode", "output_throughput"), ("throughput", "output_throughput"),
 }  # fmt: skip
@@ -85,6 +87,12 @@ def week_of(name: str) -> str | None:
     """ "w05" of "bench_w05"; None of a file that is no week's."""
     kind, _, week = name.partition("_")
     return week if kind in OF_WEEK and week else None
+
+
+def again(name: str) -> str:
+    """The command that measures a file anew."""
+    week = week_of(name)
+    return f"`dvc repro --force --single-item {f'bench@{week}' if week else name}`"
 
 
 def find_host(folder: Path) -> Path:
@@ -201,8 +209,7 @@ def check_alone(run: Measured) -> Iterator[Refusal]:
         busy = [row for row in rows if (row["other_load"] or 0) > metrics.BUSY]
         if busy:
             text = f"other processes kept {busy[0]['other_load']:.0%} of the cores busy while it was measured"
-            again = f"bench@{week_of(name)}" if week_of(name) else name
-            text += f"; should be {metrics.BUSY:.0%} at most (`dvc repro --force --single-item {again}`)"
+            text += f"; should be {metrics.BUSY:.0%} at most ({again(name)})"
             yield Refusal(name, text, True)
 
 
@@ -215,7 +222,7 @@ def check_commits(run: Measured) -> Iterator[Refusal]:
             yield Refusal(name, "a row names no commit; should be measured within a git repository", True)
         dirty = sorted(commit for commit in commits if commit and commit.endswith("-dirty"))
         if dirty:
-            yield Refusal(name, f"measured at {dirty[0]}; should be a commit: commit, then `dvc repro --force`", True)
+            yield Refusal(name, f"measured at {dirty[0]}; should be a commit: commit, then `dvc repro --force`")
         if len(commits) > 1:
             yield Refusal(name, f"measured at {', '.join(sorted(map(str, commits)))}; should be one commit", True)
         elif commits and (name == "build" or week_of(name)):
@@ -229,19 +236,18 @@ def check_commits(run: Measured) -> Iterator[Refusal]:
 
 
 def check_noise(run: Measured) -> Iterator[Refusal]:
-    """The samples of no headline row spread too far."""
+    """The samples of no row of BOUNDED spread too far."""
     for name, rows in run.tables.items():
         if name != "baseline" and not name.startswith("bench_"):
             continue
         for row in rows:
-            if (row["suite"], row["metric"]) not in HEADLINE or row["status"] != "ok":
+            if (row["suite"], row["metric"]) not in BOUNDED or row["status"] != "ok":
                 continue
             share = spread(row) / abs(row["value"]) if row["value"] else 0.0
             if share > NOISE:
                 text = f"{say(row)}: {len(row['samples'])} samples spread by {share:.1%} of {row['value']:.4g}"
-                again = f"bench@{week_of(name)}" if week_of(name) else name
                 text += f"; should be {NOISE:.0%} at most: measure again while nothing else runs"
-                yield Refusal(name, f"{text} (`dvc repro --force --single-item {again}`)", True)
+                yield Refusal(name, f"{text} ({again(name)})", True)
 
 
 def check_kept(run: Measured, kept: Mapping[str, Path]) -> Iterator[Refusal]:
@@ -288,7 +294,17 @@ def record(
             lines.append("--force REASON promotes it all the same and keeps the reason beside it")
         raise StageError("\n".join([f"{source} is not recorded:", *lines]))
     replace_folder(recorded, target, write_part(promoted, recorded, target, kept, reason, refusals))
+    write_days(recorded)
     return target
+
+
+def write_days(recorded: Path) -> None:
+    """Writes DAYS anew, of the commits of all rows that are recorded; a day that git does not know stays as it was."""
+    known = read_days(recorded)
+    tables = [metrics.read_table(file) for file in sorted(recorded.glob("*/*/*.parquet"))]
+    commits = {commit for table in tables for commit in table["commit"].to_pylist() if commit}
+    days = {commit: day for commit in sorted(commits) if (day := find_day(commit) or known.get(commit))}
+    write_whole(recorded / DAYS, json.dumps(days, indent=2) + "\n")
 
 
 def part_of(recorded: Path, target: Path) -> Path:
@@ -362,7 +378,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("folder", nargs="?", type=Path, default=METRICS, help=f"default: {METRICS}")
     parser.add_argument("--weeks", nargs="+", metavar="WEEK", help="only these, beside what is recorded")
-    parser.add_argument("--force", type=given_reason, metavar="REASON", help="despite noise, or mixed or dirty commits")
+    parser.add_argument("--force", type=given_reason, metavar="REASON", help="despite noise or mixed commits")
     parser.add_argument("--where", action="store_true", help="only print where it would be kept")
     given = parser.parse_args(arguments)
     try:

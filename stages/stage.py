@@ -154,7 +154,8 @@ def stage(
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        name = Path(function.__code__.co_filename).stem
+        file = Path(function.__code__.co_filename)
+        name = file.parent.name if file.stem == "__init__" else file.stem
 
         @functools.wraps(function)
         def main(arguments: list[str] | None = None) -> None:

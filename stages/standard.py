@@ -14,7 +14,7 @@ from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from stages.metrics import Rows, read
+from stages.metrics import Listed, Rows, read
 from stages.params import Workload
 from stages.stage import Run
 
@@ -270,8 +270,6 @@ def add_latency(
             rows.missing(**shared, reason="needs two or more new tokens", **case.knobs, **knobs)
 
 
-def add_missing(rows: Rows, case: Case, reason: str, **knobs: Any) -> None:
-    """The case's rows without values, saying why."""
-    for metric in METRICS[case.suite]:
-        shared = describe_row(case, metric)
-        rows.missing(reason=reason, **shared, **case.knobs, **knobs)
+def list_rows(case: Case) -> list[Listed]:
+    """The case's rows."""
+    return [describe_row(case, metric) | case.knobs for metric in METRICS[case.suite]]

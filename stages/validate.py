@@ -14,20 +14,14 @@ import yaml
 
 from engine.model.config import ModelConfig
 from kernels.architectures import ARCHITECTURES
+from stages.bench.suite import Suite
+from stages.bench.suites import SUITES
 from stages.params import CONF, Gpu, Model, ParamsError, Week, Weeks, Workload, list_choices, parse, select_all, thaw
+from stages.parity.check import Check
+from stages.parity.checks import CHECKS
 from stages.sources import make_source, read_architecture
 
-# Whether they need an engine: CHECKS of stages/parity.py, and the suites of stages/bench.py.
-PARITY = {
-    "tokenizer": False, "tensors": False,
-    "layers": True, "invariance": True, "sampling": True, "text": True, "simulator": True,
-}  # fmt: skip
-BENCH = {
-    "baseline": False, "tokenizer": False, "load": False,
-    "standard_prefill": True, "standard_decode": True, "prompt_lengths": True, "prompt_products": True,
-    "prompt_attention": True, "decode_step": True, "kernels": True, "graphs": True, "peers": True, "throughput": True,
-    "prefix_cache": True, "decode_batches": True, "step_trace": True, "serve": True,
-}  # fmt: skip
+Suites = Mapping[str, Check | Suite]
 
 
 def check_params(params: Mapping[str, Any]) -> None:
@@ -111,11 +105,11 @@ def check_weeks(weeks: Weeks) -> Iterator[str]:
     for name in [name for name in known if name not in weeks.weeks]:
         yield f"weeks.{name} is missing from the parameters"
     for week in weeks.weeks.values():
-        yield from check_suites(week, "parity", week.parity, PARITY)
-        yield from check_suites(week, "bench", week.bench, BENCH)
+        yield from check_suites(week, "parity", week.parity, CHECKS)
+        yield from check_suites(week, "bench", week.bench, SUITES)
 
 
-def check_suites(week: Week, kind: str, names: tuple[str, ...], known: Mapping[str, bool]) -> Iterator[str]:
+def check_suites(week: Week, kind: str, names: tuple[str, ...], known: Suites) -> Iterator[str]:
     """What is wrong with a week's list of suites."""
     for index, name in enumerate(names):
         key = f"weeks.{week.name}.{kind}.{index} = {name!r}"
@@ -123,7 +117,7 @@ def check_suites(week: Week, kind: str, names: tuple[str, ...], known: Mapping[s
             yield f"{key}: unknown suite; there are: {', '.join(known)}"
         elif name in names[:index]:
             yield f"{key}: is there twice"
-        elif known[name] and week.engine is None:
+        elif known[name].needs_engine and week.engine is None:
             yield f"{key}: needs an engine, and weeks.{week.name}.engine is null"
 
 

@@ -23,7 +23,7 @@ from engine.model.config import ModelConfig
 from engine.model.cost import Ceilings, StepCost, kv_bytes_per_token, step_cost
 from engine.model.kv_cache import ContiguousCache
 from engine.model.transformer import Model
-from engine.ops.reference import Run
+from engine.ops.batch import Batch, TokenSpan
 from engine.runtime.decode_loop import DecodeLoop, Row, bucket
 from engine.runtime.prompt_loop import PromptLoop
 from engine.sampling_params import SamplingParams
@@ -159,15 +159,18 @@ def measure_prompt(
         end = min(begin + chunk, total)
         last = [place - begin for place in range(begin, end) if (place + 1) % prompt == 0]
         edges = [begin, *range(-(-(begin + 1) // prompt) * prompt, end, prompt), end]
-        runs = [Run(b - a, a // prompt, a % prompt + depth) for a, b in pairwise(edges)]
-        pieces.append((slice(begin, end), torch.tensor(last, dtype=torch.int32, device=device), runs))
+        spans = [TokenSpan(b - a, a // prompt, a % prompt + depth) for a, b in pairwise(edges)]
+        here = slice(begin, end)
+        wanted = torch.tensor(last, dtype=torch.int32, device=device)
+        pieces.append((here, Batch(tokens[here], slots[here], positions[here], logits_at=wanted, spans=spans)))
 
     def run() -> None:
-        for here, last, runs in pieces:
-            if loop and len(runs) == 1 and loop.takes(runs[0]):
-                loop.forward(ids[here], runs[0])
-                continue
-            model.forward(tokens[here], slots[here], positions[here], cache, logits_at=last, runs=runs)
+        for here, piece in pieces:
+            spans = piece.spans or ()
+            if loop and len(spans) == 1 and loop.takes(spans[0]):
+                loop.forward(ids[here], spans[0])
+            else:
+                model.forward(piece, cache)
 
     run()
     return [seconds(run, device) for _ in range(repeats)]

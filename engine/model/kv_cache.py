@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.model.config import ModelConfig
+from engine.ops.batch import LayerCache
 
 PAGE_SIZE = 16  # positions of a page where nothing else is asked for
 PAGE_SIZES = (8, 16, 32, 64, 128)
@@ -52,6 +53,10 @@ class KVCache(ABC):
     @property
     def nbytes(self) -> int:
         return self._storage.nbytes
+
+    def layer(self, index: int) -> LayerCache:
+        """Keys and values of one layer, as the operations take them."""
+        return LayerCache(self.k[index], self.v[index], self.table)
 
     @abstractmethod
     def idle_slots(self, count: int, taken: Collection[int]) -> list[int]:

@@ -6,16 +6,21 @@ prefill and any mix of them are the same call.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from engine.model.config import ModelConfig, Rope
 from engine.model.kv_cache import PAGE_SIZE, ContiguousCache, KVCache, PagedCache
-from engine.model.weights import LayerWeights, Weights
-from engine.ops.reference import Ops, Run, of_rows
+from engine.model.weights import Weights
+from engine.ops.batch import AttentionLayer, Batch, TokenSpan
+from engine.ops.reference import Ops, of_rows
 from engine.runtime.memory import free_bytes
+
+if TYPE_CHECKING:
+    from kernels.attention.prefill import Plan
 
 Observe = Callable[[str, Tensor], None]
 _ROWS = 1 << 16  # of a rotary table that are computed at a time
@@ -62,7 +67,6 @@ class Model:
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, max_positions: int | None = None) -> None:
         self.config, self.weights, self.ops = config, weights, ops
         self.max_positions = max_positions or config.max_position_embeddings
-        self.scale = config.head_dim**-0.5
         tables: dict[Rope, tuple[Tensor, Tensor]] = {}
         ropes = {config.layer_rope(layer) for layer in range(config.num_hidden_layers)}
         size = len(ropes) * self.max_positions * config.head_dim * 4
@@ -76,46 +80,31 @@ class Model:
             if config.rope_dtype == "model":
                 cos, sin = cos.to(weights.dtype).float(), sin.to(weights.dtype).float()
             tables[rope] = cos.to(weights.device), sin.to(weights.device)
-        self.tables = [tables[config.layer_rope(layer)] for layer in range(config.num_hidden_layers)]
+        self.attention = [
+            AttentionLayer(
+                layer.q_norm, layer.k_norm, config.rms_norm_eps, config.norm_rounding,
+                *tables[config.layer_rope(index)], config.head_dim**-0.5, config.window(index),
+            )
+            for index, layer in enumerate(weights.layers)
+        ]  # fmt: skip
 
-    def forward(
-        self,
-        tokens: Tensor,
-        slots: Tensor,
-        positions: Tensor,
-        cache: KVCache,
-        logits_at: Tensor | None = None,
-        observe: Observe | None = None,
-        single: bool = False,
-        runs: Sequence[Run] | None = None,
-        plan: Any = None,
-        decodes: int = 0,
-    ) -> Tensor:
-        """Logits after T packed tokens; their keys and values are written to `cache` on the way.
+    def forward(self, batch: Batch, cache: KVCache, observe: Observe | None = None) -> Tensor:
+        """Logits after the batch's tokens; their keys and values are written to `cache` on the way.
 
         Args:
-            tokens: int32 [T] token ids.
-            slots: int32 [T] cache slot of each token's sequence.
-            positions: int32 [T] place of each token in its sequence; earlier ones are in the cache or in this list.
+            batch: What to compute.
             cache: Keys and values.
-            logits_at: int [n] indices into the T tokens whose logits are wanted; None = all.
             observe: Called with a name and a tensor as they are computed: "embedding", "layers.{i}.attention" and
                 "layers.{i}.mlp" (what is added to the residual stream), "layers.{i}" (the stream after layer i),
                 "norm", "logits".
-            single: No slot occurs twice among the tokens, as in a decode step; changes no bit.
-            runs: Of each sequence the tokens in the list, where the caller knows; changes no bit.
-            plan: `plan` of those runs, where it is made already.
-            decodes: Of the runs so many come first that are one token each, of different slots; changes no bit.
 
         Returns:
             [n, V] in the weights' dtype.
         """
         see = observe or (lambda name, tensor: None)
         ops, weights, layers = self.ops, self.weights, self.weights.layers
-        if runs and all(run.count == 1 for run in runs):
-            single = len({run.slot for run in runs}) == len(runs)
-        plan = self.plan(runs[decodes:]) if runs and not single else plan
-        x = ops.embedding(tokens, weights.embedding)
+        batch = self._planned(batch)
+        x = ops.embedding(batch.tokens, weights.embedding)
         see("embedding", x)
         # The norm applied where a branch is added: of the branch (post), or for the branch that comes next (pre).
         norms = [weight for layer in layers for weight in (layer.attention_norm, layer.mlp_norm)]
@@ -134,14 +123,16 @@ class Model:
 
         for index, layer in enumerate(layers):
             # In the last layer nobody asks what other tokens come to after their keys and values.
-            rows = logits_at if index == len(layers) - 1 and not observe else None
-            y = self._attention(index, layer, y, slots, positions, cache, single, plan, decodes, rows)
+            rows = batch.logits_at if index == len(layers) - 1 and not observe else None
+            y = ops.attend(ops.linear(y, layer.qkv), self.attention[index], cache.layer(index), batch, rows)
+            y = ops.linear(y, layer.o)
             x, y = add(f"layers.{index}.attention", of_rows(x, rows), y, norms[2 * index])
-            y = ops.linear(ops.linear_swiglu(y, layer.gate_up), layer.down)
+            y = ops.linear_swiglu(y, layer.gate_up)
+            y = ops.linear(y, layer.down)
             x, y = add(f"layers.{index}.mlp", x, y, norms[2 * index + 1])
             see(f"layers.{index}", x)
         if observe:
-            y = of_rows(y, logits_at)
+            y = of_rows(y, batch.logits_at)
         if not pre:
             y = self._norm(y, weights.norm)
         see("norm", y)
@@ -149,12 +140,21 @@ class Model:
         see("logits", logits)
         return logits
 
-    def plan(self, runs: Sequence[Run], into: Any = None) -> Any:
-        """What the operations want to know of a packed list of these runs before its pass; None where nothing.
+    def _planned(self, batch: Batch) -> Batch:
+        """The batch with what follows from its spans."""
+        spans = batch.spans
+        if not spans:
+            return batch
+        if all(span.count == 1 for span in spans) and len({span.slot for span in spans}) == len(spans):
+            return replace(batch, one_token_per_slot=True)
+        return replace(batch, plan=self.plan(spans[batch.decodes :]))
 
-        into: an earlier plan, of runs of the same counts, to be filled anew.
+    def plan(self, spans: Sequence[TokenSpan], into: "Plan | None" = None) -> "Plan | None":
+        """What the operations want to know of a packed list of these spans before its pass; None where nothing.
+
+        into: an earlier plan, of spans of the same counts, to be refilled in place.
         """
-        return self.ops.plan(runs, self.weights.dtype, *self._heads, into)
+        return self.ops.plan(spans, self.weights.dtype, *self._heads, into)
 
     def new_cache(self, slots: int, capacity: int) -> ContiguousCache:
         """An empty cache, laid out as the operations want it."""
@@ -180,25 +180,3 @@ class Model:
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.ops.rms_norm(x, weight, self.config.rms_norm_eps, self.config.norm_rounding)
-
-    def _attention(
-        self,
-        index: int,
-        layer: LayerWeights,
-        x: Tensor,
-        slots: Tensor,
-        positions: Tensor,
-        cache: KVCache,
-        single: bool,
-        plan: Any,
-        decodes: int,
-        rows: Tensor | None,
-    ) -> Tensor:
-        config, ops = self.config, self.ops
-        qkv = ops.linear(x, layer.qkv)
-        out = ops.attend(
-            qkv, layer.q_norm, layer.k_norm, config.rms_norm_eps, config.norm_rounding, *self.tables[index],
-            cache.k[index], cache.v[index], slots, positions, self.scale, config.window(index), single,
-            plan, cache.table, decodes, rows,
-        )  # fmt: skip
-        return ops.linear(out, layer.o)

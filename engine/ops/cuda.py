@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.ops.reference import Composed, Placement, Rounding, Run, of_rows
+from engine.ops.batch import AttentionLayer, Batch, LayerCache, Rounding, TokenSpan
+from engine.ops.reference import Composed, Placement, of_rows
 from kernels import add_norm, embedding, kv_write, residual, rms_norm, rope, rope_write, sampling, swiglu
 from kernels.attention import flash, prefill
 from kernels.attention import naive as naive_attention
@@ -184,37 +185,39 @@ class CudaOps(Composed):
         return out
 
     def plan(
-        self, runs: Sequence[Run], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, into: Any = None
-    ) -> Any:
+        self, spans: Sequence[TokenSpan], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int,
+        into: prefill.Plan | None = None,
+    ) -> prefill.Plan | None:  # fmt: skip
         if not self.head_major(dtype, heads, kv_heads, head_dim):
             return None
-        return prefill.plan(runs, head_dim, self.device, into=into, heads=heads)
+        return prefill.plan(spans, head_dim, self.device, into=into, heads=heads)
 
     def attend(
-        self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding, cos: Tensor,
-        sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float, window: int,
-        single: bool, plan: Any = None, table: Tensor | None = None, decodes: int = 0, rows: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        projected = (qkv, q_norm, k_norm, eps, rounding, cos, sin, k_cache, v_cache, slots, positions)
-        count, (kv_heads, width) = qkv.shape[0], k_cache.shape[2:]
+        self, qkv: Tensor, layer: AttentionLayer, cache: LayerCache, batch: Batch, rows: Tensor | None = None
+    ) -> Tensor:
+        count, (kv_heads, width) = qkv.shape[0], cache.k.shape[2:]
         heads = qkv.shape[1] // width - 2 * kv_heads
         if not self.head_major(qkv.dtype, heads, kv_heads, width):
-            return super().attend(*projected, scale, window, single, table=table, rows=rows)
+            return super().attend(qkv, layer, cache, batch, rows)
+        k, v, table = cache
+        slots, positions, scale, window = batch.slots, batch.positions, layer.scale, layer.window
+        norms = layer.q_norm, layer.k_norm, layer.eps, layer.rounding
+        projected = (qkv, *norms, layer.cos, layer.sin, k, v, slots, positions)
         out = qkv.new_empty((count, heads * width))
-        if single:
-            workspace = self._attention_workspace(count, heads, width, k_cache, table)
+        if batch.one_token_per_slot:
+            workspace = self._attention_workspace(count, heads, width, k, table)
             flash.decode(*projected, scale, window, out, workspace, table)
             return of_rows(out, rows)
         q = rope_write.rope_write(*projected, out.view(count, heads, width), table)
         # One by one a few tokens take less time than all do in tiles.
-        if plan is None or (rows is not None and FEW * len(rows) <= count):
+        if batch.plan is None or (rows is not None and FEW * len(rows) <= count):
             q, slots, positions = (of_rows(x, rows) for x in (q, slots, positions))
-            return self.attention(q, k_cache, v_cache, slots, positions, scale, window, table=table).flatten(1)
-        out = torch.empty_like(q)
-        if decodes:
-            own = slots[:decodes], positions[:decodes]
-            self.attention(q[:decodes], k_cache, v_cache, *own, scale, window, out[:decodes], table)
-        prefill.attention(q[decodes:], k_cache, v_cache, plan, scale, window, out[decodes:], table)
+            return self.attention(q, k, v, slots, positions, scale, window, table=table).flatten(1)
+        out, alone = torch.empty_like(q), batch.decodes
+        if alone:
+            own = slots[:alone], positions[:alone]
+            self.attention(q[:alone], k, v, *own, scale, window, out[:alone], table)
+        prefill.attention(q[alone:], k, v, batch.plan, scale, window, out[alone:], table)
         return of_rows(out.flatten(1), rows)
 
     def repetition_penalty(self, logits: Tensor, seen: Tensor, penalty: Tensor) -> None:

@@ -8,25 +8,23 @@ A cache is [S, C, Hk, D], position p of slot s at [s, p]. With `table` [S, n] it
 position p of slot s at [table[s, p // page], p % page]. Neither the table nor what other pages hold changes a bit.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from engine.ops.batch import AttentionLayer, Batch, LayerCache, Rounding, TokenSpan
+
+if TYPE_CHECKING:
+    from kernels.attention.prefill import Plan
+
 BLOCK = 16  # rows of every matrix product
 CHUNK = 64  # key positions whose partial attention is computed together
 _WEIGHT_ROWS = 8192  # rows of a 16-bit weight held in fp32 at a time
-Rounding = Literal["once", "twice"]
 Placement = Literal["pre", "post"]
-
-
-class Run(NamedTuple):
-    """Tokens of one sequence next to each other in a packed list: how many, their slot, the first one's position."""
-
-    count: int
-    slot: int
-    position: int
 
 
 class Ops(Protocol):
@@ -119,24 +117,21 @@ class Ops(Protocol):
         ...
 
     def plan(
-        self, runs: Sequence[Run], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, into: Any = None
-    ) -> Any:
-        """What `attend` wants to know of a packed list of these runs, once for all layers; None where nothing.
+        self, spans: Sequence[TokenSpan], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int,
+        into: Plan | None = None,
+    ) -> Plan | None:  # fmt: skip
+        """What `attend` wants to know of a packed list of these spans, once for all layers; None where nothing.
 
-        into: what it gave for runs of the same counts: memory that stays where it is is filled anew.
+        into: a plan of spans of the same counts, whose buffers are refilled in place (graph-safe).
         """
         ...
 
     def attend(
-        self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding, cos: Tensor,
-        sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float, window: int,
-        single: bool, plan: Any = None, table: Tensor | None = None, decodes: int = 0, rows: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, qkv: Tensor, layer: AttentionLayer, cache: LayerCache, batch: Batch, rows: Tensor | None = None
+    ) -> Tensor:
         """Everything between two projections: q and k norms where given, rotation, cache write, attention.
 
         qkv [T, (Hq + 2Hk) D], which may be overwritten -> [T, Hq D], or [n, Hq D] of the tokens int [n] in `rows`.
-        single: no slot occurs twice. decodes: of the first so many tokens no two share a slot. plan: of the runs of
-        the others, where the caller knows them. None of these changes a bit.
         """
         ...
 
@@ -158,27 +153,26 @@ class Composed:
         return stream, self.rms_norm(stream, weight, eps, rounding)
 
     def plan(
-        self, runs: Sequence[Run], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, into: Any = None
-    ) -> Any:
+        self, spans: Sequence[TokenSpan], dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int,
+        into: Plan | None = None,
+    ) -> Plan | None:  # fmt: skip
         return None
 
     def attend(
-        self: Ops, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rounding: Rounding,
-        cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, positions: Tensor, scale: float,
-        window: int, single: bool, plan: Any = None, table: Tensor | None = None, decodes: int = 0,
-        rows: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        kv_heads, width = k_cache.shape[2:]
+        self: Ops, qkv: Tensor, layer: AttentionLayer, cache: LayerCache, batch: Batch, rows: Tensor | None = None
+    ) -> Tensor:
+        kv_heads, width = cache.k.shape[2:]
         kv_size = kv_heads * width
         q, k, v = qkv.split([qkv.shape[1] - 2 * kv_size, kv_size, kv_size], dim=1)
-        if q_norm is not None and k_norm is not None:
-            self.rms_norm(q, q_norm, eps, rounding, out=q)
-            self.rms_norm(k, k_norm, eps, rounding, out=k)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            self.rms_norm(q, layer.q_norm, layer.eps, layer.rounding, out=q)
+            self.rms_norm(k, layer.k_norm, layer.eps, layer.rounding, out=k)
         q, k, v = (x.view(x.shape[0], -1, width) for x in (q, k, v))
-        self.rope(q, k, cos, sin, positions)
-        self.kv_write(k, v, k_cache, v_cache, slots, positions, table)
-        q, slots, positions = (of_rows(x, rows) for x in (q, slots, positions))
-        return self.attention(q, k_cache, v_cache, slots, positions, scale, window, table=table).flatten(1)
+        self.rope(q, k, layer.cos, layer.sin, batch.positions)
+        self.kv_write(k, v, cache.k, cache.v, batch.slots, batch.positions, cache.table)
+        q, slots, positions = (of_rows(x, rows) for x in (q, batch.slots, batch.positions))
+        out = self.attention(q, cache.k, cache.v, slots, positions, layer.scale, layer.window, table=cache.table)
+        return out.flatten(1)
 
 
 def of_rows(x: Tensor, rows: Tensor | None) -> Tensor:

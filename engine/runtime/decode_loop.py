@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine.model.kv_cache import KVCache
 from engine.model.transformer import Model
+from engine.ops.batch import Batch
 from engine.runtime.cuda_graph import capture, new_pool
 from engine.sampling_params import SamplingParams
 
@@ -237,7 +238,8 @@ class DecodeLoop:
         """One step of the first `size` rows of the buffers; its logits. choice: "none" ends with them."""
         ops, here = self.model.ops, slice(size)
         tokens, positions, chosen = self._tokens[here], self._positions[here], self._chosen[here]
-        logits = self.model.forward(tokens, self._slots[here], positions, self.cache, single=True)
+        batch = Batch(tokens, self._slots[here], positions, one_token_per_slot=True)
+        logits = self.model.forward(batch, self.cache)
         if choice == "none":
             return logits
         if choice == "greedy":

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.model.kv_cache import KVCache
 from engine.model.transformer import Model
-from engine.ops.reference import Run
+from engine.ops.batch import Batch, TokenSpan
 from engine.runtime.cuda_graph import capture, new_pool
 from engine.runtime.decode_loop import CHOICES
 from engine.sampling_params import SamplingParams
@@ -78,36 +78,36 @@ class PromptLoop:
     def capture_idle(self, size: int, choice: str) -> None:
         """Capture a pass over `size` tokens of a sequence that is not there, which serves any."""
         (slot,) = self.cache.idle_slots(1, ())
-        self._send([0] * size, Run(size, slot, 0), _GREEDY, 0)
+        self._send([0] * size, TokenSpan(size, slot, 0), _GREEDY, 0)
         self._capture(size, choice)
 
-    def takes(self, run: Run) -> bool:
-        """Whether the run fits a bucket that ends within the cache."""
-        size = self._bucket(run.count)
-        return size is not None and run.position + size <= self.cache.capacity
+    def takes(self, span: TokenSpan) -> bool:
+        """Whether the span fits a bucket that ends within the cache."""
+        size = self._bucket(span.count)
+        return size is not None and span.position + size <= self.cache.capacity
 
     @staticmethod
     def _bucket(count: int) -> int | None:
         return next((size for size in BUCKETS if 0 < count <= size), None)
 
     @torch.inference_mode()
-    def forward(self, tokens: Sequence[int], run: Run) -> Tensor:
-        """Logits [1, V] after the last of `tokens`, which `run` describes; good until the next call.
+    def forward(self, tokens: Sequence[int], span: TokenSpan) -> Tensor:
+        """Logits [1, V] after the last of `tokens`, which `span` describes; good until the next call.
 
         Raises:
-            ValueError: A run that `takes` refuses, or another number of tokens.
+            ValueError: A span that `takes` refuses, or another number of tokens.
         """
-        return self._run(self._send(tokens, run, _GREEDY, 0), "none")
+        return self._run(self._send(tokens, span, _GREEDY, 0), "none")
 
     @torch.inference_mode()
-    def enqueue(self, tokens: Sequence[int], run: Run, params: SamplingParams, seed: int) -> None:
+    def enqueue(self, tokens: Sequence[int], span: TokenSpan, params: SamplingParams, seed: int) -> None:
         """The same, and the choice of the token after them; `wait` gives it. At most AHEAD passes before a `wait`.
 
         Raises:
             ValueError: As `forward`.
         """
         assert len(self._pending) < AHEAD
-        size = self._send(tokens, run, params, seed)
+        size = self._send(tokens, span, params, seed)
         self.logits = self._run(size, "greedy" if params.temperature == 0 else "sample")
         event = torch.cuda.current_stream().record_event() if self._on_gpu else None
         self._pending.append((self._column, event))
@@ -120,28 +120,28 @@ class PromptLoop:
             event.synchronize()
         return self._history.numpy()[:, column].tolist()
 
-    def _send(self, tokens: Sequence[int], run: Run, params: SamplingParams, seed: int) -> int:
+    def _send(self, tokens: Sequence[int], span: TokenSpan, params: SamplingParams, seed: int) -> int:
         """Let the device know what the next pass is about; the bucket's size."""
-        size = self._bucket(run.count)
-        if size is None or not self.takes(run) or len(tokens) != run.count:
+        size = self._bucket(span.count)
+        if size is None or not self.takes(span) or len(tokens) != span.count:
             raise ValueError(
-                f"{len(tokens)} tokens as {run}; 1 to {BUCKETS[-1]} within {self.cache.capacity} positions"
+                f"{len(tokens)} tokens as {span}; 1 to {BUCKETS[-1]} within {self.cache.capacity} positions"
             )
         # From pinned memory, which torch keeps until it is copied, the copy does not wait for passes on their way.
         sent = torch.zeros(HEAD + 3 * size, dtype=torch.int32, pin_memory=self._on_gpu)
         words = sent.numpy()
         _HEAD.pack_into(
-            words.data, 0, run.count - 1, run.position + run.count, self._column, params.top_k, params.temperature,
-            params.top_p, params.min_p, run.slot, seed,
+            words.data, 0, span.count - 1, span.position + span.count, self._column, params.top_k, params.temperature,
+            params.top_p, params.min_p, span.slot, seed,
         )  # fmt: skip
-        words[HEAD : HEAD + run.count] = tokens
-        words[HEAD + size : HEAD + 2 * size] = run.slot
-        words[HEAD + 2 * size :] = np.arange(run.position, run.position + size)
+        words[HEAD : HEAD + span.count] = tokens
+        words[HEAD + size : HEAD + 2 * size] = span.slot
+        words[HEAD + 2 * size :] = np.arange(span.position, span.position + size)
         self._sent[: len(words)].copy_(sent, non_blocking=True)
         if size not in self._plans:
             # Its memory serves runs at all positions.
-            self._plans[size] = self.model.plan([Run(size, run.slot, self.cache.capacity - size)])
-        self._plans[size] = self.model.plan([run._replace(count=size)], into=self._plans[size])
+            self._plans[size] = self.model.plan([TokenSpan(size, span.slot, self.cache.capacity - size)])
+        self._plans[size] = self.model.plan([span._replace(count=size)], into=self._plans[size])
         return size
 
     def _run(self, size: int, choice: str) -> Tensor:
@@ -164,9 +164,9 @@ class PromptLoop:
     def _pass(self, size: int, choice: str) -> Tensor:
         """One pass over a bucket of `size` tokens; its logits. choice: "none" ends with them."""
         ops = self.model.ops
-        tokens, slots, positions = self._sent[HEAD : HEAD + 3 * size].view(3, size)
-        plan = self._plans[size]
-        logits = self.model.forward(tokens, slots, positions, self.cache, logits_at=self._last, plan=plan)
+        packed = self._sent[HEAD : HEAD + 3 * size].view(3, size)
+        batch = Batch(*packed, logits_at=self._last, plan=self._plans[size])
+        logits = self.model.forward(batch, self.cache)
         if choice == "none":
             return logits
         if choice == "greedy":

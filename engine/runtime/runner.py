@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.model.kv_cache import KVCache, PagedCache
 from engine.model.transformer import Model
-from engine.ops.reference import Run
+from engine.ops.batch import Batch, TokenSpan
 from engine.runtime.decode_loop import DecodeLoop, Row
 from engine.runtime.progress import progress
 from engine.runtime.prompt_loop import PromptLoop
@@ -174,19 +174,19 @@ class Runner:
 
     def _pass(self, step: Step) -> _Pending:
         """One forward pass over all of the step's tokens."""
-        runs = [Run(count, sequence.slot, begin) for sequence, begin, count, _ in step.work]
-        if self._prompts and len(runs) == 1 and step.work[0].samples and self._prompts.takes(runs[0]):
+        spans = [TokenSpan(count, sequence.slot, begin) for sequence, begin, count, _ in step.work]
+        if self._prompts and len(spans) == 1 and step.work[0].samples and self._prompts.takes(spans[0]):
             request = cast(Request, step.work[0].sequence)
             if request.params.prompt_logprobs is None:
-                return self._prompt(self._prompts, request, runs[0])
+                return self._prompt(self._prompts, request, spans[0])
         pending = _Pending([])
         ready: list[int] = []  # the row of the last token of each request that chooses one
         scored: list[int] = []  # rows whose logits say how likely a prompt's next token was
         packed = torch.zeros((3, step.tokens), dtype=torch.int32, pin_memory=self._tokens.is_cuda)
         tokens, slots, positions = packed.numpy()
         # Tokens that decode are taken from the device: the host may not know them yet.
-        slots[: step.decodes] = [run.slot for run in runs[: step.decodes]]
-        positions[: step.decodes] = [run.position for run in runs[: step.decodes]]
+        slots[: step.decodes] = [span.slot for span in spans[: step.decodes]]
+        positions[: step.decodes] = [span.position for span in spans[: step.decodes]]
         end = 0
         for number, (sequence, begin, count, samples) in enumerate(step.work):
             request, first, end = cast(Request, sequence), end, end + count
@@ -205,9 +205,8 @@ class Runner:
         if step.decodes:
             sent[0, : step.decodes] = self._tokens.index_select(0, sent[1, : step.decodes])
         rows = to_device([*ready, *scored], self._tokens, torch.int32)
-        logits = self.model.forward(
-            sent[0], sent[1], sent[2], self.cache, logits_at=rows, runs=runs, decodes=step.decodes
-        )
+        batch = Batch(*sent, logits_at=rows, spans=spans, decodes=step.decodes)
+        logits = self.model.forward(batch, self.cache)
         if scored:
             known = to_device([r.tokens[place] for r, place in pending.prompt_places], logits, torch.int32)
             most = max(r.params.prompt_logprobs or 0 for r, _ in pending.prompt_places)
@@ -215,14 +214,14 @@ class Runner:
         self._take(pending, logits[: len(ready)])
         return pending
 
-    def _prompt(self, loop: PromptLoop, request: Request, run: Run) -> _Pending:
+    def _prompt(self, loop: PromptLoop, request: Request, span: TokenSpan) -> _Pending:
         """One short prompt, or the end of one, alone."""
-        tokens = request.tokens[run.position : run.position + run.count]
+        tokens = request.tokens[span.position : span.position + span.count]
         if request.plain:
-            loop.enqueue(tokens, run, request.params, request.seed)
+            loop.enqueue(tokens, span, request.params, request.seed)
             return _Pending([request], loop.wait)
         pending = _Pending([request])
-        self._take(pending, loop.forward(tokens, run))
+        self._take(pending, loop.forward(tokens, span))
         return pending
 
     def _take(self, pending: _Pending, logits: Tensor) -> None:

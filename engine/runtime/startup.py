@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from engine.model.config import ModelConfig
 from engine.model.kv_cache import KVCache
 from engine.model.transformer import Model
 from engine.model.weights import empty_weights
-from engine.ops.reference import Run
+from engine.ops.batch import Batch, TokenSpan
 from engine.runtime.progress import compile_kernels
 
 if TYPE_CHECKING:
@@ -75,25 +75,19 @@ def _ints(*shape: int) -> Tensor:
 
 
 def _rehearse_passes(model: Model, cache: KVCache, most: int) -> None:
-    def forward(tokens: int, logits: int, **settings: object) -> None:
-        model.forward(
-            _ints(tokens),
-            _ints(tokens),
-            _ints(tokens),
-            cache,
-            logits_at=_ints(logits),
-            **settings,  # type: ignore[arg-type]
-        )
+    def forward(tokens: int, logits: int, **settings: Any) -> None:
+        packed = (_ints(tokens) for _ in range(3))
+        model.forward(Batch(*packed, logits_at=_ints(logits), **settings), cache)
 
-    forward(1, 1, single=True)
+    forward(1, 1, one_token_per_slot=True)
     for count in {min(count, most) for count in (*PROMPTS, most)}:
         for position in {0, cache.capacity - count}:
-            run = Run(count, 0, position)
+            span = TokenSpan(count, 0, position)
             # One row of logits, and as many as there are tokens: few are computed one by one.
-            forward(count, 1, runs=[run])
-            forward(count, count, runs=[run])
+            forward(count, 1, spans=[span])
+            forward(count, count, spans=[span])
             # Beside a sequence that decodes.
-            forward(count + 1, 2, runs=[Run(1, 0, 0), run], decodes=1)
+            forward(count + 1, 2, spans=[TokenSpan(1, 0, 0), span], decodes=1)
 
 
 def _rehearse_products(model: Model, most: int) -> None:

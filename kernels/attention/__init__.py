@@ -1,12 +1,13 @@
-"""Causal attention over the KV cache. One version a file.
+"""Causal attention over the KV cache. One version a file or folder.
 
-| version | what it does |
+| version | idea |
 |---|---|
 | naive | one block a head of a token, chunks of 64 positions combined in order |
-| flash | bf16, fp16; tensor cores, tiles of 128 positions, segments of 512; decoding with norm, RoPE and KV write |
-| prefill | flash's bits for many tokens of a sequence at a time: tiles of queries; sm_90a: wgmma and bulk copies |
+| flash | flash decode; bf16, fp16; tensor cores, online softmax, split-KV, GQA; fused with norm, RoPE and KV write |
+| prefill | flash attention of many tokens at a time, with flash's bits; mma.sync, or wgmma and TMA (sm_90a) |
 
-Measured shares of the limit (KV bytes over copy bandwidth, or the matrix rate): `reports/REPORT.md`.
+What each gained: docs/decisions.md; shares of the limit (KV bytes over bandwidth, or the matrix rate):
+`reports/REPORT.md`.
 """
 
 from __future__ import annotations

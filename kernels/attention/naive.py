@@ -79,19 +79,19 @@ def naive(dtype: str, head_dim: int) -> Kernel:
             cuda.syncthreads()
 
             new_largest = max(largest, chunk_largest)
-            keep = ptx.ex2_approx_f32(largest - new_largest)
-            add = ptx.ex2_approx_f32(chunk_largest - new_largest)
+            old_scale = ptx.ex2_approx_f32(largest - new_largest)
+            new_scale = ptx.ex2_approx_f32(chunk_largest - new_largest)
             chunk_total = float32(0.0)
             for i in range(low - chunk, high - chunk):
                 chunk_total = chunk_total + weights[i]
-            total = ptx.fma_rn_f32(total, keep, ptx.mul_rn_f32(chunk_total, add))
+            total = ptx.fma_rn_f32(total, old_scale, ptx.mul_rn_f32(chunk_total, new_scale))
             for e in range(owned):
                 d = e * THREADS + thread
                 if d < head_dim:
                     value = float32(0.0)
                     for i in range(low - chunk, high - chunk):
                         value = ptx.fma_rn_f32(weights[i], load(v_cache, base + (chunk + i) * step + d), value)
-                    mine[e] = ptx.fma_rn_f32(mine[e], keep, ptx.mul_rn_f32(value, add))
+                    mine[e] = ptx.fma_rn_f32(mine[e], old_scale, ptx.mul_rn_f32(value, new_scale))
             largest = new_largest
             chunk += CHUNK
 

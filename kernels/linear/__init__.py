@@ -1,12 +1,13 @@
-"""Matrix product with a weight: x [T, K] times weight [N, K] transposed. One version a file.
+"""Matrix product with a weight: x [T, K] times weight [N, K] transposed. One version a file or folder.
 
-| version | what it does |
+| version | idea |
 |---|---|
 | naive | one thread an output element, eight fp32 chains over K |
-| streamed | bf16, fp16; weights once through a ring in shared memory, tensor cores, K in order; to 128 tokens a pass |
-| tiled | bf16, fp16; many tokens: tiles by TMA and wgmma (sm_90a) or cp.async and mma.sync; streamed's bits |
+| streamed | the decode GEMM; bf16, fp16; weights once through a ring, tensor cores, K in order; to 128 tokens a pass |
+| tiled | the prefill GEMM; many tokens: tiles by TMA and wgmma (sm_90a) or cp.async and mma.sync; streamed's bits |
 
-Measured shares of the limit (weight bytes over copy bandwidth, or the matrix rate): `reports/REPORT.md`.
+What each gained: docs/decisions.md; shares of the limit (weight bytes over bandwidth, or the matrix rate):
+`reports/REPORT.md`.
 """
 
 from __future__ import annotations

@@ -11,11 +11,12 @@ import torch
 
 from engine.llm import LLM, EngineConfig
 from engine.model.kv_cache import ContiguousCache
+from engine.ops.batch import Batch
 from engine.sampling_params import SamplingParams
 
 PATH = Path(__file__).resolve().parents[2] / "data" / "models" / "olmo2-tiny"
 pytestmark = pytest.mark.skipif(
-    not (PATH / "config.json").exists(), reason=f"{PATH} holds no model; `python -m stages.train_tiny` makes it"
+    not (PATH / "config.json").exists(), reason=f"{PATH} holds no model; `python tools/train_tiny.py` makes it"
 )
 
 
@@ -66,7 +67,7 @@ def test_logits_equal_transformers(llm: LLM, transformers_model: Any):
     packed = torch.tensor([ids, [0] * count, list(range(count))], dtype=torch.int32)
     cache = ContiguousCache(llm.config, 1, count, torch.float32, "cpu")
     with torch.inference_mode():
-        ours = llm.model.forward(packed[0], packed[1], packed[2], cache)
+        ours = llm.model.forward(Batch(*packed), cache)
         theirs = transformers_model(torch.tensor([ids])).logits[0]
     assert (ours - theirs).abs().max() < 1e-3
 
@@ -90,5 +91,5 @@ def test_it_has_learned(llm: LLM):
     packed = torch.tensor([ids, [0] * count, list(range(count))], dtype=torch.int32)
     cache = ContiguousCache(llm.config, 1, count, torch.float32, "cpu")
     with torch.inference_mode():
-        logits = llm.model.forward(packed[0], packed[1], packed[2], cache)
+        logits = llm.model.forward(Batch(*packed), cache)
     assert torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:])).item() < 4.5

@@ -17,7 +17,7 @@ from engine.config import EngineConfig
 from engine.llm import LLM
 from engine.model.config import ModelConfig
 from engine.model.weights import random_weights
-from engine.ops.reference import Run
+from engine.ops.batch import TokenSpan
 from engine.runtime.engine import Engine
 from engine.runtime.request import Request
 from engine.sampling_params import SamplingParams
@@ -59,7 +59,7 @@ def watch(core: Engine, seen: dict[Request, Logits]) -> None:
         return
     enqueue, enqueue_prompt = loop.enqueue, prompts.enqueue
 
-    def enqueue_prompt_and_look(tokens: list[int], run: Run, params: SamplingParams, seed: int) -> None:
+    def enqueue_prompt_and_look(tokens: list[int], run: TokenSpan, params: SamplingParams, seed: int) -> None:
         enqueue_prompt(tokens, run, params, seed)
         assert prompts is not None and prompts.logits is not None
         (request,) = (r for r in core.scheduler.running if r.slot == run.slot)

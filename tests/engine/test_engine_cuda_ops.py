@@ -11,7 +11,8 @@ from engine.llm import LLM, EngineConfig
 from engine.model.config import ModelConfig
 from engine.model.transformer import Model
 from engine.model.weights import LayerWeights, Weights, random_weights
-from engine.ops.reference import Ops, ReferenceOps, Run, gumbel
+from engine.ops.batch import AttentionLayer, Batch, LayerCache, TokenSpan
+from engine.ops.reference import Ops, ReferenceOps, gumbel
 from engine.sampling_params import SamplingParams
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,7 +87,7 @@ def test_forward_equals_reference(fields: dict, dtype: torch.dtype, versions: di
             def keep(name: str, x: torch.Tensor, step: int = step, seen: dict[str, torch.Tensor] = seen) -> None:
                 seen[f"{step} {name}"] = x.float().cpu().clone()
 
-            model.forward(packed[0], packed[1], packed[2], cache, observe=keep)
+            model.forward(Batch(*packed), cache, observe=keep)
         results.append(seen)
     expected, found = results
     assert expected.keys() == found.keys()
@@ -112,20 +113,20 @@ def test_fast_versions_of_decode_and_prefill_are_equal(fields: dict, dtype: torc
 
     def run(cache: Any, parts: list[tuple[int, int, int]], **known: Any) -> torch.Tensor:
         packed = torch.tensor(parts, dtype=torch.int32, device=DEVICE).t().contiguous()
-        return model.forward(packed[0], packed[1], packed[2], cache, **known)
+        return model.forward(Batch(*packed, **known), cache)
 
     whole = run(model.new_cache(2, 64), [(3, 1, 0), (5, 1, 1)])
-    assert torch.equal(run(model.new_cache(2, 64), [(3, 1, 0), (5, 1, 1)], runs=[Run(2, 1, 0)]), whole)
+    assert torch.equal(run(model.new_cache(2, 64), [(3, 1, 0), (5, 1, 1)], spans=[TokenSpan(2, 1, 0)]), whole)
     cache = model.new_cache(2, 64)
-    assert torch.equal(run(cache, [(3, 1, 0)], single=True)[0], whole[0])
-    assert torch.equal(run(cache, [(7, 0, 0), (5, 1, 1)], single=True)[1], whole[1])
+    assert torch.equal(run(cache, [(3, 1, 0)], one_token_per_slot=True)[0], whole[0])
+    assert torch.equal(run(cache, [(7, 0, 0), (5, 1, 1)], one_token_per_slot=True)[1], whole[1])
 
 
 @pytest.mark.parametrize("kind", ["decode", "runs", "mixed"])
 def test_attention_over_pages_equals_contiguous(kind: str, monkeypatch: pytest.MonkeyPatch):
     """A token in each of two slots, or the next two of one, over pages in any order among others of NaN; some or none
     of them alone."""
-    single, runs = kind == "decode", [Run(2, 1, 9)]
+    alone, spans = kind == "decode", [TokenSpan(2, 1, 9)]
     ops, heads, dim = cuda_ops(attention="flash"), 2, 64
     generator = torch.Generator().manual_seed(0)
 
@@ -136,17 +137,17 @@ def test_attention_over_pages_equals_contiguous(kind: str, monkeypatch: pytest.M
     order, table = [4, 0, 3, 2], torch.tensor([[4, 0, 5], [3, 2, 5]], dtype=torch.int32, device=DEVICE)
     pool = torch.full((2, 6, 8, 1, dim), torch.nan, dtype=torch.bfloat16, device=DEVICE)
     pool[:, order] = rows.view(2, 4, 8, 1, dim)
-    slots, positions = torch.tensor([[0, 1], [3, 9]] if single else [[1, 1], [9, 10]]).int().to(DEVICE)
+    slots, positions = torch.tensor([[0, 1], [3, 9]] if alone else [[1, 1], [9, 10]]).int().to(DEVICE)
     angles = torch.rand(16, dim // 2, generator=generator).to(DEVICE)
     projected = noise(2, (heads + 2) * dim)
-    plan = ops.plan(runs, torch.bfloat16, heads, 1, dim) if kind == "runs" else None
+    plan = ops.plan(spans, torch.bfloat16, heads, 1, dim) if kind == "runs" else None
+
+    batch = Batch(slots, slots, positions, one_token_per_slot=alone, plan=plan)
+    layer = AttentionLayer(None, None, 0.0, "once", angles.cos(), angles.sin(), 0.125, 0)
 
     def attend(cache: torch.Tensor, pages: torch.Tensor | None, wanted: list[int] | None = None) -> torch.Tensor:
-        return ops.attend(
-            projected.clone(), None, None, 0.0, "once", angles.cos(), angles.sin(), cache[0], cache[1], slots,
-            positions, 0.125, 0, single, plan, pages,
-            rows=None if wanted is None else torch.tensor(wanted, dtype=torch.int32, device=DEVICE),
-        )  # fmt: skip
+        rows = None if wanted is None else torch.tensor(wanted, dtype=torch.int32, device=DEVICE)
+        return ops.attend(projected.clone(), layer, LayerCache(cache[0], cache[1], pages), batch, rows)
 
     results = [attend(rows, None), attend(pool, table)]
     assert torch.equal(*results) and results[0].isfinite().all()

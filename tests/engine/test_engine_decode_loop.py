@@ -13,6 +13,7 @@ from engine.llm import LLM, EngineConfig
 from engine.model.config import ModelConfig
 from engine.model.transformer import Model
 from engine.model.weights import load_weights, random_weights
+from engine.ops.batch import Batch
 from engine.ops.reference import ReferenceOps
 from engine.runtime.decode_loop import DecodeLoop, Row, bucket
 from engine.sampling_params import SamplingParams
@@ -37,7 +38,7 @@ def step_by_step(
         begin = 0 if len(ids) == len(prompt) else len(ids) - 1
         new = torch.tensor(ids[begin:], dtype=torch.int32, device=device)
         places = torch.arange(begin, len(ids), dtype=torch.int32, device=device)
-        logits = model.forward(new, torch.zeros_like(new), places, cache)[-1:]
+        logits = model.forward(Batch(new, torch.zeros_like(new), places), cache)[-1:]
         rows.append(logits)
         floats = torch.tensor([params.temperature, params.top_p, params.min_p], device=device)[:, None]
         integers = torch.tensor([params.top_k, len(ids)], dtype=torch.int32, device=device)[:, None]
@@ -54,7 +55,7 @@ def fill(model: Model, loop: DecodeLoop, slots: list[int], params: list[Sampling
         if len(prompt) > 1:
             new = torch.tensor(prompt[:-1], dtype=torch.int32, device=model.weights.device)
             places = torch.arange(len(new), dtype=torch.int32, device=new.device)
-            model.forward(new, torch.full_like(new, slot), places, loop.cache)
+            model.forward(Batch(new, torch.full_like(new, slot), places), loop.cache)
         rows.append(Row(slot, prompt[-1], len(prompt) - 1, setting, seed=slot))
     return rows
 

@@ -8,7 +8,7 @@ import torch
 from engine.model.config import ModelConfig
 from engine.model.transformer import Model
 from engine.model.weights import random_weights
-from engine.ops.reference import Run
+from engine.ops.batch import Batch, TokenSpan
 from engine.runtime.decode_loop import DecodeLoop, Row
 from engine.sampling_params import SamplingParams
 
@@ -101,8 +101,8 @@ def test_prompts_whole_in_chunks_packed_and_token_by_token(model: Model):
         cache, found = model.new_cache(1, length), []
         for begin in range(0, until, chunk):
             here = slice(begin, min(begin + chunk, until))
-            runs = [Run(here.stop - begin, 0, begin)]
-            found.append(model.forward(ids[here], slots[here], places[here], cache, runs=runs))
+            spans = [TokenSpan(here.stop - begin, 0, begin)]
+            found.append(model.forward(Batch(ids[here], slots[here], places[here], spans=spans), cache))
         return torch.cat(found)
 
     whole = run(length)
@@ -110,11 +110,12 @@ def test_prompts_whole_in_chunks_packed_and_token_by_token(model: Model):
     for chunk in (17, 128, 1000):
         assert torch.equal(run(chunk), whole), f"chunks of {chunk}"
     assert torch.equal(run(1, steps), whole[:steps])
-    assert torch.equal(model.forward(ids, slots, places, model.new_cache(1, length)), whole), "without runs"
+    assert torch.equal(model.forward(Batch(ids, slots, places), model.new_cache(1, length)), whole), "without spans"
     before = 37
     packed = torch.cat([ids.flip(0)[:before], ids]), torch.cat([slots[:before] + 1, slots])
-    runs = [Run(before, 1, 0), Run(length, 0, 0)]
-    beside = model.forward(*packed, torch.cat([places[:before], places]), model.new_cache(2, length), runs=runs)
+    spans = [TokenSpan(before, 1, 0), TokenSpan(length, 0, 0)]
+    batch = Batch(*packed, torch.cat([places[:before], places]), spans=spans)
+    beside = model.forward(batch, model.new_cache(2, length))
     assert torch.equal(beside[before:], whole), "packed with another"
 
 
@@ -139,8 +140,8 @@ def test_pages_in_any_order(model: Model, page_size: int):
         parts = []
         for begin in range(0, length, chunk or length):
             here = slice(begin, min(begin + (chunk or length), length))
-            runs = [Run(here.stop - begin, 0, begin)]
-            parts.append(model.forward(ids[here], slots[here], places[here], cache, runs=runs))
+            spans = [TokenSpan(here.stop - begin, 0, begin)]
+            parts.append(model.forward(Batch(ids[here], slots[here], places[here], spans=spans), cache))
         loop = DecodeLoop(model, cache, graph=True)
         loop.start([Row(0, 7, length, GREEDY, 0)])
         loop.advance(steps)

@@ -13,7 +13,8 @@ from engine.model.config import ModelConfig
 from engine.model.kv_cache import PAGE_SIZE, PAGE_SIZES, PagedCache
 from engine.model.transformer import Model
 from engine.model.weights import random_weights
-from engine.ops.reference import Ops, ReferenceOps, Run
+from engine.ops.batch import Batch, TokenSpan
+from engine.ops.reference import Ops, ReferenceOps
 from engine.runtime.decode_loop import DecodeLoop, Row
 from engine.sampling_params import SamplingParams
 
@@ -115,11 +116,11 @@ def test_forward_equals_contiguous(model: Model, page_size: int):
     """A prompt whole, in chunks, token by token, and beside another one, as its pages are given to it."""
     ids, other = (random.Random(seed).choices(range(256), k=70) for seed in (1, 2))
 
-    def forward(cache, parts: list[tuple[int, int, list[int]]], single: bool = False) -> torch.Tensor:
+    def forward(cache, parts: list[tuple[int, int, list[int]]], alone: bool = False) -> torch.Tensor:
         tokens = integers([token for _, _, some in parts for token in some])
         slots = integers([slot for slot, _, some in parts for _ in some])
         positions = integers([begin + i for _, begin, some in parts for i in range(len(some))])
-        return model.forward(tokens, slots, positions, cache, single=single)
+        return model.forward(Batch(tokens, slots, positions, one_token_per_slot=alone), cache)
 
     with torch.inference_mode():
         whole = forward(model.new_cache(1, 200), [(0, 0, ids)])
@@ -128,7 +129,7 @@ def test_forward_equals_contiguous(model: Model, page_size: int):
             growing, found = Growing(model, page_size, seed=chunk), []
             for begin in range(0, 70, chunk):
                 growing.reach(2, min(begin + chunk, 70))
-                found.append(forward(growing.cache, [(2, begin, ids[begin : begin + chunk])], single=chunk == 1))
+                found.append(forward(growing.cache, [(2, begin, ids[begin : begin + chunk])], alone=chunk == 1))
             assert torch.equal(torch.cat(found), whole), f"chunks of {chunk}"
         growing = Growing(model, page_size)
         growing.reach(0, 60)
@@ -154,7 +155,8 @@ def check_decode(model: Model, graph: bool) -> None:
             places = integers(list(range(count)), device)
             for loop in loops:
                 tokens = integers(prompt[:-1], device)
-                model.forward(tokens, torch.full_like(tokens, slot), places, loop.cache, runs=[Run(count, slot, 0)])
+                spans = [TokenSpan(count, slot, 0)]
+                model.forward(Batch(tokens, torch.full_like(tokens, slot), places, spans=spans), loop.cache)
             rows.append(Row(slot, prompt[-1], count, DRAWN if slot == 2 else GREEDY, slot))
         before = growing.held(1)
         for loop in loops:

@@ -40,7 +40,7 @@ def test_a_decode_run_makes_its_tokens_after_the_context(model: Model, monkeypat
     seen: list[list[int]] = []
     forward = model.forward
     monkeypatch.setattr(
-        model, "forward", lambda *args, **kwargs: (seen.append(args[2].tolist()), forward(*args, **kwargs))[1]
+        model, "forward", lambda batch, cache: (seen.append(batch.positions.tolist()), forward(batch, cache))[1]
     )
     samples = measure_decode(model, batch=3, steps=4, depth=10, repeats=2, graph=False)
     assert len(samples) == 2 and min(samples) > 0
@@ -53,9 +53,9 @@ def test_a_prompt_goes_through_in_pieces(model: Model, monkeypatch: pytest.Monke
     sizes: list[tuple[int, int]] = []
     forward = model.forward
 
-    def record(*args, **kwargs):
-        logits = forward(*args, **kwargs)
-        sizes.append((len(args[0]), len(logits)))
+    def record(batch, cache):
+        logits = forward(batch, cache)
+        sizes.append((len(batch.tokens), len(logits)))
         return logits
 
     monkeypatch.setattr(model, "forward", record)

@@ -13,6 +13,7 @@ from engine.model.config import ModelConfig, Rope
 from engine.model.kv_cache import ContiguousCache
 from engine.model.transformer import Model, rope_table
 from engine.model.weights import load_weights
+from engine.ops.batch import Batch
 from engine.ops.reference import ReferenceOps
 
 
@@ -25,7 +26,7 @@ def new_cache(model: Model, slots: int = 1, capacity: int = 200) -> ContiguousCa
     return ContiguousCache(model.config, slots, capacity, model.weights.dtype, "cpu")
 
 
-def run(model: Model, cache: ContiguousCache, parts: list[tuple[int, int, list[int]]], **kwargs) -> torch.Tensor:
+def run(model: Model, cache: ContiguousCache, parts: list[tuple[int, int, list[int]]], logits_at=None, observe=None):
     """Forward of (slot, first position, token ids) parts in one packed list."""
     tokens, slots, positions = [], [], []
     for slot, begin, ids in parts:
@@ -34,7 +35,7 @@ def run(model: Model, cache: ContiguousCache, parts: list[tuple[int, int, list[i
         positions += range(begin, begin + len(ids))
     packed = torch.tensor([tokens, slots, positions], dtype=torch.int32)
     with torch.inference_mode():
-        return model.forward(packed[0], packed[1], packed[2], cache, **kwargs)
+        return model.forward(Batch(*packed, logits_at=logits_at), cache, observe)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:

@@ -1,5 +1,6 @@
 """engine/runtime/prompt_loop.py: prompts filled up to a bucket give the bits of the prompts alone."""
 
+import itertools
 import random
 
 import pytest
@@ -9,7 +10,8 @@ from engine.model.config import ModelConfig
 from engine.model.kv_cache import KVCache, PagedCache
 from engine.model.transformer import Model
 from engine.model.weights import random_weights
-from engine.ops.reference import ReferenceOps, Run
+from engine.ops.batch import Batch, TokenSpan
+from engine.ops.reference import ReferenceOps
 from engine.runtime.prompt_loop import PromptLoop
 from engine.sampling_params import SamplingParams
 
@@ -33,7 +35,7 @@ def check_prompts(model: Model, cache: KVCache, graph: bool) -> None:
     loop, plain = PromptLoop(model, cache, graph), model.new_cache(2, 96)
     order = random.Random(0).sample(range(24), 24)
 
-    def reach(run: Run) -> torch.Tensor:
+    def reach(run: TokenSpan) -> torch.Tensor:
         """Give a paged cache's slot the pages that the run ends in, and no more; which pages are others' then."""
         if not isinstance(cache, PagedCache):
             return torch.tensor([], dtype=torch.int64)
@@ -50,11 +52,11 @@ def check_prompts(model: Model, cache: KVCache, graph: bool) -> None:
     def forward(cache, ids, run):
         places = integers(list(range(run.position, run.position + run.count)))
         last = integers([run.count - 1])
-        return model.forward(integers(ids), torch.full_like(places, run.slot), places, cache, logits_at=last)
+        return model.forward(Batch(integers(ids), torch.full_like(places, run.slot), places, logits_at=last), cache)
 
     with torch.inference_mode():
-        runs = (Run(5, 0, 0), Run(16, 1, 0), Run(9, 0, 5), Run(40, 1, 16), Run(5, 0, 14), Run(1, 0, 19), Run(17, 1, 0))
-        for run in runs:
+        parts = ((5, 0, 0), (16, 1, 0), (9, 0, 5), (40, 1, 16), (5, 0, 14), (1, 0, 19), (17, 1, 0))
+        for run in itertools.starmap(TokenSpan, parts):
             ids = torch.randint(0, CONFIG.vocab_size, (run.count,)).tolist()
             others = reach(run)
             before = kept(others)
@@ -62,7 +64,7 @@ def check_prompts(model: Model, cache: KVCache, graph: bool) -> None:
             assert torch.equal(loop.forward(ids, run), forward(plain, ids, run)), run
             assert torch.equal(kept(others), before), run
             # What the bucket's other tokens left behind is written again before it is read.
-            after = Run(1, run.slot, run.position + run.count)
+            after = TokenSpan(1, run.slot, run.position + run.count)
             reach(after)
             assert torch.equal(forward(loop.cache, [7], after), forward(plain, [7], after)), after
 
@@ -82,10 +84,10 @@ def check_choices(model: Model, cache: KVCache, graph: bool) -> None:
     if isinstance(cache, PagedCache):
         cache.assign({0: list(range(12)), 1: list(range(12, 24))})
 
-    def expected(ids: list[int], run: Run, params: SamplingParams, seed: int) -> int:
+    def expected(ids: list[int], run: TokenSpan, params: SamplingParams, seed: int) -> int:
         tokens = torch.tensor(ids, dtype=torch.int32, device=device)
         places = torch.arange(run.position, run.position + run.count, dtype=torch.int32, device=device)
-        logits = model.forward(tokens, torch.full_like(tokens, run.slot), places, plain)[-1:].contiguous()
+        logits = model.forward(Batch(tokens, torch.full_like(tokens, run.slot), places), plain)[-1:].contiguous()
         if params.temperature == 0:
             return int(model.ops.argmax(logits))
         floats = torch.tensor([params.temperature, params.top_p, params.min_p], device=device)[:, None]
@@ -99,7 +101,7 @@ def check_choices(model: Model, cache: KVCache, graph: bool) -> None:
     with torch.inference_mode():
         for number, count in enumerate((5, 16, 1, 20, 3, 17, 2, 9)):
             slot, seed = number % 2, 2**62 + number
-            run, ids = Run(count, slot, ends[slot]), torch.randint(0, CONFIG.vocab_size, (count,)).tolist()
+            run, ids = TokenSpan(count, slot, ends[slot]), torch.randint(0, CONFIG.vocab_size, (count,)).tolist()
             ends[slot] += count
             params = GREEDY if number % 3 == 0 else drawn[number % 2]
             loop.enqueue(ids, run, params, seed)
@@ -122,7 +124,7 @@ def test_logits_that_are_nan():
     weights.norm.fill_(torch.nan)
     model, kept = Model(CONFIG, weights, ReferenceOps(), max_positions=96), torch.full((2,), 9, dtype=torch.int32)
     loop = PromptLoop(model, model.new_cache(2, 96), graph=False, tokens_of_slots=kept)
-    loop.enqueue([1, 2], Run(2, 1, 0), GREEDY, 0)
+    loop.enqueue([1, 2], TokenSpan(2, 1, 0), GREEDY, 0)
     assert loop.wait() == [-1] and kept.tolist() == [9, 0]
 
 
@@ -145,7 +147,7 @@ def test_prompts_from_graphs(versions: tuple[str, str, str]):
 def test_what_does_not_fit():
     model = Model(CONFIG, random_weights(CONFIG, "cpu", torch.bfloat16, 0), ReferenceOps(), max_positions=96)
     loop = PromptLoop(model, model.new_cache(1, 96), graph=False)
-    for run in (Run(0, 0, 0), Run(257, 0, 0), Run(65, 0, 0), Run(5, 0, 81)):
+    for run in (TokenSpan(0, 0, 0), TokenSpan(257, 0, 0), TokenSpan(65, 0, 0), TokenSpan(5, 0, 81)):
         assert not loop.takes(run)
         with pytest.raises(ValueError, match="1 to 256 within 96 positions"):
             loop.forward([1] * run.count, run)

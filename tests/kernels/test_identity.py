@@ -24,15 +24,15 @@ print(json.dumps(found))
 
 EDITS = {
     "a comment": ("device.py", "\ndef silu", "\n# A comment.\ndef silu"),
-    "a docstring": ("linear/tiled.py", '"""Operands of a step of 16 columns to registers."""', '"""Operands."""'),
+    "a docstring": ("linear/tiled/mma.py", '"""Operands of a step of 16 columns to registers."""', '"""Operands."""'),
     "another kernel's file": ("residual.py", "THREADS", "OTHER_THREADS"),
-    "a callee": ("linear/tiled.py", "a_place = uint32(((step * 2 + a_chunk) ^ swizzle) * 16)",
+    "a callee": ("linear/tiled/mma.py", "a_place = uint32(((step * 2 + a_chunk) ^ swizzle) * 16)",
                  "a_place = uint32(((2 * step + a_chunk) ^ swizzle) * 16)"),
-    "a constant": ("linear/tiled.py", "PITCH = 2 * 8 * PIECE + 16", "PITCH = 2 * 8 * PIECE + 32"),
+    "a constant": ("linear/tiled/tiling.py", "PITCH = 2 * 8 * PIECE + 16", "PITCH = 2 * 8 * PIECE + 32"),
     "an instruction": ("ptx.py", '"ex2.approx.ftz.f32 $0, $1;"', '"ex2.approx.f32 $0, $1;"'),
     "an instruction's twin": ("ptx.py", "return np.float32(1.0) / a", "return np.float32(1) / a"),
     "how device functions are compiled": ("cuda.py", "forceinline=True", "forceinline=False"),
-    "the launcher": ("linear/tiled.py", "count, (rows, depth) = len(x), weight.shape",
+    "the launcher": ("linear/tiled/__init__.py", "count, (rows, depth) = len(x), weight.shape",
                      "(rows, depth), count = weight.shape, len(x)"),
 }  # fmt: skip
 

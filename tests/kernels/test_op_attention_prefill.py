@@ -151,7 +151,7 @@ def test_what_lies_beyond_is_never_used(tiling, window):
 
 
 @pytest.mark.usefixtures("races")
-@each("mma, a small ring", "wgmma")
+@each("mma", "mma, a small ring", "wgmma")
 def test_a_stage_of_the_ring_is_filled_again_once_it_is_read(tiling):
     # Two segments: their totals are kept where the queries were, and the result is staged there.
     q, cache, runs = randn(1, 1, 64, dtype=BF16), caches(1, 640, 1, 64), [(1, 0, 519)]
@@ -192,7 +192,7 @@ def test_heads_go_together_as_far_as_l2_reaches(tiling, monkeypatch):
     expected = run(tiling, runs, q, *cache)
     monkeypatch.setattr(prefill, "SHARED_KEYS", 1)
     assert_equal(run(tiling, runs, q, *cache), expected)
-    assert prefill._together(1 << 20, 32, 4) == 4
+    assert prefill._heads_at_once(1 << 20, 32, 4) == 4
 
 
 def test_a_plan_has_the_longest_tiles_first():
@@ -215,7 +215,7 @@ def test_a_plan_has_the_longest_tiles_first():
 
 
 def test_a_plan_divides_the_tiles_of_few_queries(monkeypatch):
-    monkeypatch.setattr(prefill, "_choice", lambda *_: (Tiling("wgmma", 128, 2), "sm_90a", 132))
+    monkeypatch.setattr(prefill.work_plan, "default_tiling", lambda *_: (Tiling("wgmma", 128, 2), "sm_90a", 132))
     plan = prefill.plan([(40, 5, 1500)], 128, DEVICE, heads=32)
     assert plan.work.tolist() == [
         [0, 0, 4, 0, 0, 0, 0, 0], [0, 40, 1500, 5, 0, 512, 0, 0], [0, 40, 1500, 5, 512, 1024, 0, 0],
@@ -238,7 +238,7 @@ def test_a_plan_divides_the_tiles_of_few_queries(monkeypatch):
 @WGMMA
 @pytest.mark.parametrize("window", [0, pytest.param(400, marks=pytest.mark.slow)])
 def test_segments_of_a_tile_on_blocks_of_their_own(window, monkeypatch):
-    monkeypatch.setattr(prefill, "_choice", lambda *_: (TILINGS["wgmma"], "sm_90a", 132))
+    monkeypatch.setattr(prefill.work_plan, "default_tiling", lambda *_: (TILINGS["wgmma"], "sm_90a", 132))
     cache, q, runs = caches(2, 1100, 1, 64), randn(17, 1, 64, dtype=BF16), [(17, 1, 1015)]
     assert len(prefill.plan(runs, 64, DEVICE, heads=1).partials) == 2 * 3
     assert_as_flash(run(None, runs, q, *cache, window=window), runs, q, *cache, window=window)
@@ -283,7 +283,7 @@ def test_refusals():
 def test_long_sequences(half, length, kv_heads):
     cache = caches(2, length, kv_heads, 128, dtype=half)
     q, runs = randn(length, 8, 128, dtype=half), [(length, 1, 0)]
-    chosen, arch, _ = prefill._choice(128, 0)
+    chosen, arch, _ = prefill.work_plan.default_tiling(128, 0)
     for tiling in (chosen, Tiling.of_warps(128, arch)):
         whole = run(tiling, runs, q, *cache)
         assert_as_flash(whole, runs, q, *cache)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_numerics import DEVICE, assert_equal, assert_within, ints, poisoned
 
 from kernels.attention import flash, prefill, reference
-from kernels.attention.prefill import Tiling
+from kernels.attention.prefill import Tiling, work_plan
 from kernels.cuda import SIMULATED
 
 WIDTH = 64
@@ -117,7 +117,7 @@ def prefill_attention(case, tiling, q, k_cache, v_cache, divided=False):
     if case.page:
         k_cache, v_cache, table = case.paged(k_cache, v_cache)
     runs = [(count, slot, begin) for slot, (count, begin) in enumerate(case.runs)]
-    with mock.patch.object(prefill, "_choice", lambda *_: (tiling, "sm_90a", 132)):
+    with mock.patch.object(work_plan, "default_tiling", lambda *_: (tiling, "sm_90a", 132)):
         plan = prefill.plan(runs, WIDTH, DEVICE, tiling, heads=case.heads if divided else 0)
     plan.partials.fill_(float("nan"))
     out = poisoned(*q.shape, dtype=q.dtype)

@@ -82,13 +82,20 @@ def test_tilings_change_no_bit():
 @pytest.mark.skipif(not HAS_WGMMA, reason="wgmma is sm_90a's")
 @pytest.mark.parametrize(("tiling", "dtype"), [*((tiling, BF16) for tiling in GROUPED), (GROUPED[1], F16)])
 @pytest.mark.parametrize("gated", [False, True])
-def test_warpgroups_change_no_bit(tiling, dtype, gated, request):
-    if tiling.tokens >= 64:  # with fewer wgmma reads the next stage too, and makes nothing of that
-        request.getfixturevalue("races")
+def test_warpgroups_change_no_bit(tiling, dtype, gated):
     # The simulator adds 16 products in one rounding, whatever the instruction; a GPU has its own way in both.
     x, weight = randn(tiling.tokens + 9, 256, dtype=dtype), randn(80, 256, dtype=dtype)
     expected = run(replace(TILINGS[16], copy="async"), x, weight, gated)
     assert_equal(run(tiling, x, weight, gated), expected)
+
+
+@pytest.mark.usefixtures("races")
+@pytest.mark.skipif(not HAS_WGMMA, reason="wgmma is sm_90a's")
+def test_a_stage_of_the_ring_is_filled_again_once_it_is_read():
+    # With fewer tokens a warpgroup reads the next stage too, and makes nothing of that.
+    x, weight = randn(1, 512, dtype=BF16), randn(40, 512, dtype=BF16)
+    out = run(GROUPED[2], x, weight)
+    assert_as_good_as_torch(out, reference(x, weight), reference(x.double(), weight.double()))
 
 
 def test_one_accumulator_in_order_of_depth():

@@ -69,6 +69,15 @@ def test_one_accumulator_in_order_of_depth(kind):
 
 @pytest.mark.usefixtures("races")
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_stage_of_the_ring_is_filled_again_once_it_is_read(kind):
+    # One block, so that a persistent one has a second tile; the last of more stages than the ring has is its first,
+    # where results are staged.
+    x, weight = randn(1, 320, dtype=BF16), randn(72, 320, dtype=BF16)
+    out = run(TILINGS[kind], x, weight, multiprocessors=1)
+    assert_as_good_as_torch(out, reference(x, weight), reference(x.double(), weight.double()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_halves_are_summed_apart(kind):
     # 2 ** 24 swallows a 1 that is added to it: in the same half, but not from the other one.
     tiling = replace(TILINGS[kind], segments=2)

@@ -40,7 +40,7 @@ def test_a_row_for_each_resource_and_instruction(here: Path, monkeypatch: pytest
     run_stage(monkeypatch, compiled)
     frame = tiny.read("reports/metrics/build.parquet")
     name = compiled[0].kernel
-    assert set(frame.case) == {f"{name} sm_80", f"{name} sm_120"} and set(frame.status) == {"ok"}
+    assert set(frame.case) == {f"{name} sm_80", f"{name} sm_120", "all kernels"} and set(frame.status) == {"ok"}
     values = frame[frame.case == f"{name} sm_80"].set_index("metric").value
     assert values["registers"] == compiled[0].registers > 0
     assert values["spill_bytes"] == 0 and 0 < values["theoretical_occupancy"] <= 1
@@ -57,6 +57,7 @@ def test_spills_fail_the_stage_unless_explained(here: Path, monkeypatch: pytest.
     assert not Path("reports/metrics/build.parquet").exists()
     frame = tiny.read("reports/metrics/build.failed.parquet")
     assert list(frame[frame.status == "failed"].metric) == ["spill_bytes"]
+    assert json.loads(Path("reports/metrics/build.json").read_text())["build"]["spills"] == 1
     monkeypatch.setitem(build.EXPLAINED_SPILLS, compiled[0].kernel, "two bytes an hour")
     run_stage(monkeypatch, spilling)
     assert not Path("reports/metrics/build.failed.parquet").exists()

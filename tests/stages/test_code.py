@@ -107,6 +107,8 @@ def test_no_lock_and_a_stage_that_it_does_not_know(here: Path):
 def test_every_stage_of_the_pipeline_reaches_what_it_runs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     bench = names("stages.bench")
-    assert {"engine/llm.py", "engine/server/app.py", "kernels/linear/tilings.csv", "stages/throughput.py"} <= set(bench)
-    assert "kernels/linear/tiled.py" in names("stages.build") and "engine/llm.py" not in names("stages.build")
+    assert {"engine/llm.py", "engine/server/app.py", "kernels/linear/tilings.csv"} <= set(bench)
+    assert {"stages/bench/serve.py", "stages/bench/peers.py", "stages/profile.py"} <= set(bench)
+    assert not any(name.startswith("stages/parity") for name in bench)
+    assert "kernels/linear/tiled/wgmma.py" in names("stages.build") and "engine/llm.py" not in names("stages.build")
     assert not any(name.startswith("kernels/linear") for name in names("stages.report"))

@@ -62,7 +62,7 @@ def test_every_stage_depends_on_its_own_code_and_on_no_other():
         code = {dep for dep in paths(stage, "deps") if dep.split("/")[0] in PACKAGES or dep.startswith(f"{FOLDER}/")}
         if name in STAGES:
             # The report's templates are no Python.
-            assert code - {"stages/report_templates"} == {f"{FOLDER}/{name}.json"}, name
+            assert code - {"stages/report/templates"} == {f"{FOLDER}/{name}.json"}, name
 
 
 def test_nothing_depends_on_a_file_that_says_which_commit_wrote_it():
@@ -165,6 +165,13 @@ def test_only_provision_and_download_always_run():
     assert [name for name, stage in pipeline().items() if stage.get("frozen")] == ["train_tiny"]
 
 
+def read_hidden() -> str:
+    """What `make experiments` hides."""
+    found = re.search(r"^HIDDEN \?= (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found
+    return found[1]
+
+
 # --- what DVC does with it --------------------------------------------------------------------------------------------
 
 STUB = '''
@@ -184,7 +191,8 @@ for entry in stage.get("outs", []) + stage.get("metrics", []) + stage.get("plots
     path = Path(path.replace("${item.week}", week).replace("${model.name}", params["model"]["name"]))
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
-        path.write_text('{"decode": {"batch 1": {"ttft_ms": %d, "missing": null}}}' % seed)
+        place = week if name == "bench" else name
+        path.write_text('{"%s": {"decode_b1": {"ttft_ms": %d, "missing": null}}}' % (place, seed))
     elif path.suffix == ".csv":
         path.write_text("case,role,num_parameters,ttft_ms,tpot_ms,output_throughput\\nbatch 1,a,1,%d,2,3\\n" % seed)
     elif path.suffix:
@@ -237,7 +245,11 @@ def checkout(tmp_path) -> Checkout:
     for stage in yaml.safe_load(text)["stages"].values():
         for dep in paths(stage, "deps"):
             path = folder / dep
-            if dep.split("/")[0] in (*PACKAGES, "data") and "$" not in dep and path.suffix not in (".json", ".parquet"):
+            if (
+                dep.split("/")[0] in (*PACKAGES, "data", "tools")
+                and "$" not in dep
+                and path.suffix not in (".json", ".parquet")
+            ):
                 file = path if path.suffix else path / "file.txt"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text("")
@@ -272,12 +284,12 @@ def test_run_skip_experiment_compare(checkout):
     assert params["gpu"]["name"] == "rtx5090" and params["gpu"]["sm"] == "sm_120"
 
     difference = checkout.run("dvc", "metrics", "diff", "main")
-    assert re.search(r"bench_w04\.json\s+decode\.batch 1\.ttft_ms\s+4\s+7\s+3", difference), difference
+    assert re.search(r"bench_w04\.json\s+w04\.decode_b1\.ttft_ms\s+4\s+7\s+3", difference), difference
     assert "file://" in checkout.run("dvc", "plots", "diff")
     page = (checkout.folder / "dvc_plots/index.html").read_text()
     assert "Time to first token" in page and "batch 1" in page
-    shown = checkout.run("dvc", "exp", "show", "--csv")
-    assert "rtx5090" in shown and "reports/metrics/bench_w04.json:decode.batch 1.ttft_ms" in shown
+    shown = checkout.run("dvc", "exp", "show", "--csv", "--only-changed", "--drop", read_hidden())
+    assert "rtx5090" in shown and "w04.decode_b1.ttft_ms" in shown and "parquet" not in shown and "gpu.sm" not in shown
 
     # Going back to what was measured before restores it.
     back = checkout.run("dvc", "exp", "run")

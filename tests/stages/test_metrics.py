@@ -1,6 +1,5 @@
 """The metrics table: its schema, what is refused, and what DVC reads of it."""
 
-import json
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -66,7 +65,6 @@ def test_what_was_timed_says_what_others_took(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "_load", SimpleNamespace(share=lambda: 0.8))
     rows.write(tmp_path / "rows.parquet")
     assert metrics.read(tmp_path / "rows.parquet")["other_load"].tolist() == [0.4]
-    assert "0.4" not in (tmp_path / "rows.json").read_text()
 
 
 def test_a_cpu_host_says_so():
@@ -114,44 +112,14 @@ def test_values_of_the_wrong_type_are_refused(rows, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_json_for_dvc_metrics(rows, tmp_path):
-    rows.add(**ROW, value=2.5, batch=1)
-    rows.add(**ROW, value=3.0, batch=8)
-    rows.add(**(ROW | {"case": "load", "metric": "peak_memory_bytes"}), value=2**31)
-    rows.missing(**(ROW | {"case": "long"}), reason="no GPU")
-    rows.write(tmp_path / "bench.parquet")
-    assert json.loads((tmp_path / "bench.json").read_text()) == {
-        "decode": {
-            "batch 1[batch=1]": {"tpot_ms": 2.5},
-            "batch 1[batch=8]": {"tpot_ms": 3},
-            "load": {"peak_memory_bytes": 2**31},
-            "long": {"tpot_ms": None},
-        }
-    }
-
-
-def test_json_names_only_the_knobs_it_needs(rows, tmp_path):
-    rows.add(**ROW, value=1, backend="cuda", dtype="bfloat16", kernel_versions={"attention": "naive"})
-    rows.add(**ROW, value=2, backend="transformers", dtype="float32", kernel_versions={"attention": "sdpa"})
-    rows.write(tmp_path / "bench.parquet")
-    cases = json.loads((tmp_path / "bench.json").read_text())["decode"]
-    assert list(cases) == ["batch 1[backend=cuda]", "batch 1[backend=transformers]"]
-
-
-def test_json_holds_only_the_headline(rows, tmp_path):
-    rows.add(**ROW, value=2.5)
-    rows.add(**(ROW | {"metric": "itl_ms"}), value=3.0)
-    rows.write(tmp_path / "bench.parquet", headline=lambda row: row["metric"] == "tpot_ms")
-    assert json.loads((tmp_path / "bench.json").read_text()) == {"decode": {"batch 1": {"tpot_ms": 2.5}}}
-    assert len(metrics.read(tmp_path / "bench.parquet")) == 2
-
-
-def test_csv_for_dvc_plots(rows, tmp_path):
-    rows.add(**ROW, value=2.5)
-    rows.add(**(ROW | {"metric": "ttft_ms"}), value=7)
-    rows.missing(**(ROW | {"case": "long"}), reason="no GPU")
-    rows.write(tmp_path / "bench.parquet")
-    assert (tmp_path / "bench.csv").read_text() == "suite,case,tpot_ms,ttft_ms\ndecode,batch 1,2.5,7\ndecode,long,,\n"
+def test_what_dvc_reads_is_there_for_stages_that_have_headlines(tmp_path):
+    read = {"bench": {".json", ".csv"}, "parity": {".json"}, "baseline": set()}
+    for stage, endings in read.items():
+        rows = Rows(stage, "w04", "olmo2_tiny", HOST)
+        rows.add(**ROW, value=2.5)
+        (tmp_path / stage).mkdir()
+        rows.write(tmp_path / stage / "rows.parquet")
+        assert {path.suffix for path in (tmp_path / stage).iterdir()} == endings | {".parquet"}
 
 
 def test_no_rows_are_a_file_all_the_same(rows, tmp_path):

@@ -106,7 +106,7 @@ def test_it_is_kept_under_the_gpu_and_the_baselines_model(run: Path, recorded: P
     assert {file.name for file in kept.iterdir()} == {f"{name}.parquet" for name in KEPT} | {"host.json"}
     for name in KEPT:
         assert (kept / f"{name}.parquet").read_bytes() == (run / f"{name}.parquet").read_bytes()
-    assert [path.name for path in recorded.iterdir()] == ["nvidia-h200"]
+    assert {path.name for path in recorded.iterdir()} == {"nvidia-h200", "commits.json"}
 
 
 def test_again_replaces_what_has_the_same_name(run: Path, recorded: Path):
@@ -248,7 +248,8 @@ def test_mixed_dirty_and_unknown_commits(run: Path, recorded: Path):
     assert f"bench_w03.parquet: measured at {OTHER}; should be {COMMIT}, as bench_w01: `dvc repro --force`" in said
     assert said.endswith("--force REASON promotes it all the same and keeps the reason beside it")
     write(run, "bench_w03", f"{COMMIT}-dirty")
-    assert f"bench_w03.parquet: measured at {COMMIT}-dirty; should be a commit: commit, then" in refused(run, recorded)
+    said = refused(run, recorded, reason="it cannot be measured again")
+    assert f"bench_w03.parquet: measured at {COMMIT}-dirty; should be a commit: commit, then" in said
     write(run, "bench_w03")
     write(run, "baseline", f"{OTHER}-dirty")
     assert f"baseline.parquet: measured at {OTHER}-dirty" in refused(run, recorded)
@@ -300,17 +301,24 @@ def test_many_refusals_are_counted(run: Path, recorded: Path):
     assert "… and 4 more" in said and "--force REASON" not in said  # another GPU cannot be forced
 
 
+def test_the_day_of_each_commit_is_kept(run: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(record, "find_day", {COMMIT: "2026-11-27"}.get)
+    keep(run, recorded)
+    assert json.loads((recorded / "commits.json").read_text()) == {COMMIT: "2026-11-27"}
+    monkeypatch.setattr(record, "find_day", lambda commit: None)  # a clone without that commit
+    keep(run, recorded)
+    assert json.loads((recorded / "commits.json").read_text()) == {COMMIT: "2026-11-27"}
+
+
 # --- force ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_reason_is_kept_until_the_file_is_replaced(run: Path, recorded: Path):
-    write(run, "bench_w03", f"{COMMIT}-dirty", samples=NOISY)
+    write(run, "bench_w03", OTHER, samples=NOISY)
     kept = keep(run, recorded, reason="a shared machine")
     forced = json.loads((kept / "forced.json").read_text())
     assert list(forced) == ["bench_w03"] and forced["bench_w03"]["reason"] == "a shared machine"
-    assert [text.partition(" ")[0] for text in forced["bench_w03"]["refused"]] == [
-        "measured", "measured", "standard_decode,",
-    ]  # fmt: skip
+    assert [text.partition(" ")[0] for text in forced["bench_w03"]["refused"]] == ["measured", "standard_decode,"]
     keep(run, recorded, "w01")
     assert json.loads((kept / "forced.json").read_text()) == forced
     write(run, "bench_w03")
@@ -337,7 +345,7 @@ def test_a_full_disk_leaves_what_was_there(run: Path, recorded: Path, monkeypatc
     assert names(kept) == KEPT
     assert not list(recorded.glob("*/*/*.part")) and len(list(recorded.glob("*/*/*.parquet"))) == len(KEPT)
     keep(run, recorded)
-    assert [path.name for path in recorded.iterdir()] == ["nvidia-h200"]
+    assert {path.name for path in recorded.iterdir()} == {"nvidia-h200", "commits.json"}
 
 
 def test_a_rename_that_fails_puts_the_old_folder_back(run: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch):

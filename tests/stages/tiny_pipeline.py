@@ -55,6 +55,16 @@ def read(path: str | Path) -> Any:
     return metrics.read(path)
 
 
+def make_context(rows: Rows, llm: Any, workload: Workload = WORKLOAD, gpu: bool = False, **made: Any) -> Any:
+    """A bench run's context whose engine is `llm`; `made` is what else would be read or loaded."""
+    from stages.bench.context import VERSIONS, Context
+
+    settings = {"dtype": "bfloat16", "backend": "cuda" if gpu else "reference"} | dict.fromkeys(VERSIONS, "naive")
+    context = Context(Run("bench"), MODEL, make_week(), workload, gpu, rows)
+    vars(context).update({"llm": llm, "settings": settings} | made)
+    return context
+
+
 def make_week(parity: tuple[str, ...] = (), bench: tuple[str, ...] = (), engine: Engine | None = ENGINE) -> Week:
     return Week("w04", "title", "milestone", engine, parity, bench)
 
@@ -79,7 +89,7 @@ def write_tokenizer(directory: Path) -> None:
 
 def write_snapshot(directory: Path) -> None:
     """The checkpoint, its manifest and the host's ceilings under the working directory `directory`."""
-    from stages.parity import make_checkpoint
+    from stages.parity.shapes import make_checkpoint
 
     snapshot = directory / "data/hf/hf_snapshot" / NAME
     snapshot.mkdir(parents=True)

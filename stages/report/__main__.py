@@ -1,0 +1,4 @@
+from stages.report import main
+
+if __name__ == "__main__":
+    main()

@@ -25,7 +25,7 @@ LIMIT = 300  # seconds after which a mutant hangs, and is noticed by that
 
 @dataclass(frozen=True)
 class Mutant:
-    """A fault: `old`, which stands once in `file`, becomes `new`. tests: arguments of pytest. survives: why no test
+    """A fault: `old`, which stands once in `file`, becomes `new`. tests: a file, and perhaps -k. survives: why no test
     can notice it."""
 
     file: str
@@ -38,13 +38,18 @@ class Mutant:
         before, after = (" ".join(text.split()) for text in (self.old, self.new))
         return f"{self.file}: {before} → {after or 'nothing'}"
 
-    def apply(self, root: Path) -> None:
-        """Raises ValueError where `old` does not stand once in the file."""
-        path = root / self.file
-        text = path.read_text()
+    def text(self, root: Path) -> str:
+        """The file with the fault. Raises ValueError where `old` does not stand once in it."""
+        text = (root / self.file).read_text()
         if text.count(self.old) != 1:
             raise ValueError(f"{self.file} has {text.count(self.old)} times, 1 needed:\n{self.old}")
-        path.write_text(text.replace(self.old, self.new))
+        return text.replace(self.old, self.new)
+
+    @property
+    def arguments(self) -> list[str]:
+        """Words for pytest: the file, and -k with all that follows it as one."""
+        file, k, expression = self.tests.partition(" -k ")
+        return [file, *(["-k", expression] if k else [])]
 
 
 def read() -> list[Mutant]:
@@ -61,9 +66,9 @@ def is_noticed(mutant: Mutant) -> bool:
                 shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(ROOT / name, root / name)
-        mutant.apply(root)
+        (root / mutant.file).write_text(mutant.text(ROOT))
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider"]
-        command += ["-m", "not gpu and not slow", *_words(mutant.tests)]
+        command += ["-m", "not gpu and not slow", *mutant.arguments]
         environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
         try:
             done = subprocess.run(
@@ -74,12 +79,6 @@ def is_noticed(mutant: Mutant) -> bool:
     if done.returncode not in (0, 1):
         raise RuntimeError(f"{mutant}: pytest {mutant.tests} ended with {done.returncode}\n{done.stdout[-2000:]}")
     return done.returncode == 1
-
-
-def _words(tests: str) -> list[str]:
-    """Arguments of pytest: files, and -k with all that follows it as one."""
-    files, k, expression = tests.partition(" -k ")
-    return [*files.split(), *(["-k", expression] if k else [])]
 
 
 def main(words: list[str]) -> int:

@@ -103,6 +103,22 @@ def test_without_a_toolkit_kept_cubins_are_taken_and_others_are_said_to_be_missi
     )
 
 
+# f16 differs from bf16 in conversions and the products' type alone.
+COMPILED = {
+    "sm_90a": "catalogue(('bf16', 'f32'))",
+    "sm_80": "[k for k in catalogue(('bf16', 'f32')) if 'sm_90a' not in k.architectures]",
+}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("arch", COMPILED)
+def test_every_kernel_compiles(arch):
+    """With wgmma, and what takes its place without. Kept cubins are taken: it is seconds where nothing has changed."""
+    builds = json.loads(run_compiled(BUILT.format(kernels=f"{COMPILED[arch]}, ['{arch}']"), timeout=580))["builds"]
+    assert builds
+    assert_fits(builds)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("place", range(6))

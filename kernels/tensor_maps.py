@@ -26,11 +26,13 @@ def tensor_map(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     if not 1 <= rows <= 256:
         raise ValueError(f"tensor_map: boxes of {rows} rows: 1 to 256 needed")
     if cuda.SIMULATED:
-        from kernels import simulator
+        import numpy as np
+
+        from kernels.simulated_memory import TensorMap, add_tensor_map
 
         elements = simulated_pointer(tensor).array
-        view = simulator.np.lib.stride_tricks.as_strided(elements, shape, [2 * stride for stride in strides])
-        words = [simulator.add_tensor_map(simulator.TensorMap(view, rows))] + [0] * 15
+        view = np.lib.stride_tricks.as_strided(elements, shape, [2 * stride for stride in strides])
+        words = [add_tensor_map(TensorMap(view, rows))] + [0] * 15
     else:
         from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from engine.sampling_params import SamplingParams
-from engine.scheduler.scheduler import Sequence
+from engine.scheduler.sequence import Sequence
 from engine.text.tokenizer import StreamDecoder
 
 FinishReason = Literal["stop", "length", "abort", "deadline", "error"]

@@ -26,7 +26,7 @@ from engine.runtime.progress import progress
 from engine.runtime.prompt_loop import PromptLoop
 from engine.runtime.request import Request, TokenLogprobs
 from engine.runtime.sampler import PendingLogprobs, sample, send_logprobs, to_device, to_host
-from engine.scheduler.scheduler import ScheduledChunk, Sequence, Step
+from engine.scheduler.sequence import ScheduledChunk, Sequence, Step
 
 Observe = Callable[[list[Request], Tensor], None]
 

@@ -7,7 +7,8 @@ from typing import Any
 from zlib import crc32
 
 from engine.scheduler.page_pool import PagePool, extend_keys
-from engine.scheduler.scheduler import ScheduledChunk, Scheduler, Sequence, Step
+from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.sequence import ScheduledChunk, Sequence, Step
 
 SIZE = 4  # tokens a page, where a test does not say otherwise
 END = 0  # the token that ends a sequence before its limit

@@ -21,7 +21,7 @@ from engine.runtime.engine import Engine
 from engine.runtime.request import Request, TokenLogprobs
 from engine.runtime.runner import StepResult
 from engine.sampling_params import SamplingParams
-from engine.scheduler.scheduler import Step
+from engine.scheduler.sequence import Step
 
 
 class Chains:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from simulated_device import END, SIZE, Engine, numbers, shape
 
 from engine.scheduler.page_pool import PagePool, extend_keys
-from engine.scheduler.scheduler import Scheduler, Sequence
+from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.sequence import Sequence
 
 MOST = 8  # tokens that a step yields
 STEPS = st.lists(st.integers(1, MOST).flatmap(lambda k: st.tuples(st.just(k), st.integers(1, k))), max_size=6)

@@ -21,7 +21,8 @@ from engine.runtime.request import Request
 from engine.runtime.runner import Runner, StepResult
 from engine.sampling_params import SamplingParams
 from engine.scheduler.page_pool import PagePool
-from engine.scheduler.scheduler import ScheduledChunk, Scheduler, Step
+from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.sequence import ScheduledChunk, Step
 
 CONFIG = ModelConfig.from_dict({
     "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "attention_bias": False, "hidden_act": "silu",

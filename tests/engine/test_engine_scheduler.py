@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from simulated_device import END, SIZE, Engine, numbers, shape
 
 from engine.scheduler.page_pool import PagePool
-from engine.scheduler.scheduler import Scheduler, Sequence, Step
+from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.sequence import Sequence, Step
 
 
 def test_decodes_come_first_then_prompts_in_order_within_the_budget():

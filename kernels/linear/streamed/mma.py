@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from kernels import device, ptx
 from kernels.cuda import cuda, device_function, float32, int32, int64, uint32
-from kernels.linear.streamed.tiling import BOX, Tiling
+from kernels.linear.streamed.tiling import Tiling
+from kernels.linear.tiles import BOX
 from kernels.ring import ring
 
 
@@ -18,14 +19,13 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
     each, tiles, split, segments = tiling.each, tiling.tiles, tiling.split, tiling.segments
     stages, stage_bytes, boxes, box_bytes = tiling.stages, tiling.stage_bytes, tiling.boxes, tiling.box_bytes
     tokens, token_bytes, own_boxes, batch = tiling.tokens, tiling.token_bytes, tiling.own_boxes, tiling.batch
-    _, _, part_bytes = tiling.parts(gated)
     segment_warps = tiling.warps // segments
     steps = own_boxes * 4  # of 16 columns, of a warp in a stage
     together = min(tiles, tiling.together)
     accumulators = each * tiles * 4
     weight_words, token_words = each * batch * 2, together * batch * (4 if tokens > 8 else 2)
     wait, _, advance, _ = ring(stages, tiling.copy == "bulk")
-    load_weight, load_tokens = _loads(tiling, gated, together)
+    load_weight, load_tokens = _loads(tiling, together)
     multiply, exchange = _products(dtype, tiling, together), _exchange(tiling, accumulators)
     epilogue = _epilogue(dtype, tiling, gated)
 
@@ -49,15 +49,13 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
         r8, chunk = lane & 7, lane >> 3
         segment, member = warp // segment_warps, warp % segment_warps
         own_groups, own_tokens = member // split * each, member % split * tiles * 16
-        row = own_groups * 4 + (r8 >> 1) if gated else own_groups * 8 + r8
-        first_row = uint32(segment * own_boxes * box_bytes + ((r8 & 1) * part_bytes if gated else 0) + row * 128)
-        swizzle = uint32(row & 7)
+        first_row = uint32(segment * own_boxes * box_bytes + own_groups * 1024 + r8 * 128)
         if tokens > 8:
             token_row, token_chunk = own_tokens + r8 + (lane >> 3 & 1) * 8, lane >> 4
         else:
             token_row, token_chunk = r8, chunk
         token_place = uint32(boxes * box_bytes + segment * own_boxes * token_bytes + token_row * 128)
-        token_swizzle = uint32(r8)
+        swizzle = uint32(r8)
         passed = empty + uint32(8 * stages) + uint32(member * 512 + lane * 16)
         stage, parity = int32(0), uint32(0)
         zero = uint32(depth & (BOX - 1))  # which the compiler does not know
@@ -70,7 +68,7 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
                 for b in range(steps // batch):
                     load_weight(w, at, b, first_row, swizzle, chunk)
                     for g in range(tiles // together):
-                        load_tokens(t, at + token_place, b, g, token_swizzle, token_chunk)
+                        load_tokens(t, at + token_place, b, g, swizzle, token_chunk)
                         if b == steps // batch - 1 and g == tiles // together - 1:
                             # The stage is in registers: it may be filled again. An arrival overtakes loads that are
                             # on their way (measured), so its address depends on what the last of them give.
@@ -88,11 +86,10 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
     return consume
 
 
-def _loads(tiling: Tiling, gated: bool, together: int) -> tuple[Callable[..., None], Callable[..., None]]:
+def _loads(tiling: Tiling, together: int) -> tuple[Callable[..., None], Callable[..., None]]:
     """Functions that load the operands of one batch of steps to registers: of weights, of tokens."""
     each, batch, tokens = tiling.each, tiling.batch, tiling.tokens
     box_bytes, token_bytes = tiling.box_bytes, tiling.token_bytes
-    each_bytes = 512 if gated else 1024
 
     @device_function
     def load_weight(w, stage_at, b, first_row, swizzle, chunk):
@@ -100,9 +97,8 @@ def _loads(tiling: Tiling, gated: bool, together: int) -> tuple[Callable[..., No
             # One ldmatrix.x4 holds a group's rows of 32 columns: two steps.
             step = b * batch + 2 * i
             for e in range(each):
-                # Four rows on the swizzle differs in its third bit.
-                column = uint32(step // 2 % 2 * 4 + chunk) ^ swizzle ^ uint32(e % 2 * 4 if gated else 0)
-                place = uint32(step // 4 * box_bytes + e * each_bytes) + (column << uint32(4))
+                column = uint32(step // 2 % 2 * 4 + chunk) ^ swizzle
+                place = uint32(step // 4 * box_bytes + e * 1024) + (column << uint32(4))
                 got = ptx.ldmatrix_x4(stage_at + first_row + place)
                 for j in range(4):
                     w[(e * batch + 2 * i) * 2 + j] = got[j]
@@ -178,7 +174,7 @@ def _exchange(tiling: Tiling, accumulators: int) -> Callable[..., None]:
 def _epilogue(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
     """A function that writes a warp's sums to out: silu(gate) * up where gated."""
     each, tiles, groups, tokens = tiling.each, tiling.tiles, tiling.groups, tiling.tokens
-    _, part_rows, _ = tiling.parts(gated)
+    own_columns = tiling.columns(gated)
     pack, rounded = device.HALVES[dtype].pack, device.HALVES[dtype].rounded
 
     @device_function
@@ -193,12 +189,12 @@ def _epilogue(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
                     token = own_tokens + m * 16 + upper * 8 + (lane >> 2)
                     c = (e * tiles + m) * 4 + upper * 2
                     if gated:
-                        column = block * part_rows + group * 4 + (lane & 3)
+                        column = block * own_columns + group * 4 + (lane & 3)
                         if group < groups and column < columns and token < here:
                             value = ptx.mul_rn_f32(device.silu(acc[c]), acc[c + 1])
                             out[int64(first + token) * columns + column] = rounded(value)
                     else:
-                        column = block * part_rows + group * 8 + (lane & 3) * 2
+                        column = block * own_columns + group * 8 + (lane & 3) * 2
                         if segment == 0 and group < groups and column < columns and token < here:
                             ptx.st_global_b32(out, int64(first + token) * columns + column, pack(acc[c + 1], acc[c]))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kernels.architectures import LIMITS, has_dependent_launch
+from kernels.linear.tiles import BOX
 
-BOX = 64  # columns of a box: 128 bytes
 TOKENS = (8, 16, 32, 64, 128)
 # Bytes of a block at most, so that the small kernels of a chain run beside it.
 RING = 160 << 10
@@ -86,8 +86,8 @@ class Tiling:
 
     @property
     def box_bytes(self) -> int:
-        """Bytes of the weight rows of one box, a multiple of 1024; gate rows and up rows each begin at one."""
-        return -(-self.groups * 1024 // 2048) * 2048
+        """Bytes of the weight rows of one box; where gated, gate rows and up rows in turn."""
+        return self.groups * 1024
 
     @property
     def token_bytes(self) -> int:
@@ -110,11 +110,9 @@ class Tiling:
         """Bytes through which the warps of the second segment pass on their sums: a fragment each."""
         return (self.segments - 1) * self.warps // self.segments * 512
 
-    def parts(self, gated: bool) -> tuple[int, int, int]:
-        """How many parts a box of weights has (gate rows, then up rows, or 1), the rows of each and its bytes."""
-        if gated:
-            return 2, self.groups * 4, self.box_bytes // 2
-        return 1, self.groups * 8, self.box_bytes
+    def columns(self, gated: bool) -> int:
+        """Columns of out that a block owns at a time."""
+        return self.groups * (4 if gated else 8)
 
     @staticmethod
     def choose(tokens: int, rows: int, depth: int, gated: bool, arch: str, multiprocessors: int) -> Tiling:

@@ -590,6 +590,19 @@ def cp_async_bulk_weight_multicast(
     raise SimulationError("a copy to several blocks: clusters are not simulated")
 
 
+@instruction(
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
+    None, "u32", "p", "u32", "u32", memory=True,
+)  # fmt: skip
+def cp_async_bulk(target: Any, pointer: Any, index: Any, size: Any, barrier: Any) -> None:
+    """Start copying `size` bytes, a multiple of 16, from an element at a multiple of 16 to such a shared address; they
+    count towards `barrier`. From sm_90 on."""
+    width = pointer.array.itemsize
+    for begin in range(0, int(size), 16):
+        shared_bytes(int(target) + begin, 16)[:] = pointer.bytes(int(index) + begin // width, 16)
+    current().block.phases.complete(int(barrier), int(size))
+
+
 def _copy_box(target: Any, tensor_map: Any, map_index: Any, barrier: Any, *first: int) -> None:
     number = int.from_bytes(bytes(tensor_map.bytes(map_index, 16)[:8]), "little")
     box = simulated_tensor_map(number).box(*first)

@@ -30,17 +30,74 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
     epilogue = _epilogue(dtype, tiling, gated)
 
     @device_function
-    def joined(seen, words, count):
-        """Bits that depend on every load into the words: one of the four that an ldmatrix gives is enough."""
-        for i in range(count // 4):
-            seen |= words[4 * i]
-        return seen
+    def release(empty, stage, w, t, zero, lane):
+        """The stage is in registers: it may be filled again. An arrival overtakes loads that are on their way
+        (measured), so its address depends on what they give: one word of the four of an ldmatrix is enough."""
+        seen = uint32(0)
+        for i in range(weight_words // 4):
+            seen |= w[4 * i]
+        for i in range(token_words // 4):
+            seen |= t[4 * i]
+        ptx.bar_warp_sync()
+        if lane == 0:
+            ptx.mbarrier_arrive(empty + uint32(8 * stage) + (seen & zero))
+
+    @device_function
+    def in_turn(acc, w, t, ring_at, places, place, count, zero, lane):
+        """Multiply `count` stages, each as it is loaded; the place in the ring after them."""
+        full = ring_at + uint32(stages * stage_bytes)
+        empty = full + uint32(8 * stages)
+        first_row, token_place, swizzle, chunk, token_chunk = places
+        stage, parity = place
+        for _ in range(count):
+            wait(full, stage, parity)
+            at = ring_at + uint32(stage * stage_bytes)
+            for b in range(steps // batch):
+                load_weight(w, at, b, first_row, swizzle, chunk)
+                for g in range(tiles // together):
+                    load_tokens(t, at + token_place, b, g, swizzle, token_chunk)
+                    if b == steps // batch - 1 and g == tiles // together - 1:
+                        release(empty, stage, w, t, zero, lane)
+                    multiply(acc, w, t, g)
+            stage, parity = advance(stage, parity)
+        return stage, parity
+
+    @device_function
+    def ahead(acc, w, t, ring_at, places, place, count, zero, lane):
+        """As `in_turn`, the operands of a stage loaded before the stage ahead multiplies: a warp whose few sums depend
+        on each other waits for nothing else."""
+        full = ring_at + uint32(stages * stage_bytes)
+        empty = full + uint32(8 * stages)
+        first_row, token_place, swizzle, chunk, token_chunk = places
+        stage, parity = place
+        next_w = cuda.local.array(weight_words, uint32)
+        next_t = cuda.local.array(token_words, uint32)
+        wait(full, stage, parity)
+        at = ring_at + uint32(stage * stage_bytes)
+        load_weight(w, at, 0, first_row, swizzle, chunk)
+        load_tokens(t, at + token_place, 0, 0, swizzle, token_chunk)
+        for _ in range(count - 1):
+            following, parity = advance(stage, parity)
+            wait(full, following, parity)
+            at = ring_at + uint32(following * stage_bytes)
+            load_weight(next_w, at, 0, first_row, swizzle, chunk)
+            load_tokens(next_t, at + token_place, 0, 0, swizzle, token_chunk)
+            multiply(acc, w, t, 0)
+            release(empty, stage, w, t, zero, lane)
+            for i in range(weight_words):
+                w[i] = next_w[i]
+            for i in range(token_words):
+                t[i] = next_t[i]
+            stage = following
+        release(empty, stage, w, t, zero, lane)
+        multiply(acc, w, t, 0)
+        return advance(stage, parity)
+
+    multiply_stages = ahead if tiling.ahead else in_turn
 
     @device_function
     def consume(out, ring_at, taken, columns, depth, work, warp, lane):
         blocks, stage_count = work
-        full = ring_at + uint32(stages * stage_bytes)
-        empty = full + uint32(8 * stages)
         block = int32(cuda.blockIdx.x)
         acc = cuda.local.array(accumulators, float32)
         w = cuda.local.array(weight_words, uint32)
@@ -55,29 +112,14 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
         else:
             token_row, token_chunk = r8, chunk
         token_place = uint32(boxes * box_bytes + segment * own_boxes * token_bytes + token_row * 128)
-        swizzle = uint32(r8)
-        passed = empty + uint32(8 * stages) + uint32(member * 512 + lane * 16)
-        stage, parity = int32(0), uint32(0)
+        places = (first_row, token_place, uint32(r8), chunk, token_chunk)
+        passed = ring_at + uint32(stages * (stage_bytes + 16)) + uint32(member * 512 + lane * 16)
+        place = (int32(0), uint32(0))
         zero = uint32(depth & (BOX - 1))  # which the compiler does not know
         while block < blocks:
             for i in range(accumulators):
                 acc[i] = float32(0.0)
-            for _ in range(stage_count):
-                wait(full, stage, parity)
-                at = ring_at + uint32(stage * stage_bytes)
-                for b in range(steps // batch):
-                    load_weight(w, at, b, first_row, swizzle, chunk)
-                    for g in range(tiles // together):
-                        load_tokens(t, at + token_place, b, g, swizzle, token_chunk)
-                        if b == steps // batch - 1 and g == tiles // together - 1:
-                            # The stage is in registers: it may be filled again. An arrival overtakes loads that are
-                            # on their way (measured), so its address depends on what the last of them give.
-                            seen = joined(joined(uint32(0), w, weight_words), t, token_words)
-                            ptx.bar_warp_sync()
-                            if lane == 0:
-                                ptx.mbarrier_arrive(empty + uint32(8 * stage) + (seen & zero))
-                        multiply(acc, w, t, g)
-                stage, parity = advance(stage, parity)
+            place = multiply_stages(acc, w, t, ring_at, places, place, stage_count, zero, lane)
             if segments > 1:
                 exchange(acc, passed, segment)
             epilogue(acc, out, block, (segment, own_groups, own_tokens), taken, columns, lane)

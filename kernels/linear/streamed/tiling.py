@@ -14,7 +14,9 @@ RING = 160 << 10
 WIDE_RING = 208 << 10
 # Bytes a stage should have at most: smaller ones cost more barriers, larger ones leave fewer in flight.
 STAGE = 26 << 10
-FEW_STAGE = 32 << 10
+FEW_STAGE = 16 << 10
+# Groups of 8 rows of a block with which the chain of its dependent products takes as long as its weights.
+FEW_GROUPS = 8
 # Rows below which the chain of a block's dependent products takes longer than its weights take to arrive, and columns
 # from which that matters.
 FEW_ROWS, DEEP = 2304, 4096
@@ -67,6 +69,13 @@ class Tiling:
     def tiles(self) -> int:
         """Tiles of 16 tokens that a warp owns."""
         return max(1, self.tokens // 16 // self.split)
+
+    @property
+    def ahead(self) -> bool:
+        """Whether a warp loads a stage while it multiplies the one before: where one batch is a stage, and a block has
+        so few groups that its chain of sums is what takes time."""
+        whole = self.batch == self.own_boxes * 4 and self.tiles == 1
+        return not self.wgmma and whole and self.groups <= FEW_GROUPS
 
     @property
     def warps(self) -> int:
@@ -124,7 +133,7 @@ class Tiling:
         share = -(-rows // 8 // multiprocessors)
         passes = -(-share // (21 if bucket == 128 and arch != "sm_90a" else 28))
         groups = max(1, -(-rows // 8 // (multiprocessors * passes)))
-        few, wgmma = groups <= 8, arch == "sm_90a" and (bucket >= 64 or (bucket == 32 and groups <= 16))
+        few, wgmma = groups <= FEW_GROUPS, arch == "sm_90a" and (bucket >= 64 or (bucket == 32 and groups <= 16))
         # All measured on an H200. Of warps: one with more groups and tokens reads less of each, as far as registers go;
         # with few groups it takes several a group to keep up, and large stages, as each is a wait in the chain of sums.
         each, split, batch, stage, ring = 1, 1, 8, STAGE, RING

@@ -62,7 +62,7 @@ def aligned(operation: str, name: str, given: torch.Tensor) -> None:
 def product(
     x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, columns: int, gated: bool
 ) -> tuple[int, int, int]:
-    """T, N and K of x [T, K], weight [N, K] or its tiles (`kernels.linear.tiles`) and out [T, N], or gated [T, N / 2],
+    """T, N and K of x [T, K], weight [N, K] or its tiles (`kernels.tiles`) and out [T, N], or gated [T, N / 2],
     of one 16-bit dtype; N a multiple of 8 (gated: of 16) and K of `columns`. Raises TypeError or ValueError naming the
     argument."""
     operation, multiple = ("linear_swiglu", 16) if gated else ("linear", 8)

@@ -571,7 +571,7 @@ def cp_async_bulk_tensor_4d(
 def cp_async_bulk_weight(
     target: Any, tensor_map: Any, map_index: Any, barrier: Any, part: Any, group: Any, box: Any, policy: Any
 ) -> None:
-    """As `cp_async_bulk_tensor_2d` of a weight (`kernels.linear.tiles.boxes_of`): the box's first element is
+    """As `cp_async_bulk_tensor_2d` of a weight (`kernels.tiles.boxes_of`): the box's first element is
     [box, group, 0, part, 0]."""
     _copy_box(target, tensor_map, map_index, barrier, int(box), int(group), 0, int(part), 0)
 

@@ -9,7 +9,7 @@ from kernels.check import HALVES
 from kernels.cuda import SIMULATED
 from kernels.linear import reference, streamed, tiled
 from kernels.linear.streamed import Tiling
-from kernels.linear.tiles import shape_of, to_tiles
+from kernels.tiles import shape_of, to_tiles
 
 BF16, F16 = torch.bfloat16, torch.float16
 HAS_BULK = SIMULATED or torch.cuda.get_device_capability()[0] >= 9

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.linear.tiles import boxes_of, empty_tiles, parts_of, shape_of, to_rows, to_tiles
+from kernels.tiles import boxes_of, empty_tiles, parts_of, shape_of, to_rows, to_tiles
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ from kernels.architectures import MULTIPROCESSORS
 from kernels.launch import Kernel, machine_of
 from kernels.linear.streamed.kernel import streamed
 from kernels.linear.streamed.tiling import TOKENS, Tiling, segments_of, tokens_of_a_pass
-from kernels.linear.tiles import BOX, boxes_of
 from kernels.tensor_maps import kept_tensor_map
+from kernels.tiles import BOX, boxes_of
 
 __all__ = [
     "BOX", "TOKENS", "Tiling", "catalogue", "linear", "linear_swiglu", "maps", "segments_of", "streamed",

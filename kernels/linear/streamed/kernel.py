@@ -8,7 +8,7 @@ from kernels.launch import Kernel, LaunchOptions, kernel_factory
 from kernels.linear.streamed import mma, wgmma
 from kernels.linear.streamed.producer import producer
 from kernels.linear.streamed.tiling import Tiling
-from kernels.linear.tiles import BOX
+from kernels.tiles import BOX
 
 
 @kernel_factory

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from kernels import device, ptx
 from kernels.cuda import cuda, device_function, float32, int32, int64, uint32
 from kernels.linear.streamed.tiling import Tiling
-from kernels.linear.tiles import BOX
 from kernels.ring import ring
+from kernels.tiles import BOX
 
 
 def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from kernels import ptx
 from kernels.cuda import cuda, device_function, int32, int64, uint32, uint64
 from kernels.linear.streamed.tiling import Tiling
-from kernels.linear.tiles import BOX
 from kernels.ring import ring
+from kernels.tiles import BOX
 
 
 def producer(tiling: Tiling, gated: bool) -> Callable[..., None]:

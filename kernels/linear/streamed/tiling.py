@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kernels.architectures import LIMITS, has_dependent_launch
-from kernels.linear.tiles import BOX
+from kernels.tiles import BOX
 
 TOKENS = (8, 16, 32, 64, 128)
 # Bytes of a block at most, so that the small kernels of a chain run beside it.

@@ -33,8 +33,8 @@ from kernels.launch import Kernel, machine_of
 from kernels.linear.tiled.mma import warps
 from kernels.linear.tiled.tiling import MEASURED, STEP, TOKENS, Tiling, is_faster, measured, tilings
 from kernels.linear.tiled.wgmma import warpgroups
-from kernels.linear.tiles import BOX, boxes_of, shape_of
 from kernels.tensor_maps import kept_tensor_map
+from kernels.tiles import BOX, boxes_of, shape_of
 
 __all__ = [
     "MEASURED", "STEP", "TOKENS", "Tiling", "catalogue", "is_faster", "launch", "linear", "linear_swiglu", "measured",

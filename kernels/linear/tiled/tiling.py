@@ -11,7 +11,7 @@ from pathlib import Path
 from kernels.architectures import LIMITS
 from kernels.linear.streamed import TOKENS as STREAMED
 from kernels.linear.streamed import segments_of
-from kernels.linear.tiles import BOX
+from kernels.tiles import BOX
 
 # A warp passes its results on in pieces of 16 tokens and 64 columns; the rows lie apart so that no two of its accesses
 # meet in a bank.

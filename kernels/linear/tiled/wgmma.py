@@ -17,8 +17,8 @@ from kernels.launch import Kernel, LaunchOptions, kernel_factory
 from kernels.linear.tiled.epilogue import writer
 from kernels.linear.tiled.raster import tile_at
 from kernels.linear.tiled.tiling import STAGING, Tiling
-from kernels.linear.tiles import BOX
 from kernels.ring import ring
+from kernels.tiles import BOX
 
 
 @kernel_factory

@@ -21,12 +21,13 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
     tokens, token_bytes, own_boxes, batch = tiling.tokens, tiling.token_bytes, tiling.own_boxes, tiling.batch
     segment_warps = tiling.warps // segments
     steps = own_boxes * 4  # of 16 columns, of a warp in a stage
+    pairs = batch // 2
     together = min(tiles, tiling.together)
     accumulators = each * tiles * 4
     weight_words, token_words = each * batch * 2, together * batch * (4 if tokens > 8 else 2)
     wait, _, advance, _ = ring(stages, tiling.copy == "bulk")
-    load_weight, load_tokens = _loads(tiling, together)
-    multiply, exchange = _products(dtype, tiling, together), _exchange(tiling, accumulators)
+    load_weight, load_tokens, multiply = _operands(dtype, tiling, together)
+    exchange = _exchange(tiling, accumulators)
     epilogue = _epilogue(dtype, tiling, gated)
 
     @device_function
@@ -53,19 +54,22 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
             wait(full, stage, parity)
             at = ring_at + uint32(stage * stage_bytes)
             for b in range(steps // batch):
-                load_weight(w, at, b, first_row, swizzle, chunk)
+                for p in range(pairs):
+                    load_weight(w, at, b, p, first_row, swizzle, chunk)
                 for g in range(tiles // together):
-                    load_tokens(t, at + token_place, b, g, swizzle, token_chunk)
+                    for p in range(pairs):
+                        load_tokens(t, at + token_place, b, p, g, swizzle, token_chunk)
                     if b == steps // batch - 1 and g == tiles // together - 1:
                         release(empty, stage, w, t, zero, lane)
-                    multiply(acc, w, t, g)
+                    for p in range(pairs):
+                        multiply(acc, w, t, g, p)
             stage, parity = advance(stage, parity)
         return stage, parity
 
     @device_function
     def ahead(acc, w, t, ring_at, places, place, count, zero, lane):
-        """As `in_turn`, the operands of a stage loaded before the stage ahead multiplies: a warp whose few sums depend
-        on each other waits for nothing else."""
+        """As `in_turn`, a stage awaited and loaded between the products of the stage ahead: a warp whose sums depend on
+        each other waits for them alone."""
         full = ring_at + uint32(stages * stage_bytes)
         empty = full + uint32(8 * stages)
         first_row, token_place, swizzle, chunk, token_chunk = places
@@ -74,15 +78,19 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
         next_t = cuda.local.array(token_words, uint32)
         wait(full, stage, parity)
         at = ring_at + uint32(stage * stage_bytes)
-        load_weight(w, at, 0, first_row, swizzle, chunk)
-        load_tokens(t, at + token_place, 0, 0, swizzle, token_chunk)
+        for p in range(pairs):
+            load_weight(w, at, 0, p, first_row, swizzle, chunk)
+            load_tokens(t, at + token_place, 0, p, 0, swizzle, token_chunk)
         for _ in range(count - 1):
             following, parity = advance(stage, parity)
-            wait(full, following, parity)
             at = ring_at + uint32(following * stage_bytes)
-            load_weight(next_w, at, 0, first_row, swizzle, chunk)
-            load_tokens(next_t, at + token_place, 0, 0, swizzle, token_chunk)
-            multiply(acc, w, t, 0)
+            multiply(acc, w, t, 0, 0)
+            wait(full, following, parity)
+            for p in range(pairs):
+                load_weight(next_w, at, 0, p, first_row, swizzle, chunk)
+                load_tokens(next_t, at + token_place, 0, p, 0, swizzle, token_chunk)
+                if p + 1 < pairs:
+                    multiply(acc, w, t, 0, p + 1)
             release(empty, stage, w, t, zero, lane)
             for i in range(weight_words):
                 w[i] = next_w[i]
@@ -90,7 +98,8 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
                 t[i] = next_t[i]
             stage = following
         release(empty, stage, w, t, zero, lane)
-        multiply(acc, w, t, 0)
+        for p in range(pairs):
+            multiply(acc, w, t, 0, p)
         return advance(stage, parity)
 
     multiply_stages = ahead if tiling.ahead else in_turn
@@ -128,54 +137,48 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
     return consume
 
 
-def _loads(tiling: Tiling, together: int) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Functions that load the operands of one batch of steps to registers: of weights, of tokens."""
-    each, batch, tokens = tiling.each, tiling.batch, tiling.tokens
-    box_bytes, token_bytes = tiling.box_bytes, tiling.token_bytes
+def _operands(dtype: str, tiling: Tiling, together: int) -> tuple[Callable[..., None], ...]:
+    """Functions of the operands of two steps, a pair, of which a batch has several: load the weights' to registers,
+    load the tokens', add their products.
 
-    @device_function
-    def load_weight(w, stage_at, b, first_row, swizzle, chunk):
-        for i in range(batch // 2):
-            # One ldmatrix.x4 holds a group's rows of 32 columns: two steps.
-            step = b * batch + 2 * i
-            for e in range(each):
-                column = uint32(step // 2 % 2 * 4 + chunk) ^ swizzle
-                place = uint32(step // 4 * box_bytes + e * 1024) + (column << uint32(4))
-                got = ptx.ldmatrix_x4(stage_at + first_row + place)
-                for j in range(4):
-                    w[(e * batch + 2 * i) * 2 + j] = got[j]
-
-    @device_function
-    def load_tokens(t, tokens_at, b, g, swizzle, chunk):
-        if tokens > 8:
-            for i in range(batch):
-                step = b * batch + i
-                column = (uint32(step % 4 * 2 + chunk) ^ swizzle) << uint32(4)
-                for m in range(together):
-                    place = uint32(step // 4 * token_bytes + (g * together + m) * 2048)
-                    got = ptx.ldmatrix_x4(tokens_at + place + column)
-                    for j in range(4):
-                        t[(m * batch + i) * 4 + j] = got[j]
-        else:
-            for i in range(batch // 2):
-                step = b * batch + 2 * i
-                column = (uint32(step // 2 % 2 * 4 + chunk) ^ swizzle) << uint32(4)
-                got = ptx.ldmatrix_x4(tokens_at + uint32(step // 4 * token_bytes) + column)
-                for j in range(4):
-                    t[i * 4 + j] = got[j]
-
-    return load_weight, load_tokens
-
-
-def _products(dtype: str, tiling: Tiling, together: int) -> Callable[..., None]:
-    """A function that adds the products of one batch of steps with the g-th `together` tiles of tokens."""
+    b: batch of the stage. p: pair of the batch. g: which `together` tiles of tokens.
+    """
     each, batch, tiles, tokens = tiling.each, tiling.batch, tiling.tiles, tiling.tokens
+    box_bytes, token_bytes = tiling.box_bytes, tiling.token_bytes
     mma = device.HALVES[dtype].mma
 
     @device_function
-    def multiply(acc, w, t, g):
+    def load_weight(w, stage_at, b, p, first_row, swizzle, chunk):
+        # One ldmatrix.x4 holds a group's rows of 32 columns: two steps.
+        pair = b * (batch // 2) + p
+        for e in range(each):
+            column = uint32(pair % 2 * 4 + chunk) ^ swizzle
+            place = uint32(pair // 2 * box_bytes + e * 1024) + (column << uint32(4))
+            got = ptx.ldmatrix_x4(stage_at + first_row + place)
+            for j in range(4):
+                w[(e * batch + 2 * p) * 2 + j] = got[j]
+
+    @device_function
+    def load_tokens(t, tokens_at, b, p, g, swizzle, chunk):
+        pair = b * (batch // 2) + p
+        if tokens > 8:
+            for i in range(2):
+                column = (uint32(pair % 2 * 4 + i * 2 + chunk) ^ swizzle) << uint32(4)
+                for m in range(together):
+                    place = uint32(pair // 2 * token_bytes + (g * together + m) * 2048)
+                    got = ptx.ldmatrix_x4(tokens_at + place + column)
+                    for j in range(4):
+                        t[(m * batch + 2 * p + i) * 4 + j] = got[j]
+        else:
+            column = (uint32(pair % 2 * 4 + chunk) ^ swizzle) << uint32(4)
+            got = ptx.ldmatrix_x4(tokens_at + uint32(pair // 2 * token_bytes) + column)
+            for j in range(4):
+                t[p * 4 + j] = got[j]
+
+    @device_function
+    def multiply(acc, w, t, g, p):
         zero = uint32(0)
-        for i in range(batch):
+        for i in range(2 * p, 2 * p + 2):
             for m in range(together):
                 for e in range(each):
                     c = (e * tiles + g * together + m) * 4
@@ -187,7 +190,7 @@ def _products(dtype: str, tiling: Tiling, together: int) -> Callable[..., None]:
                         d = mma(t[2 * i], zero, t[2 * i + 1], zero, b0, b1, acc[c], acc[c + 1], acc[c + 2], acc[c + 3])
                     acc[c], acc[c + 1], acc[c + 2], acc[c + 3] = d[0], d[1], d[2], d[3]
 
-    return multiply
+    return load_weight, load_tokens, multiply
 
 
 def _exchange(tiling: Tiling, accumulators: int) -> Callable[..., None]:

@@ -22,6 +22,7 @@ WARPS = 4  # that add what has arrived
 UNROLLED = 8  # loads of a thread that are under way
 STAGES = 12
 STAGE = 16 << 10  # bytes
+SHARING = 8  # blocks of `vectors` in a multiprocessor, which hide each other's waiting
 
 
 def reference(source: torch.Tensor) -> torch.Tensor:
@@ -116,6 +117,12 @@ def bulk(stages: int = STAGES, stage_bytes: int = STAGE) -> Kernel:
         f"read_bulk_s{stages}x{stage_bytes}", read, ("i32*", "i32*", "i64"), 32 * (WARPS + 1),
         dynamic_shared=128 + stages * (stage_bytes + 16), blocks_per_sm=1, architectures=("sm_90a", "sm_100"),
     )  # fmt: skip
+
+
+def blocks(device: int) -> int:
+    """As many as read a GPU's memory fastest: a ring has a multiprocessor of its own, loads by vectors share it."""
+    arch, multiprocessors = machine_of(device)
+    return multiprocessors if arch in bulk().architectures else SHARING * multiprocessors
 
 
 def read(source: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

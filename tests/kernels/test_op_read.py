@@ -53,3 +53,11 @@ def test_what_does_not_fit_is_refused():
         read.read(source, poisoned(1)[:, :64])
     with pytest.raises(ValueError, match="a multiple of 16384 needed"):
         read.read(source[:1024], poisoned(1))
+
+
+@pytest.mark.parametrize(
+    ("machine", "expected"), [(("sm_90a", 132), 132), (("sm_100", 148), 148), (("sm_80", 108), 864)]
+)
+def test_blocks_fill_the_gpu(machine, expected, monkeypatch):
+    monkeypatch.setattr(read, "machine_of", lambda device: machine)
+    assert read.blocks(0) == expected

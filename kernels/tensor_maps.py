@@ -34,11 +34,13 @@ def tensor_map(tensor: torch.Tensor, box: Sequence[int], ahead: bool = True) -> 
         )
     sizes = (*(1,) * (len(shape) - 1 - len(box)), *box, BOX)
     if cuda.SIMULATED:
-        from kernels import simulator
+        import numpy as np
+
+        from kernels.simulated_memory import TensorMap, add_tensor_map
 
         elements = simulated_pointer(tensor).array
-        view = simulator.np.lib.stride_tricks.as_strided(elements, shape, [2 * stride for stride in strides])
-        words = [simulator.add_tensor_map(simulator.TensorMap(view, sizes))] + [0] * 15
+        view = np.lib.stride_tricks.as_strided(elements, shape, [2 * stride for stride in strides])
+        words = [add_tensor_map(TensorMap(view, sizes))] + [0] * 15
     else:
         from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 

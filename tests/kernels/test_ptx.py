@@ -4,7 +4,7 @@ import numpy as np
 import ptx_kernels
 import pytest
 import torch
-from kernel_numerics import DEVICE
+from kernel_numerics import DEVICE, assert_equal
 
 from kernels.cuda import SIMULATED
 from kernels.simulator import SimulationError
@@ -72,8 +72,8 @@ def test_conversions(dtype):
     ptx_kernels.convert(dtype).launch((-(-n // 32),), tensor(x), rounded, widened, pairs, bits, n)
     expected = bits_of(x)
     assert (rounded.view(torch.int16).cpu().numpy().view(np.uint16) == expected).all()
-    assert torch.equal(rounded.cpu(), torch.from_numpy(x).to(kind))
-    assert torch.equal(widened.cpu(), torch.from_numpy(expected.view(np.int16)).view(kind).float())
+    assert_equal(rounded.cpu(), torch.from_numpy(x).to(kind))
+    assert_equal(widened.cpu(), torch.from_numpy(expected.view(np.int16)).view(kind).float())
     packed = pairs.cpu().numpy().view(np.uint32)
     assert (packed & 0xFFFF == expected).all() and (packed >> 16 == bits_of(-x)).all()
     assert (bits.cpu().numpy() == x.view(np.int32)).all()
@@ -246,7 +246,7 @@ def test_boxes_of_a_tensor_map(row, column):
     framed = torch.zeros(20 + 32, 96 + 128, dtype=torch.int16)
     framed[16:36, 64:160] = matrix.cpu().view(torch.int16)
     expected = framed[16 + row : 24 + row, 64 + column : 128 + column]
-    assert torch.equal(out.cpu().view(torch.int16), expected)
+    assert_equal(out.cpu().view(torch.int16), expected)
 
 
 def test_tensor_maps_refuse_what_cannot_be_copied():
@@ -268,7 +268,7 @@ def test_memory_barriers_hand_over(rounds):
     x = torch.arange(32 * rounds, dtype=torch.int32, device=DEVICE)
     out = torch.zeros_like(x)
     ptx_kernels.handover(rounds).launch((1,), x, out)
-    assert torch.equal(out, x + 1)
+    assert_equal(out, x + 1)
 
 
 def test_phases_of_a_memory_barrier():
@@ -297,4 +297,4 @@ def test_warpgroups_multiply(n, source, b_major, dtype):
     a_map, b_map = tensor_map(a, (64,)), tensor_map(b, (len(b),))
     out = torch.full((64, n), torch.nan, device=DEVICE)
     ptx_kernels.warpgroup_multiply(n, source, b_major, dtype).launch((1,), a_map, b_map, out)
-    assert torch.equal(out.cpu(), 2 * left.float() @ right.float().t())
+    assert_equal(out.cpu(), 2 * left.float() @ right.float().t())

@@ -54,5 +54,5 @@ def streamed(dtype: str, tiling: Tiling, gated: bool, arch: str) -> Kernel:
     source = "u8*" if bulk else pointer
     return Kernel(
         name, linear, (source, source, pointer, "i32", "i32", "i32"), tiling.threads, dynamic_shared=tiling.shared,
-        blocks_per_sm=1, options=LaunchOptions(programmatic=True), architectures=(arch,),
+        blocks_per_sm=1, options=LaunchOptions(programmatic=True), architectures=(arch,), early=("weight",),
     )  # fmt: skip

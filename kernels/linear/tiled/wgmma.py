@@ -75,7 +75,7 @@ def warpgroups(dtype: str, tiling: Tiling, gated: bool, arch: str) -> Kernel:
         name, linear, ("u8*", "u8*", f"{dtype}*", "i32", "i32", "i32", "i32"), tiling.threads,
         dynamic_shared=tiling.shared, blocks_per_sm=1,
         options=LaunchOptions(programmatic=True, cluster=(cluster, 1, 1) if cluster > 1 else None),
-        architectures=(arch,),
+        architectures=(arch,), early=("weight",),
     )  # fmt: skip
 
 

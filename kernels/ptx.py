@@ -537,16 +537,15 @@ def cp_async_bulk_tensor_2d(
 
 
 @instruction(
-    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-    " [$0], [$1, {$3, $4}], [$2], $5, $6;",
-    None, "u32", "p", "u32", "s32", "s32", "u16", "u64", memory=True,
+    "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+    " [$0], [$1, {$3, $4, $5}], [$2], $6;",
+    None, "u32", "p", "u32", "s32", "s32", "s32", "u64", memory=True,
 )  # fmt: skip
-def cp_async_bulk_tensor_2d_multicast(
-    target: Any, tensor_map: Any, map_index: Any, barrier: Any, column: Any, row: Any, blocks: Any, policy: Any
+def cp_async_bulk_tensor_3d(
+    target: Any, tensor_map: Any, map_index: Any, barrier: Any, column: Any, row: Any, outer: Any, policy: Any
 ) -> None:
-    """As `cp_async_bulk_tensor_2d`, to the same place in each block of the cluster whose bit in `blocks` is set; the
-    bytes count towards each one's own barrier."""
-    raise SimulationError("a copy to several blocks: clusters are not simulated")
+    """As `cp_async_bulk_tensor_2d` of a tensor of three dimensions: the box's first element is [outer, row, column]."""
+    _copy_box(target, tensor_map, map_index, barrier, int(outer), int(row), int(column))
 
 
 @instruction(
@@ -561,6 +560,45 @@ def cp_async_bulk_tensor_4d(
     """As `cp_async_bulk_tensor_2d` of a tensor of four dimensions: the box's first element is
     [outer, inner, row, column]."""
     _copy_box(target, tensor_map, map_index, barrier, int(outer), int(inner), int(row), int(column))
+
+
+@instruction(
+    "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+    " [$0], [$1, {0, $3, 0, $4, $5}], [$2], $6;",
+    None, "u32", "p", "u32", "s32", "s32", "s32", "u64", memory=True,
+)  # fmt: skip
+def cp_async_bulk_weight(
+    target: Any, tensor_map: Any, map_index: Any, barrier: Any, part: Any, group: Any, box: Any, policy: Any
+) -> None:
+    """As `cp_async_bulk_tensor_2d` of a weight (`kernels.tiles.boxes_of`): the box's first element is
+    [box, group, 0, part, 0]."""
+    _copy_box(target, tensor_map, map_index, barrier, int(box), int(group), 0, int(part), 0)
+
+
+@instruction(
+    "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+    " [$0], [$1, {0, $3, 0, $4, $5}], [$2], $6, $7;",
+    None, "u32", "p", "u32", "s32", "s32", "s32", "u16", "u64", memory=True,
+)  # fmt: skip
+def cp_async_bulk_weight_multicast(
+    target: Any, tensor_map: Any, map_index: Any, barrier: Any, part: Any, group: Any, box: Any, blocks: Any,
+    policy: Any,
+) -> None:  # fmt: skip
+    """As `cp_async_bulk_weight`, to the same place in each block of the cluster whose bit in `blocks` is set; the bytes
+    count towards each one's own barrier."""
+    raise SimulationError("a copy to several blocks: clusters are not simulated")
+
+
+@instruction(
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
+    None, "u32", "p", "u32", "u32", memory=True,
+)  # fmt: skip
+def cp_async_bulk(target: Any, pointer: Any, index: Any, size: Any, barrier: Any) -> None:
+    """Start copying `size` bytes, a multiple of 16, from an element at a multiple of 16 to such a shared address; they
+    count towards `barrier`. From sm_90 on."""
+    step = 16 // pointer.array.itemsize
+    content = np.concatenate([pointer.bytes(int(index) + i * step, 16) for i in range(int(size) // 16)])
+    current().block.phases.copy(int(barrier), int(target), content)
 
 
 def _copy_box(target: Any, tensor_map: Any, map_index: Any, barrier: Any, *first: int) -> None:

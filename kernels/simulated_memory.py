@@ -6,6 +6,7 @@ Each refuses what a GPU does without a word: what lies outside a tensor, a negat
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -231,20 +232,20 @@ class Int32:
 
 
 class TensorMap:
-    """What the bulk tensor copy sees of a tensor: boxes of `rows` rows and 128 bytes, zeros beyond its edges."""
+    """What the bulk tensor copy sees of a tensor: boxes of some size, 128 bytes of a row, zeros beyond its edges."""
 
-    def __init__(self, tensor: np.ndarray, rows: int) -> None:
+    def __init__(self, tensor: np.ndarray, sizes: Sequence[int]) -> None:
         self.tensor = tensor  # […, R, C] of 2-byte elements
-        self.rows = rows
+        self.sizes = tuple(sizes)
 
     def box(self, *first: int) -> np.ndarray:
-        """uint8 [rows, 128]: the box whose first element is at [*first]."""
-        *outer, row, column = first
-        found = np.zeros((self.rows, 64), np.uint16)
-        if all(0 <= place < size for place, size in zip(outer, self.tensor.shape, strict=False)):
-            inside = self.tensor[tuple(outer)][max(row, 0) : row + self.rows, max(column, 0) : column + 64]
-            found[max(-row, 0) :, max(-column, 0) :][: inside.shape[0], : inside.shape[1]] = inside
-        return found.view(np.uint8)
+        """uint8 [rows, 128]: the box whose first element is at [*first], its rows in order."""
+        found = np.zeros(self.sizes, np.uint16)
+        begin_end = zip(first, self.sizes, strict=True)
+        inside = self.tensor[tuple(slice(max(at, 0), max(at + size, 0)) for at, size in begin_end)]
+        place = tuple(slice(max(-at, 0), max(-at, 0) + size) for at, size in zip(first, inside.shape, strict=True))
+        found[place] = inside
+        return found.reshape(-1, self.sizes[-1]).view(np.uint8)
 
 
 _tensor_maps: list[TensorMap] = []

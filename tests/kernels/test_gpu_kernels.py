@@ -267,5 +267,5 @@ def test_tensor_maps_of_both_modes():
     tensor_maps._map_rooms.clear()
     weights = [torch.zeros(64, 64, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
     with torch.inference_mode():
-        first = tensor_maps.tensor_map(weights[0], 8)
-    assert not torch.equal(tensor_maps.tensor_map(weights[1], 8).cpu(), first.cpu())
+        first = tensor_maps.tensor_map(weights[0], (8,))
+    assert not torch.equal(tensor_maps.tensor_map(weights[1], (8,)).cpu(), first.cpu())

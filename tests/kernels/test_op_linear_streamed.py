@@ -9,7 +9,7 @@ from kernels.check import HALVES
 from kernels.cuda import SIMULATED
 from kernels.linear import reference, streamed, tiled
 from kernels.linear.streamed import Tiling
-from kernels.tensor_maps import tensor_map
+from kernels.tiles import shape_of, to_tiles
 
 BF16, F16 = torch.bfloat16, torch.float16
 HAS_BULK = SIMULATED or torch.cuda.get_device_capability()[0] >= 9
@@ -33,14 +33,11 @@ HAS_WGMMA = SIMULATED or torch.cuda.get_device_capability()[0] == 9
 
 def run(tiling, x, weight, gated=False, blocks=2):
     """The product by a tiling of the test's choice, on few blocks, so that each takes several turns."""
-    (count, depth), rows = x.shape, weight.shape[0]
+    (count, depth), (rows, _) = x.shape, shape_of(weight)
     out = poisoned(count, rows // 2 if gated else rows, dtype=x.dtype)
     sources = [weight, x]
     if tiling.copy == "bulk":
-        sources = [
-            tensor_map(weight, tiling.groups * (4 if gated else 8)),
-            tensor_map(x, tiling.tokens),
-        ]
+        sources = streamed.maps(tiling, weight, x, gated)
     grid = (min(blocks, -(-rows // (8 * tiling.groups))), -(-count // tiling.tokens))
     arch = "sm_90a" if SIMULATED else architecture_of(torch.cuda.get_device_capability())
     streamed.streamed(HALVES[x.dtype], tiling, gated, arch).launch(grid, *sources, out, count, rows, depth)
@@ -96,6 +93,15 @@ def test_a_stage_of_the_ring_is_filled_again_once_it_is_read():
     x, weight = randn(1, 512, dtype=BF16), randn(40, 512, dtype=BF16)
     out = run(GROUPED[2], x, weight)
     assert_as_good_as_torch(out, reference(x, weight), reference(x.double(), weight.double()))
+
+
+@pytest.mark.skipif(not HAS_BULK, reason="tiles are read by tensor maps, from sm_90 on")
+@pytest.mark.parametrize("tiling", [TILINGS[8], replace(TILINGS[16], segments=2), *([GROUPED[1]] if HAS_WGMMA else [])])
+@pytest.mark.parametrize("gated", [False, True])
+def test_tiles_change_no_bit(tiling, gated):
+    tiling = replace(tiling, copy="bulk")
+    x, weight = randn(tiling.tokens - 3, 256, dtype=BF16), randn(80, 256, dtype=BF16)
+    assert torch.equal(run(tiling, x, to_tiles(weight, gated), gated), run(tiling, x, weight, gated))
 
 
 def test_one_accumulator_in_order_of_depth():

@@ -367,7 +367,7 @@ def box_and_then(waits, fence=True):
         out[cuda.threadIdx.x] = int32(words[0])
 
     x, out = torch.ones(8, 64, dtype=torch.bfloat16), torch.zeros(32, dtype=torch.int32)
-    Kernel("test", kernel, ("u8*", "i32*"), 32, dynamic_shared=2048 + 8).launch((1,), tensor_map(x, 8), out)
+    Kernel("test", kernel, ("u8*", "i32*"), 32, dynamic_shared=2048 + 8).launch((1,), tensor_map(x, (8,)), out)
     return out
 
 

@@ -94,7 +94,7 @@ def spread(row: Row) -> float:
 
 
 def judge(old: Row, new: Row, floor: float, width: float) -> Change | None:
-    """What changed from `old` to `new`; None where nothing did that can be called worse or better."""
+    """The change from `old` to `new`; None where nothing did that can be called worse or better."""
     if old["status"] != new["status"] or new["status"] != "ok":
         was, now = old["status"] == "ok", new["status"] == "ok"
         if was != now or (now, old["status"], new["status"]) == (False, "not_measured", "failed"):
@@ -110,7 +110,7 @@ def judge(old: Row, new: Row, floor: float, width: float) -> Change | None:
 
 
 def compare(before: Run, after: Run, floor: float, width: float) -> Comparison | None:
-    """What changed from one run to another beyond the noise; None where they have no row in common."""
+    """Changes from one run to another beyond the noise; None where they have no row in common."""
     common = [identity for identity in after if identity in before]
     if not common:
         return None
@@ -155,7 +155,7 @@ def list_differences(before: Iterable[Row], after: Iterable[Row]) -> list[str]:
 
 
 def describe(rows: Iterable[Row]) -> dict[str, str]:
-    """What a run's rows say of their host and code: all values of a column that has several."""
+    """Facts that a run's rows have of their host and code: all values of a column that has several."""
     seen: dict[str, dict[str, None]] = {}
     for row in rows:
         packages = json.loads(row["packages"] or "{}")

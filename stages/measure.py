@@ -40,7 +40,7 @@ HOST = "data/host.json"
 
 
 class MeasureError(ValueError):
-    """What was asked for is not in this pack, or cannot be done on this host: one line, exit status 2."""
+    """A request for what is not in this pack, or cannot be done on this host: one line, exit status 2."""
 
 
 @dataclass
@@ -102,7 +102,7 @@ def find_changed(root: Path, pack: Mapping[str, Any]) -> list[str]:
 
 
 def describe(pack: Mapping[str, Any]) -> str:
-    """What a pack holds, for a reader."""
+    """Describe a pack for a reader."""
     lines = [f"commit {pack['commit']}"]
     for name, content in pack["sets"].items():
         lines.append(f"{name}: {' '.join(content['overrides']) or 'as params.yaml'}")
@@ -175,7 +175,7 @@ def install_wheels(root: Path, timeout: float | None) -> Path | None:
 
 
 def make_environment(root: Path, site: Path | None) -> dict[str, str]:
-    """What stages run with, but for DVC_STAGE: the pack's code, wheels and cubins."""
+    """Environment that stages run with, but for DVC_STAGE: the pack's code, wheels and cubins."""
     paths = [str(root), *([str(site)] if site else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     # Unbuffered, so that the log of a killed stage says how far it came.
     return os.environ | {

@@ -72,7 +72,7 @@ def compose_sets(texts: Sequence[str]) -> dict[str, tuple[list[str], Any]]:
 
 
 def plan_stages(pipeline: Mapping[str, Any], model: str) -> dict[str, dict[str, list[str]]]:
-    """Of each stage that measures, as DVC names it: its command and what it makes."""
+    """Plan of the stages that measure, by DVC's names: each one's command and what it makes."""
 
     def fill(text: str, week: str) -> str:
         return text.replace("${item.week}", week).replace("${model.name}", model)
@@ -250,7 +250,7 @@ def choose_archs(text: str | None) -> Sequence[str]:
 
 
 def warn(untracked: Sequence[str], entries: Sequence[Entry]) -> Iterator[str]:
-    """What a reader should know before the pack is carried away."""
+    """Warnings for a reader before the pack is carried away."""
     if (read_commit() or "").endswith("-dirty"):
         yield "code differs from its commit: rows will say -dirty, which `python -m stages.record` refuses"
     if untracked:

@@ -180,7 +180,7 @@ def build_rows(host: Host, gpu: Gpu, ceilings: list[dict[Any, Any]]) -> Rows:
 
 
 def compare(host: Host, gpu: Gpu) -> list[str]:
-    """What of the `gpu` group this host is not; nothing for `auto` and `cpu`."""
+    """Differences between this host and the `gpu` group; none for `auto` and `cpu`."""
     if gpu.sm is None or gpu.memory_gb is None:
         return []
     if not host.gpus:

@@ -64,7 +64,7 @@ def make_task(overrides: Sequence[str], max_hourly_cost: float | None) -> dict[s
 
 
 def list_commands(name: str, task: Path, folder: Path) -> dict[str, list[str]]:
-    """What is run here, in this order: launch, fetch (into `folder`), down."""
+    """Commands that are run here, in this order: launch, fetch (into `folder`), down."""
     wanted = [f"{name}:sky_workdir/./{path}" for path in ("reports/metrics", "data/host.json")]
     return {
         "launch": ["sky", "launch", "--yes", "--cluster", name, str(task)],

@@ -150,7 +150,7 @@ class _Refused(Exception):
 
 @dataclass
 class _Answer:
-    """What has come of a streamed answer."""
+    """State of a streamed answer: what has come of it."""
 
     times: list[float] = field(default_factory=list)  # of each piece, in seconds of time.perf_counter
     text: list[str] = field(default_factory=list)

@@ -60,7 +60,7 @@ class Case:
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Of `run` and all it enqueues, by a synchronised clock."""
+    """Time `run` and all it enqueues, by a synchronised clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
@@ -71,7 +71,7 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """What the machine does at most: a copy between buffers beyond any cache, a matrix product (CPU: fp32), medians."""
+    """Measure the machine: a copy between buffers beyond any cache, a matrix product (CPU: fp32), medians."""
     gpu = device.type == "cuda"
     elements, size, dtype = (1 << 28, 8192, torch.bfloat16) if gpu else (1 << 26, 1024, torch.float32)
     source = torch.randn(elements, device=device)
@@ -177,7 +177,7 @@ def measure_prompt(
 
 
 def case_cost(config: ModelConfig, dtype: torch.dtype, case: Case, batch: int) -> tuple[StepCost, int]:
-    """What one pass of a test moves and computes (decode: the mean one's), and how many passes it has."""
+    """Cost of one pass of a test (decode: of the mean one), and how many passes it has."""
     if case.prompt:
         return step_cost(config, dtype, [case.prompt] * batch, [case.depth + case.prompt] * batch), 1
     middle = case.depth + 1 + case.new // 2

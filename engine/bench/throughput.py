@@ -214,7 +214,7 @@ def _outcome(completion: Completion, begin: float) -> Outcome:
 
 @dataclass(frozen=True)
 class Limit:
-    """What a model on a machine takes at least, with `max_batch` sequences running together at most."""
+    """Least time that a model on a machine takes, with `max_batch` sequences running together at most."""
 
     config: ModelConfig
     dtype: torch.dtype
@@ -229,7 +229,7 @@ class Limit:
         return _seconds(self.ceilings.milliseconds(cost))
 
     def decoding(self, spans: Sequence[Span]) -> Floor:
-        """Of decode steps that reach every context of every span, with as many sequences in each as may run."""
+        """Floor of decode steps that reach every context of every span, with as many sequences in each as may run."""
         from engine.model.cost import StepCost, step_cost, weight_bytes
 
         counts = [last - first + 1 for first, last in spans]
@@ -244,7 +244,7 @@ class Limit:
         return _seconds(self.ceilings.milliseconds(cost))
 
     def floor(self, prompts: Sequence[Outcome], spans: Sequence[Span]) -> Floor:
-        """Of the outcomes' prompts, as far as they were computed, and the decode steps, one after the other.
+        """Floor of the outcomes' prompts, as far as they were computed, and the decode steps, one after the other.
 
         A span that ends before it begins has no steps.
         """

@@ -128,7 +128,7 @@ def max_active(llm: LLM, settings: Settings) -> int:
 
 
 class Service:
-    """What the routes share: the engine and what requests are made into."""
+    """State that the routes share: the engine, its metrics, and how requests are made of bodies."""
 
     def __init__(self, engine: AsyncLLM, llm: LLM, settings: Settings) -> None:
         self.engine, self.llm, self.settings = engine, llm, settings

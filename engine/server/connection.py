@@ -23,7 +23,7 @@ _SAY_AGAIN = 60.0  # s until it is logged again that there is no room
 
 
 class Connections:
-    """What the connections of a server share.
+    """State that the connections of a server share.
 
     Args:
         most: Connections that may be open; to make room for one more, that which has waited for a request, or for
@@ -167,7 +167,7 @@ class Connection(H11Protocol):
         """Nothing: some clients offer HTTP/2 with every request, and go on without it."""
 
     def send_400_response(self, msg: str) -> None:
-        """What is answered where a request cannot be read as HTTP, or its headers are too large."""
+        """Refuse a request that cannot be read as HTTP, or whose headers are too large."""
         problem = self.conn.problem
         if self._begin == b"\x16\x03":
             self._refuse(400, "this is TLS, and the server speaks plain HTTP: ask for http://, or through a proxy")

@@ -1,4 +1,4 @@
-"""What the server writes to stderr: lines for people on a terminal, JSON for everything else."""
+"""Logs on stderr: lines for people on a terminal, JSON for everything else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LEFT_OUT = frozenset({"request_id", "client", "method", "path", "status", "ms",
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:
-    """What the call gave as `extra`."""
+    """Fields that the call gave as `extra`."""
     return {name: value for name, value in vars(record).items() if name not in _PLAIN}
 
 

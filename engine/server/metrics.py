@@ -31,7 +31,7 @@ def token_buckets(most: int) -> tuple[int, ...]:
 
 
 class Metrics:
-    """What /metrics shows of one engine.
+    """Metrics of one engine, as /metrics shows them.
 
     Args:
         stats: The engine's statistics now, an EngineStats.

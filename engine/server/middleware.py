@@ -1,4 +1,4 @@
-"""What stands between HTTP and the routes: limits, the API key, request ids, one line of log a response."""
+"""Middleware between HTTP and the routes: limits, the API key, request ids, one line of log a response."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ClientGone(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a gate lets through.
+    """Limits on what reaches the routes.
 
     Args:
         api_key: The key that requests must bring as `Authorization: Bearer KEY`; None: no key.
@@ -229,7 +229,7 @@ def _path(scope: Scope) -> str:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """What the application may receive from: the body, then what comes."""
+    """A source that the application receives from: the body, then what comes."""
     first: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
     async def replay() -> Message:

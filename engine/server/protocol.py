@@ -1,4 +1,4 @@
-"""What requests and responses look like: OpenAI's fields, vLLM's beside them, and errors in OpenAI's shape.
+"""Requests and responses: OpenAI's fields, vLLM's beside them, and errors in OpenAI's shape.
 
 A field that only OpenAI or vLLM serve is refused by name if it would change the response (`REFUSED`), and otherwise
 ignored, as is a field that nobody knows.
@@ -135,7 +135,7 @@ class StreamOptions(BaseModel):
 
 
 class Request(BaseModel):
-    """What the two endpoints that generate have in common."""
+    """Fields that the two endpoints that generate have in common."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -254,7 +254,7 @@ class Message(BaseModel):
 
 
 class ChatTemplateInput(BaseModel):
-    """What a chat template is rendered with."""
+    """Input of a chat template."""
 
     messages: NonEmptyList[Message]
     add_generation_prompt: bool | None = None
@@ -314,7 +314,7 @@ class DetokenizeRequest(BaseModel):
 
 
 def refusal(error: ValueError, body: BaseModel | None = None) -> ApiError:
-    """What the engine or the tokenizer finds wrong with a request, in the words of the API."""
+    """Say in the words of the API what the engine or the tokenizer finds wrong with a request."""
     names = {
         "prompt": "messages" if getattr(body, "messages", None) is not None else "prompt",
         "max_new_tokens": "max_completion_tokens" if getattr(body, "max_completion_tokens", None) else "max_tokens",

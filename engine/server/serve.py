@@ -191,7 +191,7 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 def _facts(llm: LLM, settings: Settings, pages: int) -> dict[str, Any]:
-    """What is served, on what, and within which limits."""
+    """Facts for the log: what is served, on what, and within which limits."""
     engine = llm.engine
     paged = engine.kv_cache == "paged"
     tokens = pages * engine.page_size if paged else engine.max_batch * llm.max_model_len

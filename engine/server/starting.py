@@ -1,4 +1,4 @@
-"""What answers while the model is being loaded: 503 to every request, on the server's own socket."""
+"""Stand-in while the model is being loaded: 503 to every request, on the server's own socket."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import metrics
+from stages.arguments import not_negative
 from stages.metrics import IDENTITY
 from stages.stage import reported
 
@@ -226,22 +227,11 @@ def main(arguments: list[str]) -> int:
 def add_noise(parser: argparse.ArgumentParser) -> None:
     """Gives a parser the options that say what is noise."""
     parser.add_argument(
-        "--floor", type=share, default=0.05, help="share of the old value that is noise (default: 0.05)"
+        "--floor", type=not_negative, default=0.05, help="share of the old value that is noise (default: 0.05)"
     )
     parser.add_argument(
-        "--spread", type=share, default=3.0, help="times the samples' spread that is noise (default: 3)"
+        "--spread", type=not_negative, default=3.0, help="times the samples' spread that is noise (default: 3)"
     )
-
-
-def share(text: str) -> float:
-    """A number of zero or more. Raises ArgumentTypeError."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"'{text}': should be a number of 0 or more")
-    return number
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import ctypes
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.arguments import positive
 from stages.commit import COMMIT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -305,14 +307,6 @@ def measure(root: Path, pack: Mapping[str, Any], jobs: Sequence[Job], out: Path,
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def seconds(text: str) -> float:
-    """A time above zero. Raises ArgumentTypeError."""
-    with contextlib.suppress(ValueError):
-        if float(text) > 0:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"'{text}': should be seconds, above 0")
-
-
 def main(arguments: list[str], root: Path = ROOT) -> int:
     """Runs the jobs and prints how each ended. Exit status: 0; 1 where one did not run; 2 for wrong arguments."""
     about, _, more = (__doc__ or "").partition("\n\n")
@@ -323,7 +317,7 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("jobs", nargs="*", metavar="'SET: STAGE …'", help="what to run; nothing: list what was packed")
-    parser.add_argument("--limit", type=seconds, default=float("inf"), metavar="SECONDS", help="for all; default: none")
+    parser.add_argument("--limit", type=positive, default=math.inf, metavar="SECONDS", help="for all; default: none")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="FOLDER", help="default: results")
     given = parser.parse_args(arguments)
     try:

@@ -27,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from stages.arguments import positive
 from stages.commit import CODE, COMMIT, read_commit
 from stages.compose import as_dict, compose_conf, dump
 from stages.measure import CACHE, PACK, PARAMS, WHEELS
@@ -225,17 +226,6 @@ def list_sizes(sizes: Counter[str]) -> list[str]:
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-
-
-def positive(text: str) -> float:
-    """A size above zero. Raises ArgumentTypeError."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}': should be a number of MiB above 0")
-    return number
 
 
 def choose_archs(text: str | None) -> Sequence[str]:

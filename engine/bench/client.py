@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from engine.bench.throughput import progress
+from engine.bench.throughput import follow_progress
 from engine.bench.workloads import Arrive, Outcome, Request, describe, failed, goodput, summarize
 
 APIS = ("completions", "chat")
@@ -298,7 +298,7 @@ async def run(server: Server, requests: Sequence[Request], clients: int | None =
         ended += 1
         return outcome
 
-    with progress(len(requests), "requests", lambda: ended):
+    with follow_progress(len(requests), "requests", lambda: ended):
         async with server.connect() as client:
             begin = time.perf_counter()
             tasks = []

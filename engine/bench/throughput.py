@@ -23,6 +23,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from engine.bench.workloads import Arrive, Outcome, Request, failed, summarize
+from engine.runtime.progress import show_bar
 from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def measure(llm: LLM, requests: Sequence[Request], ceilings: Ceilings) -> Result
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     before, at_once = llm.stats(), all(request.arrival == 0 for request in requests)
-    with progress(
+    with follow_progress(
         sum(request.new_tokens for request in requests),
         "tokens",
         lambda: llm.stats().generated_tokens - before.generated_tokens,
@@ -326,22 +327,17 @@ def check(llm: LLM, requests: Sequence[Request]) -> None:
 
 
 @contextlib.contextmanager
-def progress(total: int, unit: str, done: Callable[[], int]) -> Iterator[None]:
+def follow_progress(total: int, unit: str, done: Callable[[], int]) -> Iterator[None]:
     """A bar on stderr where that is a terminal, moved on by asking `done` four times a second from a thread."""
     if not sys.stderr.isatty():
         yield
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     ended = threading.Event()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(unit, total=total)
+    with show_bar(unit, total) as move:
 
         def follow() -> None:
             while not ended.wait(0.25):
-                bar.update(task, completed=done())
+                move(completed=done())
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()

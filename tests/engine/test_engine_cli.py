@@ -9,6 +9,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,6 @@ from engine_checkpoints import Reference
 from typer.testing import CliRunner, Result
 
 from engine.cli.app import app
-from engine.cli.check_gpu import _kernel_paths
 from engine.llm import LLM, EngineConfig
 from engine.sampling_params import SamplingParams
 
@@ -221,13 +221,24 @@ def test_check_gpu():
     assert result.exit_code == 0 and torch.cuda.get_device_properties(0).name.split()[-1] in result.stdout
 
 
-def test_kernel_paths():
-    names = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
-    assert _kernel_paths((9, 0), names) == ["sm_90a"]
-    assert _kernel_paths((8, 6), names) == ["sm_86", "sm_80"]
-    assert _kernel_paths((8, 7), names) == ["sm_86", "sm_80"]
-    assert _kernel_paths((10, 3), names) == ["sm_100"]
-    assert _kernel_paths((7, 5), names) == []
+def test_check_gpu_says_which_kernels_a_gpu_runs(monkeypatch: pytest.MonkeyPatch):
+    def show(*gpus: tuple[int, int]) -> Result:
+        properties = [
+            SimpleNamespace(name="GPU", major=major, minor=minor, multi_processor_count=1, total_memory=2**34)
+            for major, minor in gpus
+        ]
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr("engine.cli.check_gpu._driver", lambda: ("580", None))
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
+        return afs("check-gpu")
+
+    both = show((9, 0), (7, 5))
+    assert both.exit_code == 0 and "sm_90a" in both.stdout and "none: compute capability 7.5" in both.stdout
+    old = show((7, 5))
+    assert old.exit_code == 1 and old.stderr.startswith("no GPU here can run the kernels")
 
 
 def test_as_a_process(olmo2: Reference):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -261,6 +262,25 @@ def test_as_a_process(olmo2: Reference):
     light = f"{script[:-5]}\ntry:\n    app(['--help'])\nfinally:\n    assert 'torch' not in sys.modules, 'torch'"
     done = subprocess.run([sys.executable, "-c", light], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "check-gpu" in done.stdout, done.stderr
+
+
+# --- build ------------------------------------------------------------------------------------------------------------
+
+
+def test_build_of_one_kernel(tmp_path: Path):
+    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
+    command = [sys.executable, "-m", "engine.cli", "build", "--kernel", "residual_naive_f32", "--arch", "sm_80"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | {"AFS_CACHE": str(tmp_path)}, capture_output=True, text=True, timeout=120
+    )
+    line = r"residual_naive_f32 sm_80: \d+ registers, 0 B of spills, .* occupancy 1\.00\n"
+    assert done.returncode == 0 and re.fullmatch(line, done.stdout), done.stderr
+
+
+def test_build_refuses_kernels_that_are_none():
+    failed(afs("build", "--kernel", "soften"), "'soften': no kernel of the catalogue has that in its name; .*, rope, ")
+    failed(afs("build", "--kernel", "wgmma", "--arch", "sm_80"), "'wgmma': these kernels are for sm_90a, not sm_80")
+    failed(afs("build", "--arch", "sm_75"), "arch = 'sm_75'; it must be one or more of sm_80, ")
 
 
 # --- bench throughput, bench serve ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import typer
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -13,7 +14,7 @@ DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 NAMING = [ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in ("architecture", "extending", "reading"))]
 # Written by stages, or by whoever follows the text.
 MADE = ("data/", "outputs/", "reports/local", "reports/site", "reports/metrics", ".venv")
-PLACEHOLDER = re.compile(r"NAME|OPERATION|NN\b|[‹›*…{}$<>]")
+PLACEHOLDER = re.compile(r"NAME|\w*OPERATION|\bw?(NN|MM)\b|_wNN|[‹›*…{}$<>]")
 CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
 
@@ -71,6 +72,27 @@ def test_files_that_are_named_exist(doc: Path) -> None:
             ends = f"/{span.rstrip('/')}"
             there = any(f"/{name}".endswith(ends) or f"{ends}/" in f"/{name}" for name in tree())
             assert there, f"{doc.name}: `{span}`"
+
+
+@pytest.mark.parametrize("doc", DOCS, ids=lambda doc: str(doc.relative_to(ROOT)))
+def test_commands_that_are_named_exist(doc: Path) -> None:
+    from engine.cli.app import app
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    text = doc.read_text()
+    said = "\n".join([*CODE.findall(text), *re.findall(r"^```(?s:.*?)^```|^    .*$", text, re.MULTILINE)])
+    for command, further in re.findall(r"^\W*afs ([a-z][a-z-]*)(?: ([a-z]+))?", said, re.MULTILINE):
+        assert command in commands, f"{doc.name}: afs {command}"
+        assert command != "bench" or not further or further in commands["bench"].commands, (
+            f"{doc.name}: afs bench {further}"
+        )
+    for target in re.findall(r"^\W*make ([a-z][a-z-]*)", said, re.MULTILINE):
+        assert target in targets, f"{doc.name}: make {target}"
+    for module in re.findall(r"python -m ((?:stages|engine|tests)\.[\w.]*)", text):
+        path = ROOT / module.replace(".", "/")
+        there = path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+        assert there or module == "stages.STAGE", f"{doc.name}: python -m {module}"
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,24 @@ def test_every_decision_is_found_by_its_topic() -> None:
     assert sorted(re.findall(r"^- \[(.+)\]\(#", index, re.MULTILINE)) == sorted(titles)
 
 
+def test_the_tree_in_the_readme_is_the_tree() -> None:
+    section = (ROOT / "README.md").read_text().partition("\n## The tree\n")[2].partition("\n## ")[0]
+    listed, folder = [], ""
+    for indent, name, said in re.findall(r"^    ( *)(\S+) +(.*)$", section, re.MULTILINE):
+        folder = folder if indent else name
+        listed.append(folder + name if indent else name)
+        assert (ROOT / listed[-1]).exists() and said, listed[-1]
+    for folder in ("engine", "kernels", "stages"):
+        rooms = {
+            f"{folder}/" + re.sub(r"/.*", "/", name.removeprefix(f"{folder}/"))
+            for name in tree()
+            if name.startswith(f"{folder}/")
+        }
+        assert rooms - {f"{folder}/__init__.py"} == {
+            name for name in listed if name.startswith(folder) and name != f"{folder}/"
+        }
+
+
 @pytest.mark.parametrize("doc", NAMING, ids=lambda doc: doc.name)
 def test_files_that_are_named_exist(doc: Path) -> None:
     for span in CODE.findall(text_of(doc)):

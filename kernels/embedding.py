@@ -7,7 +7,7 @@
 
 Both may be launched while the kernel that writes the tokens still runs (programmatic dependent launch).
 
-Shares of the copy bandwidth: "Every kernel under the roofline" of the page,
+Shares of the limit: "Every kernel under the roofline" of the page,
 `reports/site/index.html` (`make report`).
 """
 

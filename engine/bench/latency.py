@@ -69,23 +69,6 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def measure_ceilings(device: torch.device) -> Ceilings:
-    """Measure the machine: a copy between buffers beyond any cache, a matrix product (CPU: fp32), medians."""
-    gpu = device.type == "cuda"
-    elements, size, dtype = (1 << 28, 8192, torch.bfloat16) if gpu else (1 << 26, 1024, torch.float32)
-    source = torch.randn(elements, device=device)
-    target = torch.empty_like(source)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-
-    def rate(work: float, run: Callable[[], Any]) -> float:
-        return work / statistics.median(seconds(run, device) for _ in range(12))
-
-    copied = rate(8.0 * elements, lambda: target.copy_(source))
-    multiplied = rate(2.0 * size**3, lambda: torch.mm(a, b, out=product))
-    return Ceilings(copied, multiplied, str(dtype).removeprefix("torch."))
-
-
 def random_cache(model: Model, batch: int, positions: int) -> ContiguousCache:
     """A cache of random numbers for `batch` sequences and their bucket's idle rows, `positions` long at least.
 

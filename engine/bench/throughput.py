@@ -5,7 +5,7 @@ to the number of tokens that each asks for, end-of-sequence tokens ignored. Prom
 out; sampling is in, and so is decoding to text where the engine has a tokenizer.
 
 The floor is what the machine's ceilings allow at least: the prompts' operations over the matrix rate, then the decode
-steps' weights, keys and values over the copy bandwidth (or the other ceiling, where that binds), one after the other.
+steps' weights, keys and values over the read bandwidth (or the other ceiling, where that binds), one after the other.
 An engine that does both in one step can hide a part of one behind the other.
 """
 

@@ -4,12 +4,14 @@ Q, K and V are one matrix, and so are gate and up: one matmul reads each. Every 
 exactly once, with the expected shape, or loading fails and names it.
 """
 
+from __future__ import annotations
+
 import mmap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,9 @@ from engine.model.architectures import CheckpointTensor, checkpoint_tensors
 from engine.model.config import ModelConfig
 from engine.model.linear import DenseLinear, Linear
 from engine.model.safetensors import CheckpointError, TensorEntry, read_index
+
+if TYPE_CHECKING:
+    from engine.ops.protocol import Ops
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -108,14 +113,18 @@ def _named(name: str, held: Linear | Tensor | None) -> Iterator[tuple[str, Tenso
             yield f"{name}.{part}", tensor
 
 
-def empty_weights(config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> Weights:
-    """Weights of `config`'s shapes that hold anything: where the form of each matrix is chosen."""
+def empty_weights(
+    config: ModelConfig, device: torch.device | str, dtype: torch.dtype, ops: Ops | None = None
+) -> Weights:
+    """Weights of `config`'s shapes that hold anything, matrices in the form that `ops` wants (default: dense)."""
     fields: dict[int | None, dict[str, tuple[int, ...]]] = {}
     for tensor in checkpoint_tensors(config):
         rows = tensor.row + tensor.shape[0]  # the last tensor of a field ends it
         fields.setdefault(tensor.layer, {})[tensor.field] = (rows, *tensor.shape[1:])
 
     def new(name: str, shape: tuple[int, ...]) -> Any:
+        if ops is not None and len(shape) == 2 and name != "embedding":
+            return ops.new_linear(*shape, name == "gate_up", dtype)
         tensor = torch.empty(shape, dtype=dtype, device=device)
         return tensor if tensor.ndim == 1 or name == "embedding" else DenseLinear(tensor)
 
@@ -139,8 +148,15 @@ def stored_dtype(directory: str | Path, config: ModelConfig) -> str:
     return "float16" if config.dtype == "float16" else "bfloat16"
 
 
-def load_weights(directory: str | Path, config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> Weights:
-    """Load the safetensors checkpoint in `directory` onto `device`, cast to `dtype` (rounded to nearest).
+def load_weights(
+    directory: str | Path,
+    config: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    ops: Ops | None = None,
+) -> Weights:
+    """Load the safetensors checkpoint in `directory` onto `device`, cast to `dtype` (rounded to nearest), in the form
+    that `ops` wants.
 
     Raises:
         CheckpointError: A file is damaged, a tensor is missing, unexpected, of another shape or dtype, or holds NaN
@@ -151,7 +167,7 @@ def load_weights(directory: str | Path, config: ModelConfig, device: torch.devic
     entries = read_index(directory)
     expected = {tensor.name: tensor for tensor in checkpoint_tensors(config)}
     _check_entries(directory, entries, expected, config)
-    weights = empty_weights(config, device, dtype)
+    weights = empty_weights(config, device, dtype, ops)
     by_shard: dict[str, list[TensorEntry]] = {}
     for entry in entries.values():
         by_shard.setdefault(entry.shard, []).append(entry)
@@ -202,12 +218,14 @@ def _stored(shard: Path, entries: list[TensorEntry]) -> Iterator[tuple[TensorEnt
         yield entry, flat.view(entry.shape)
 
 
-def random_weights(config: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int) -> Weights:
+def random_weights(
+    config: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int, ops: Ops | None = None
+) -> Weights:
     """Weights of `config`'s shapes made on the device with no files: matrices N(0, 0.02²), norms N(1, 0.02²).
 
-    The same (seed, device type, dtype) gives the same weights.
+    The same (seed, device type, dtype) gives the same weights, in the form that `ops` wants.
     """
-    weights = empty_weights(config, device, dtype)
+    weights = empty_weights(config, device, dtype, ops)
     generator = torch.Generator(device=device).manual_seed(seed)
     # In an order that no seed's weights change with: what is outside of the layers first.
     for tensor in sorted(checkpoint_tensors(config), key=lambda tensor: tensor.layer is not None):

@@ -103,7 +103,7 @@ def test_no_request_needs_what_was_not_prepared(fields, dtype, settings, monkeyp
     """Kernels that do nothing, and graphs that run their steps again, so that long prompts cost no time here."""
     launched: set[str] = set()
 
-    def launch(kernel: Kernel, grid: Any, args: tuple[Any, ...]) -> None:
+    def launch(kernel: Kernel, grid: Any, args: tuple[Any, ...], options: Any) -> None:
         launched.add(kernel.name)
         if kernel.name.startswith(("argmax", "sample")):  # a token of the vocabulary, whichever
             for value in args:

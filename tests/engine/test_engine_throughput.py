@@ -269,7 +269,7 @@ def test_decode_steps_read_the_weights_once_a_step_and_every_context(footprint: 
     steps = {1: 10, 2: 6, 8: 6}[max_batch]
     seconds, kind = limit.decoding(spans)
     assert seconds == pytest.approx((steps * footprint.weight_bytes + kv) / 1e9, rel=1e-9)
-    assert kind == "copy bandwidth over weight + KV bytes"
+    assert kind == "read bandwidth over weight + KV bytes"
     by_matrix = Limit(footprint, max_batch, Ceilings(bandwidth=1e18, matrix_rate=1e9))
     flops = sum(step_cost(footprint, [1], [c]).flops for a, b in spans for c in range(a, b + 1))
     assert by_matrix.decoding(spans)[0] == pytest.approx(flops / 1e9)

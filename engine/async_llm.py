@@ -16,7 +16,7 @@ from threading import Thread
 from types import TracebackType
 from typing import TypeVar
 
-from engine.llm import LLM, Live
+from engine.llm import LLM, StreamingRequest
 from engine.runtime.engine import EngineStats
 from engine.runtime.request import Update, completion
 from engine.sampling_params import SamplingParams
@@ -60,7 +60,7 @@ class Stream:
     Leaving it early aborts nothing: use it as a context manager, whose end aborts what is left.
     """
 
-    def __init__(self, engine: AsyncLLM, id: str, lives: list[Live]) -> None:
+    def __init__(self, engine: AsyncLLM, id: str, lives: list[StreamingRequest]) -> None:
         self.id, self.prompt_token_ids = id, list(lives[0].request.tokens)
         self.arrival = lives[0].request.entered
         self._engine, self._lives = engine, lives
@@ -105,9 +105,10 @@ class AsyncLLM:
             raise ValueError(f"max_waiting = {max_waiting}; it must be at least 1")
         self.llm, self.max_waiting = llm, max_waiting
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()  # for the engine's thread; None: the end
-        self._touched: SimpleQueue[list[Live] | BaseException | None] = SimpleQueue()  # for the text's thread
+        # For the text's thread.
+        self._touched: SimpleQueue[list[StreamingRequest] | BaseException | None] = SimpleQueue()
         self._streams: dict[str, Stream] = {}
-        self._of_request: dict[object, tuple[Live, Stream]] = {}
+        self._of_request: dict[object, tuple[StreamingRequest, Stream]] = {}
         self._numbers = itertools.count()
         self._encoder = Encoder()
         self._threads: list[Thread] = []
@@ -232,12 +233,12 @@ class AsyncLLM:
 
     # --- the engine's thread ---
 
-    def _add(self, lives: list[Live]) -> None:
+    def _add(self, lives: list[StreamingRequest]) -> None:
         for live in lives:
             self._taken += 1
             self.llm.core.add(live.request)
 
-    def _end(self, lives: list[Live]) -> None:
+    def _end(self, lives: list[StreamingRequest]) -> None:
         ended = [live for live in lives if live.request.finish_reason is None]
         for live in ended:
             self.llm.core.end(live.request, "abort")
@@ -286,7 +287,7 @@ class AsyncLLM:
             if updates:
                 self._loop.call_soon_threadsafe(self._give_out, updates)
 
-    def _update(self, live: Live) -> Update | None:
+    def _update(self, live: StreamingRequest) -> Update | None:
         """What a request has got since the last one; None where nothing, or where its last one has been."""
         request, text = live.request, live.text
         if live.done:
@@ -305,14 +306,14 @@ class AsyncLLM:
         tokens = request.generated_from(begin)[: text.count - begin]
         return Update(request.index, piece, tokens, logprobs, completion(request, text) if ended else None)
 
-    def _stop(self, live: Live) -> None:
+    def _stop(self, live: StreamingRequest) -> None:
         """On the engine's thread: a stop string has ended it."""
         if live.request.finish_reason is None:
             self.llm.core.end(live.request, "stop")
 
     # --- the event loop's thread ---
 
-    def _give_out(self, updates: list[tuple[Live, Update]]) -> None:
+    def _give_out(self, updates: list[tuple[StreamingRequest, Update]]) -> None:
         for live, update in updates:
             _, stream = self._of_request[live.request]
             stream._updates.put_nowait(update)

@@ -20,20 +20,21 @@ from engine.model.hub import find_model
 from engine.model.transformer import Model
 from engine.model.weights import Weights, load_weights, stored_dtype
 from engine.runtime.engine import Engine, EngineStats
-from engine.runtime.request import Completion, Request, Text, completion
+from engine.runtime.request import Completion, Request, completion
 from engine.runtime.startup import Preparation
 from engine.sampling_params import SamplingParams
+from engine.text.detokenizer import Detokenizer
 from engine.text.tokenizer import Tokenizer
 
-__all__ = ["LLM", "Completion", "EngineConfig", "Live", "make_ops"]
+__all__ = ["LLM", "Completion", "EngineConfig", "StreamingRequest", "make_ops"]
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]]
 
 
-class Live:
-    """A request that is on its way, with its text."""
+class StreamingRequest:
+    """A request that is on its way, with what turns its tokens into text."""
 
-    def __init__(self, request: Request, text: Text) -> None:
+    def __init__(self, request: Request, text: Detokenizer) -> None:
         self.request, self.text = request, text
         self.pieces: deque[str] = deque()  # text that nobody has taken
         self.done = False  # whether its completion has been given out
@@ -101,7 +102,7 @@ class LLM:
         self.model = Model(self.config, self.weights, ops, self.max_model_len)
         preparation.finish()
         self._core: Engine | None = None
-        self._live: dict[Request, Live] = {}  # of `generate` and `stream`
+        self._live: dict[Request, StreamingRequest] = {}  # of `generate` and `stream`
         self._numbers = itertools.count()
         if self.engine.captures:
             _ = self.core  # its graphs take seconds, which the first request should not wait for
@@ -173,7 +174,7 @@ class LLM:
             raise ValueError(f"n = {params.n}; a stream is of one completion")
         return self._stream(self.requests(ids, params)[0])
 
-    def _stream(self, live: Live) -> Iterator[str]:
+    def _stream(self, live: StreamingRequest) -> Iterator[str]:
         try:
             self._start([live])
             while live.request.finish_reason is None or live.pieces:
@@ -185,7 +186,7 @@ class LLM:
             self._leave([live])
         return self._completion(live)
 
-    def _start(self, lives: Sequence[Live]) -> None:
+    def _start(self, lives: Sequence[StreamingRequest]) -> None:
         for live in lives:
             self.core.add(live.request)
             self._live[live.request] = live
@@ -196,12 +197,12 @@ class LLM:
             if live.take():
                 self.core.end(request, "stop")
 
-    def _leave(self, lives: Sequence[Live]) -> None:
+    def _leave(self, lives: Sequence[StreamingRequest]) -> None:
         for live in lives:
             if self._live.pop(live.request, None) and live.request.finish_reason is None:
                 self.core.end(live.request, "abort")
 
-    def _completion(self, live: Live) -> Completion:
+    def _completion(self, live: StreamingRequest) -> Completion:
         done = completion(live.request, live.text)
         if done.finish_reason == "error":
             raise ArithmeticError(done.error)
@@ -254,7 +255,7 @@ class LLM:
         priority: int = 0,
         timeout: float | None = None,
         session: str | None = None,
-    ) -> list[Live]:
+    ) -> list[StreamingRequest]:
         """The requests of a prompt that `check` has passed, n of them; they are the engine's from `core.add` on.
 
         timeout: seconds from now after which they end unfinished. session: as a Sequence's.
@@ -265,7 +266,7 @@ class LLM:
         # With a salt of its own every token of a prompt is computed.
         salt = b"" if params.prompt_logprobs is None else os.urandom(16)
         seed, entered = params.draw_seed(), time.perf_counter()
-        lives: list[Live] = []
+        lives: list[StreamingRequest] = []
         for index in range(params.n):
             request = Request(
                 id=(name, index), tokens=list(ids), limit=len(ids) + max(1, params.max_new_tokens), priority=priority,
@@ -273,11 +274,11 @@ class LLM:
                 parent=lives[0].request if lives else None, salt=salt, session=session, params=params,
                 seed=(seed + index) % 2**63, stop_ids=stop_ids, entered=entered, index=index,
             )  # fmt: skip
-            text = Text(None, params, stop_ids)
+            text = Detokenizer(None, params, stop_ids)
             if self.tokenizer:
                 decoder = self.tokenizer.stream(skip_special_tokens=True, context=ids)
-                text = Text(decoder, params, stop_ids, self.tokenizer.special_texts)
-            lives.append(Live(request, text))
+                text = Detokenizer(decoder, params, stop_ids, self.tokenizer.special_texts)
+            lives.append(StreamingRequest(request, text))
         return lives
 
 

@@ -16,7 +16,7 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one SM of an architecture holds. Bytes of shared memory; `shared_block` is the most one block can have.
+    """Limits of one SM of an architecture. Bytes of shared memory; `shared_block` is the most one block can have.
 
     Source: CUDA C++ Programming Guide 13.0, "Technical Specifications per Compute Capability".
     """

@@ -7,7 +7,8 @@
 
 Both may be launched while the kernel that writes the tokens still runs (programmatic dependent launch).
 
-Measured shares of the limit: `reports/REPORT.md`.
+Shares of the limit: "Every kernel under the roofline" of the page,
+`reports/site/index.html` (`make report`).
 """
 
 from __future__ import annotations

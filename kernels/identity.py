@@ -25,8 +25,8 @@ _known: WeakKeyDictionary[FunctionType, str] = WeakKeyDictionary()
 
 
 def identity(value: Any) -> str:
-    """What tells `value` apart: a digest for a function of this package, and for what Numba compiles; the name for
-    classes and what is of other packages; text for constants.
+    """Identity of `value`: a digest for a function of this package, and for what Numba compiles; the name for classes
+    and what is of other packages; text for constants.
 
     Raises TypeError for an object that nothing is known to tell from another of its type.
     """

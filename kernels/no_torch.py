@@ -1,4 +1,4 @@
-"""What stands for torch where kernels are only compiled: a name for everything that a module may ask it for."""
+"""Stand-in for torch where kernels are only compiled: a name for everything that a module may ask it for."""
 
 from __future__ import annotations
 

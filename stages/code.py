@@ -69,7 +69,7 @@ def list_files(module: str) -> list[Path]:
 
 
 def digest(file: Path) -> str:
-    """What tells a file's content apart: of a module its tokens, as Python 3.11 and 3.12 agree on them."""
+    """Digest of a file's content: of a module its tokens, as Python 3.11 and 3.12 agree on them."""
     from kernels.identity import code_words
 
     content = "\n".join(code_words(str(file))).encode() if file.suffix == ".py" else file.read_bytes()

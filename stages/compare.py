@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from stages import metrics
+from stages.arguments import not_negative
 from stages.metrics import IDENTITY
 from stages.stage import reported
 
@@ -94,7 +95,7 @@ def spread(row: Row) -> float:
 
 
 def judge(old: Row, new: Row, floor: float, width: float) -> Change | None:
-    """What changed from `old` to `new`; None where nothing did that can be called worse or better."""
+    """The change from `old` to `new`; None where nothing did that can be called worse or better."""
     if old["status"] != new["status"] or new["status"] != "ok":
         was, now = old["status"] == "ok", new["status"] == "ok"
         if was != now or (now, old["status"], new["status"]) == (False, "not_measured", "failed"):
@@ -110,7 +111,7 @@ def judge(old: Row, new: Row, floor: float, width: float) -> Change | None:
 
 
 def compare(before: Run, after: Run, floor: float, width: float) -> Comparison | None:
-    """What changed from one run to another beyond the noise; None where they have no row in common."""
+    """Changes from one run to another beyond the noise; None where they have no row in common."""
     common = [identity for identity in after if identity in before]
     if not common:
         return None
@@ -155,7 +156,7 @@ def list_differences(before: Iterable[Row], after: Iterable[Row]) -> list[str]:
 
 
 def describe(rows: Iterable[Row]) -> dict[str, str]:
-    """What a run's rows say of their host and code: all values of a column that has several."""
+    """Facts that a run's rows have of their host and code: all values of a column that has several."""
     seen: dict[str, dict[str, None]] = {}
     for row in rows:
         packages = json.loads(row["packages"] or "{}")
@@ -226,22 +227,11 @@ def main(arguments: list[str]) -> int:
 def add_noise(parser: argparse.ArgumentParser) -> None:
     """Gives a parser the options that say what is noise."""
     parser.add_argument(
-        "--floor", type=share, default=0.05, help="share of the old value that is noise (default: 0.05)"
+        "--floor", type=not_negative, default=0.05, help="share of the old value that is noise (default: 0.05)"
     )
     parser.add_argument(
-        "--spread", type=share, default=3.0, help="times the samples' spread that is noise (default: 3)"
+        "--spread", type=not_negative, default=3.0, help="times the samples' spread that is noise (default: 3)"
     )
-
-
-def share(text: str) -> float:
-    """A number of zero or more. Raises ArgumentTypeError."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"'{text}': should be a number of 0 or more")
-    return number
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What parity and bench of a week share: the run's checkpoint, and the week's engine on this host."""
+"""State that parity and bench of a week share: the run's checkpoint, and the week's engine on this host."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class WeekContext:
     """One run of a week. What is costly is made when it is first asked for."""
 
     asking: ClassVar[str] = "this"
-    """Who needs an engine, where the week has none."""
+    """Name, for the refusal, of what needs an engine where the week has none."""
 
     run: Run
     model: Model

@@ -83,7 +83,7 @@ def bring(source: Source, folder: Path, state_path: Path, manifest: Path, force:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What the last run verified; empty where that is not known."""
+    """Read what the last run verified; empty where that is not known."""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

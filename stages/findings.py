@@ -1,4 +1,4 @@
-"""What the checks of parity share: rows that pass or fail, engines of any backend, errors against a reference."""
+"""Parts that the checks of parity share: rows that pass or fail, engines of any backend, errors against a reference."""
 
 from __future__ import annotations
 

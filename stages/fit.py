@@ -38,7 +38,7 @@ def show(size: int) -> str:
 
 
 def list_needs(model: Model, snapshot: Path, gpu: bool, pipeline: bool) -> list[Need]:
-    """What the pipeline, or download alone, needs of this machine for a model that is to be staged at `snapshot`.
+    """Needs of the pipeline, or of download alone, on this machine for a model that is to be staged at `snapshot`.
 
     gpu: whether it is measured on a GPU. Raises ParamsError for an architecture that the engine refuses.
     """
@@ -65,7 +65,7 @@ def list_needs(model: Model, snapshot: Path, gpu: bool, pipeline: bool) -> list[
 
 
 def list_disks(model: Model, snapshot: Path, stored: int) -> Iterator[Need]:
-    """What staging still writes, on the disk of `snapshot` or where that is another on that of the hub's cache too."""
+    """Disks and the bytes that staging still writes there: `snapshot`'s and, if another, that of the hub's cache."""
     place = find_existing(snapshot)
     there = sum(path.stat().st_size for path in snapshot.glob("*.safetensors"))
     origin = None

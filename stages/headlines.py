@@ -123,7 +123,7 @@ def list_build(rows: Sequence[Row]) -> Figures:
 
 
 def list_provision(rows: Sequence[Row]) -> Figures:
-    """What limits everything on this host: the GPU's memory and matrix rate, or the CPU's where there is no GPU."""
+    """Figures of this host's limits: the GPU's memory and matrix rate, or the CPU's where there is no GPU."""
     ceilings = measured(rows, "ceilings")
     case = "gpu" if any(row["case"] == "gpu" for row in ceilings) else "cpu"
     found = {row["metric"]: row["value"] for row in ceilings if row["case"] == case}

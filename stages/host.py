@@ -39,7 +39,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Host:
-    """What decides whether an old measurement still holds: no clocks, no free memory, no names, no time."""
+    """Identity of a host, by which an old measurement still holds or not: no clocks, free memory, names or time."""
 
     cpu: str
     cores: int
@@ -63,7 +63,7 @@ class Host:
 
     @classmethod
     def from_file(cls, path: Path = HOST) -> Self:
-        """What `as_json` wrote. Raises ValueError naming the file where it is anything else."""
+        """Read what `as_json` wrote. Raises ValueError naming the file where it is anything else."""
         try:
             fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             fields["gpus"] = tuple(Device(**device) for device in fields["gpus"])

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from engine.model.config import ConfigError, ModelConfig
 from engine.model.safetensors import CheckpointError, TensorEntry, read_index, read_tensor_bytes
-from stages.host import HOST, Host
+from stages.host import read_host
 from stages.metrics import Rows
 from stages.params import Model, StagedModel
 from stages.stage import Run, StageError, stage, write_whole
@@ -53,7 +53,7 @@ def main(run: Run, model: Model) -> None:
     inventory.to_parquet(path, index=False)
     write_whole(path.with_suffix(".csv"), inventory.to_csv(index=False, lineterminator="\n"))
     write_whole(run.out(ARCHITECTURE), summary.to_csv(index=False, lineterminator="\n"))
-    rows = Rows("inventory", None, model.name, Host.from_file(run.find(HOST)))
+    rows = Rows("inventory", None, model.name, read_host())
     add_metrics(rows, inventory, source)
     rows.write(run.out(METRICS))
     show(model.name, summary, inventory)

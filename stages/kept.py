@@ -37,7 +37,7 @@ LEFT = 2  # runs: the last one, and the one before for another attempt at the la
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run is, beside those before it."""
+    """Verdict on a run, beside those before it."""
 
     worse: bool
     changed: bool
@@ -46,7 +46,7 @@ class Verdict:
 
 
 def host_key(host: Host) -> str:
-    """What runs must have in common to be compared: the Python, and a sum of CPU, cores and GPU."""
+    """Key that runs must have in common to be compared: the Python, and a sum of CPU, cores and GPU."""
     kind = "\n".join([host.cpu, str(host.cores), host.gpu])
     return f"{host.python}-{hashlib.sha256(kind.encode()).hexdigest()[:12]}"
 

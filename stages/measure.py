@@ -18,6 +18,7 @@ import ctypes
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.arguments import positive
 from stages.commit import COMMIT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +42,7 @@ HOST = "data/host.json"
 
 
 class MeasureError(ValueError):
-    """What was asked for is not in this pack, or cannot be done on this host: one line, exit status 2."""
+    """A request for what is not in this pack, or cannot be done on this host: one line, exit status 2."""
 
 
 @dataclass
@@ -102,7 +104,7 @@ def find_changed(root: Path, pack: Mapping[str, Any]) -> list[str]:
 
 
 def describe(pack: Mapping[str, Any]) -> str:
-    """What a pack holds, for a reader."""
+    """Describe a pack for a reader."""
     lines = [f"commit {pack['commit']}"]
     for name, content in pack["sets"].items():
         lines.append(f"{name}: {' '.join(content['overrides']) or 'as params.yaml'}")
@@ -175,7 +177,7 @@ def install_wheels(root: Path, timeout: float | None) -> Path | None:
 
 
 def make_environment(root: Path, site: Path | None) -> dict[str, str]:
-    """What stages run with, but for DVC_STAGE: the pack's code, wheels and cubins."""
+    """Environment that stages run with, but for DVC_STAGE: the pack's code, wheels and cubins."""
     paths = [str(root), *([str(site)] if site else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     # Unbuffered, so that the log of a killed stage says how far it came.
     return os.environ | {
@@ -305,14 +307,6 @@ def measure(root: Path, pack: Mapping[str, Any], jobs: Sequence[Job], out: Path,
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def seconds(text: str) -> float:
-    """A time above zero. Raises ArgumentTypeError."""
-    with contextlib.suppress(ValueError):
-        if float(text) > 0:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"'{text}': should be seconds, above 0")
-
-
 def main(arguments: list[str], root: Path = ROOT) -> int:
     """Runs the jobs and prints how each ended. Exit status: 0; 1 where one did not run; 2 for wrong arguments."""
     about, _, more = (__doc__ or "").partition("\n\n")
@@ -323,7 +317,7 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("jobs", nargs="*", metavar="'SET: STAGE …'", help="what to run; nothing: list what was packed")
-    parser.add_argument("--limit", type=seconds, default=float("inf"), metavar="SECONDS", help="for all; default: none")
+    parser.add_argument("--limit", type=positive, default=math.inf, metavar="SECONDS", help="for all; default: none")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="FOLDER", help="default: results")
     given = parser.parse_args(arguments)
     try:

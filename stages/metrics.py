@@ -55,7 +55,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "note": pa.string(),
 }
 Listed = Mapping[str, Any]
-"""What a row says before it is measured: suite, case, metric, unit, better, and the knobs of its case."""
+"""A row before it is measured: suite, case, metric, unit, better, and the knobs of its case."""
 REQUIRED = frozenset({"stage", "suite", "case", "metric", "unit", "status", "gpu"})
 SCHEMA = pa.schema([pa.field(name, kind, nullable=name not in REQUIRED) for name, kind in COLUMNS.items()])
 KNOBS = (

@@ -83,7 +83,7 @@ def run_micro(
 
 
 def reference(path: Path, dtype: str, prompt: Sequence[int] = PROMPT) -> dict[str, Tensor]:
-    """What transformers computes for `prompt` on the CPU, under `run_micro`'s names, the chosen tokens aside."""
+    """Compute with transformers, for `prompt` on the CPU, under `run_micro`'s names, the chosen tokens aside."""
     import torch
 
     from stages.hf import exact_fp32, load_model, observe
@@ -134,7 +134,7 @@ def start_simulation(
 
 
 def finish_simulation(process: subprocess.Popen[str], out: Path) -> dict[str, Tensor]:
-    """What the process computed. Raises RuntimeError with its last line where it failed."""
+    """Read what the process computed. Raises RuntimeError with its last line where it failed."""
     _, errors = process.communicate()
     if process.returncode:
         last = errors.strip().splitlines()[-1] if errors.strip() else "it said nothing"

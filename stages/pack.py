@@ -27,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from stages.arguments import positive
 from stages.commit import CODE, COMMIT, read_commit
 from stages.compose import as_dict, compose_conf, dump
 from stages.measure import CACHE, PACK, PARAMS, WHEELS
@@ -72,7 +73,7 @@ def compose_sets(texts: Sequence[str]) -> dict[str, tuple[list[str], Any]]:
 
 
 def plan_stages(pipeline: Mapping[str, Any], model: str) -> dict[str, dict[str, list[str]]]:
-    """Of each stage that measures, as DVC names it: its command and what it makes."""
+    """Plan of the stages that measure, by DVC's names: each one's command and what it makes."""
 
     def fill(text: str, week: str) -> str:
         return text.replace("${item.week}", week).replace("${model.name}", model)
@@ -227,17 +228,6 @@ def list_sizes(sizes: Counter[str]) -> list[str]:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def positive(text: str) -> float:
-    """A size above zero. Raises ArgumentTypeError."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}': should be a number of MiB above 0")
-    return number
-
-
 def choose_archs(text: str | None) -> Sequence[str]:
     """The architectures that `text` names, or all. Raises ParamsError."""
     from kernels.launch import ARCHITECTURES
@@ -250,7 +240,7 @@ def choose_archs(text: str | None) -> Sequence[str]:
 
 
 def warn(untracked: Sequence[str], entries: Sequence[Entry]) -> Iterator[str]:
-    """What a reader should know before the pack is carried away."""
+    """Warnings for a reader before the pack is carried away."""
     if (read_commit() or "").endswith("-dirty"):
         yield "code differs from its commit: rows will say -dirty, which `python -m stages.record` refuses"
     if untracked:

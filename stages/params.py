@@ -90,7 +90,7 @@ class StagedModel(Model):
 
 @dataclass(frozen=True, config=STRICT)
 class Engine:
-    """What a week switches on in the engine: `engine.llm.EngineConfig` with `auto` for what depends on the host."""
+    """Switches of a week's engine: `engine.llm.EngineConfig` with `auto` for what depends on the host."""
 
     backend: Literal["auto", "reference", "cuda"]
     device: Literal["auto", "cpu", "cuda"]
@@ -101,7 +101,7 @@ class Engine:
     kv_cache: Literal["none", "contiguous", "paged"]
     page_size: Literal[8, 16, 32, 64, 128]
     kv_tokens: Count | None
-    """That a paged cache has room for; null is what max_batch requests take, or the GPU's memory has."""
+    """Tokens that a paged cache has room for; null is what max_batch requests take, or the GPU's memory has."""
     prefix_cache: bool
     cuda_graph: bool
     batching: Literal["inflight", "continuous"]
@@ -179,7 +179,7 @@ class Load:
 
 @dataclass(frozen=True, config=STRICT)
 class Workload:
-    """What is generated when something is measured or compared."""
+    """Prompts and requests that are generated when something is measured or compared."""
 
     name: Name
     prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]

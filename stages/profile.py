@@ -117,8 +117,10 @@ def load(checkpoint: Path, settings: Mapping[str, Any]) -> LLM:
 
 
 def prepare(llm: LLM, work: Work) -> Callable[[], Any]:
-    """What runs the work once: its kernels are compiled and its graphs captured. Raises StageError for a cache that
-    does not fit."""
+    """Make a function that runs the work once: its kernels are compiled and its graphs captured.
+
+    Raises StageError for a cache that does not fit.
+    """
     from engine.bench.latency import TooLarge, run_decode, start_decode
     from stages.bench.decode_batches import random_cache
 
@@ -219,7 +221,7 @@ def find_tool(tool: str) -> str:
 
 
 def call(command: Sequence[str], base: Path) -> str:
-    """What the command writes, which is also added to `base`.log.
+    """Run a command and give what it writes, which is also added to `base`.log.
 
     Raises Skipped where the driver does not let it read counters, StageError where it fails.
     """
@@ -279,7 +281,7 @@ def read_csv(text: str, first: str, tool: str) -> list[dict[str, str]]:
 
 
 def number(text: str) -> float:
-    """Of a cell that may have commas between thousands."""
+    """Read the number in a cell that may have commas between thousands."""
     return float(text.replace(",", ""))
 
 

@@ -45,7 +45,7 @@ CEILINGS = Path("data/ceilings.parquet")
 METRICS = Path("reports/metrics/provision.parquet")
 UNITS = {"read_bandwidth": "B/s", "copy_bandwidth": "B/s", "matrix_rate": "FLOP/s"}
 RULER = "kernels.read"
-"""What kept ceilings are found by, beside the host: another word here measures every host anew."""
+"""Name that kept ceilings are found by, beside the host: another word here measures every host anew."""
 NO_GPU = "no usable GPU on this host"
 MEMORY_TOLERANCE = 0.12
 """Datasheets count GB of 10^9 bytes, drivers what is left of 2^30 ones."""
@@ -204,7 +204,7 @@ def build_rows(host: Host, gpu: Gpu, ceilings: list[dict[Any, Any]]) -> Rows:
 
 
 def compare(host: Host, gpu: Gpu) -> list[str]:
-    """What of the `gpu` group this host is not; nothing for `auto` and `cpu`."""
+    """Differences between this host and the `gpu` group; none for `auto` and `cpu`."""
     if gpu.sm is None or gpu.memory_gb is None:
         return []
     if not host.gpus:

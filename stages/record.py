@@ -53,7 +53,7 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Refusal:
-    """What of the file `name`.parquet is not as it should be; `forceable`: a reason promotes it all the same."""
+    """A fault of the file `name`.parquet; `forceable`: a reason promotes it all the same."""
 
     name: str
     text: str
@@ -144,7 +144,7 @@ def read_measured(folder: Path, weeks: Sequence[str] | None) -> Measured:
 
 
 def find_other(rows: Sequence[Row], host: Host) -> str | None:
-    """What the first row of another machine than `host` has, and what it should have."""
+    """Find the first row of another machine than `host`: say what it has, and what it should have."""
     for row in rows:
         for column in MACHINE:
             if row[column] != (value := getattr(host, column)):
@@ -251,7 +251,7 @@ def check_noise(run: Measured) -> Iterator[Refusal]:
 
 
 def check_kept(run: Measured, kept: Mapping[str, Path]) -> Iterator[Refusal]:
-    """What stays beside is of the same machine."""
+    """Check that what stays beside is of the same machine."""
     for name, path in kept.items():
         if other := find_other(metrics.read_table(path).to_pylist(), run.host):
             yield Refusal(

@@ -53,7 +53,7 @@ class Prompt:
 
 
 def checkpoint_id(manifest: Path) -> str:
-    """What ties a bundle to its weights: sha256 of the download stage's manifest. Raises BundleError without one."""
+    """Key of a bundle's weights: sha256 of the download stage's manifest. Raises BundleError without one."""
     if not manifest.is_file():
         raise BundleError(f"{manifest} is absent: run `python -m stages.download` for this model first")
     return sha256(manifest.read_bytes()).hexdigest()

@@ -23,6 +23,7 @@ from typing import Any
 
 import yaml
 
+from stages.arguments import positive
 from stages.compose import as_dict, compose_conf
 from stages.params import Gpu, ParamsError, select
 from stages.stage import OUTPUTS, StageError, write_whole
@@ -64,7 +65,7 @@ def make_task(overrides: Sequence[str], max_hourly_cost: float | None) -> dict[s
 
 
 def list_commands(name: str, task: Path, folder: Path) -> dict[str, list[str]]:
-    """What is run here, in this order: launch, fetch (into `folder`), down."""
+    """Commands that are run here, in this order: launch, fetch (into `folder`), down."""
     wanted = [f"{name}:sky_workdir/./{path}" for path in ("reports/metrics", "data/host.json")]
     return {
         "launch": ["sky", "launch", "--yes", "--cluster", name, str(task)],
@@ -145,17 +146,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--hours", type=positive, default=4.0, help="give the machine back after this (default: 4)")
     return parser.parse_intermixed_args(arguments)
-
-
-def positive(text: str) -> float:
-    """A number above zero. Raises ArgumentTypeError."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}': should be a number above 0")
-    return number
 
 
 def main(arguments: list[str]) -> int:

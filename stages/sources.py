@@ -45,7 +45,7 @@ class Source(Protocol):
     """Something a snapshot is made from."""
 
     def describe(self) -> dict[str, Any]:
-        """What decides the files' content, for the manifest."""
+        """Fields that decide the files' content, for the manifest."""
         ...
 
     def check(self) -> None:

@@ -31,7 +31,7 @@ HF = Path("data/hf")
 """Where download stages checkpoints."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO)
-"""What a system says of a file that the user has to look at, not whoever wrote the code."""
+"""Errors that a system gives of a file that the user has to look at, not whoever wrote the code."""
 
 
 class StageError(RuntimeError):

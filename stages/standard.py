@@ -137,7 +137,7 @@ class Budget:
 
     @classmethod
     def on(cls, device: str) -> Budget:
-        """What a stage may spend: minutes in all, on two CPU cores with a small model and on a GPU with a large one."""
+        """Budget of a stage: minutes in all, on two CPU cores with a small model and on a GPU with a large one."""
         return cls(case_seconds=5.0) if device == "cuda" else cls(case_seconds=3.0, ceiling_seconds=20.0)
 
     def estimate(self, case: Case) -> float:
@@ -237,7 +237,7 @@ def limits(case: Case, model: Footprint, ceilings: Ceilings) -> dict[str, tuple[
 
 
 def describe_row(case: Case, metric: str) -> dict[str, Any]:
-    """What a row of the case says whether or not it has a value."""
+    """Fields that a row of the case has whether or not it has a value."""
     unit, better = UNITS[metric]
     return {"suite": case.suite, "case": case.name, "metric": metric, "unit": unit, "better": better}
 

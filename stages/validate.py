@@ -1,4 +1,4 @@
-"""What is wrong with a whole configuration: names, suites, and what one section must know of another.
+"""Faults of a whole configuration: names, suites, and what one section must know of another.
 
 `stages.params` holds what each section knows of itself. Provision, which runs before all other stages, asks both; so
 does whatever takes a configuration elsewhere (`stages.pack`, `stages.rent`).
@@ -40,7 +40,7 @@ def check(gpu: Gpu, model: Model, weeks: Weeks, workload: Workload) -> None:
 
 
 def check_gpu(gpu: Gpu) -> Iterator[str]:
-    """What is wrong with the name of a GPU and its datasheet."""
+    """Say what is wrong with the name of a GPU and its datasheet."""
     if renamed := find_renamed(gpu, [field.name for field in dataclasses.fields(gpu) if field.name != "name"]):
         yield renamed
         return
@@ -56,7 +56,7 @@ def check_gpu(gpu: Gpu) -> Iterator[str]:
 
 
 def check_model(model: Model) -> Iterator[str]:
-    """What is wrong with a model's name and with where its weights come from."""
+    """Say what is wrong with a model's name and with where its weights come from."""
     if renamed := find_renamed(model, ["architecture"]):
         yield renamed
     for read in (read_architecture, functools.partial(make_source, gpu=False)):
@@ -67,7 +67,7 @@ def check_model(model: Model) -> Iterator[str]:
 
 
 def check_workload(workload: Workload) -> Iterator[str]:
-    """What is wrong with a workload's name."""
+    """Say what is wrong with a workload's name."""
     if renamed := find_renamed(workload, [f.name for f in dataclasses.fields(workload) if f.name != "name"]):
         yield renamed
 
@@ -98,7 +98,7 @@ def find_renamed(section: Any, fields: Iterable[str]) -> str | None:
 
 
 def check_weeks(weeks: Weeks) -> Iterator[str]:
-    """What is wrong with the names of the weeks and of their suites."""
+    """Say what is wrong with the names of the weeks and of their suites."""
     known = list_choices("week")
     for name in [name for name in weeks.weeks if name not in known]:
         yield f"weeks.{name}: unknown week; there are: {', '.join(known)}"
@@ -110,7 +110,7 @@ def check_weeks(weeks: Weeks) -> Iterator[str]:
 
 
 def check_suites(week: Week, kind: str, names: tuple[str, ...], known: Suites) -> Iterator[str]:
-    """What is wrong with a week's list of suites."""
+    """Say what is wrong with a week's list of suites."""
     for index, name in enumerate(names):
         key = f"weeks.{week.name}.{kind}.{index} = {name!r}"
         if name not in known:
@@ -122,7 +122,7 @@ def check_suites(week: Week, kind: str, names: tuple[str, ...], known: Suites) -
 
 
 def check_lengths(config: ModelConfig, weeks: Weeks, workload: Workload) -> Iterator[str]:
-    """What is longer than the model has positions, or an engine's cache has room."""
+    """Find what is longer than the model has positions, or an engine's cache has room."""
     positions = config.max_position_embeddings
     if workload.new_tokens >= positions:
         yield f"workload.new_tokens = {workload.new_tokens}: should be below the model's {positions} positions"

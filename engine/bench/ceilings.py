@@ -1,4 +1,4 @@
-"""What a machine does at most: how fast it reads its memory and multiplies matrices; a step's least time follows.
+"""Ceilings of a machine: how fast it reads its memory and multiplies matrices; a step's least time follows.
 
 Decode steps only read, so the bandwidth is that of a read, not of a copy, half of which is writing.
 """

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from engine.bench.throughput import progress
+from engine.bench.throughput import follow_progress
 from engine.bench.workloads import Arrive, Outcome, SampleRequest, describe, failed, goodput, summarize
 
 APIS = ("completions", "chat")
@@ -150,7 +150,7 @@ class _Refused(Exception):
 
 @dataclass
 class _Answer:
-    """What has come of a streamed answer."""
+    """State of a streamed answer: what has come of it."""
 
     times: list[float] = field(default_factory=list)  # of each piece, in seconds of time.perf_counter
     text: list[str] = field(default_factory=list)
@@ -298,7 +298,7 @@ async def run(server: Endpoint, requests: Sequence[SampleRequest], clients: int 
         ended += 1
         return outcome
 
-    with progress(len(requests), "requests", lambda: ended):
+    with follow_progress(len(requests), "requests", lambda: ended):
         async with server.connect() as client:
             begin = time.perf_counter()
             tasks = []

@@ -59,7 +59,7 @@ class Case:
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Of `run` and all it enqueues, by a synchronised clock."""
+    """Time `run` and all it enqueues, by a synchronised clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
@@ -159,7 +159,7 @@ def measure_prompt(
 
 
 def case_cost(model: Footprint, case: Case, batch: int) -> tuple[StepCost, int]:
-    """What one pass of a test moves and computes (decode: the mean one's), and how many passes it has."""
+    """Cost of one pass of a test (decode: of the mean one), and how many passes it has."""
     if case.prompt:
         return step_cost(model, [case.prompt] * batch, [case.depth + case.prompt] * batch), 1
     middle = case.depth + 1 + case.new // 2

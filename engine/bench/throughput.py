@@ -23,6 +23,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from engine.bench.workloads import Arrive, Outcome, SampleRequest, failed, summarize
+from engine.runtime.progress import show_bar
 from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def measure(llm: LLM, requests: Sequence[SampleRequest], ceilings: Ceilings) -> 
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     before, at_once = llm.stats(), all(request.arrival == 0 for request in requests)
-    with progress(
+    with follow_progress(
         sum(request.new_tokens for request in requests),
         "tokens",
         lambda: llm.stats().generated_tokens - before.generated_tokens,
@@ -211,7 +212,7 @@ def _outcome(completion: Completion, begin: float) -> Outcome:
 
 @dataclass(frozen=True)
 class Limit:
-    """What a model on a machine takes at least, with `max_batch` sequences running together at most."""
+    """Least time that a model on a machine takes, with `max_batch` sequences running together at most."""
 
     model: Footprint
     max_batch: int
@@ -225,7 +226,7 @@ class Limit:
         return _seconds(self.ceilings.milliseconds(cost))
 
     def decoding(self, spans: Sequence[Span]) -> Floor:
-        """Of decode steps that reach every context of every span, with as many sequences in each as may run."""
+        """Floor of decode steps that reach every context of every span, with as many sequences in each as may run."""
         from engine.model.cost import StepCost, step_cost
 
         counts = [last - first + 1 for first, last in spans]
@@ -240,7 +241,7 @@ class Limit:
         return _seconds(self.ceilings.milliseconds(cost))
 
     def floor(self, prompts: Sequence[Outcome], spans: Sequence[Span]) -> Floor:
-        """Of the outcomes' prompts, as far as they were computed, and the decode steps, one after the other.
+        """Floor of the outcomes' prompts, as far as they were computed, and the decode steps, one after the other.
 
         A span that ends before it begins has no steps.
         """
@@ -322,22 +323,17 @@ def check(llm: LLM, requests: Sequence[SampleRequest]) -> None:
 
 
 @contextlib.contextmanager
-def progress(total: int, unit: str, done: Callable[[], int]) -> Iterator[None]:
+def follow_progress(total: int, unit: str, done: Callable[[], int]) -> Iterator[None]:
     """A bar on stderr where that is a terminal, moved on by asking `done` four times a second from a thread."""
     if not sys.stderr.isatty():
         yield
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     ended = threading.Event()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(unit, total=total)
+    with show_bar(unit, total) as move:
 
         def follow() -> None:
             while not ended.wait(0.25):
-                bar.update(task, completed=done())
+                move(completed=done())
 
         thread = threading.Thread(target=follow, daemon=True)
         thread.start()

@@ -1,4 +1,4 @@
-"""What a benchmark asks for, and what came of it: lists of requests with arrival times, and the figures of their ends.
+"""Requests of a benchmark and what came of them: lists with arrival times, and the figures of their ends.
 
 Pure data: the same arguments give the same requests, and no clock is read here.
 """
@@ -168,8 +168,9 @@ def _read_turns(path: Path) -> Sequence[tuple[str, str]]:
 def make_source(
     mix: Mix, vocab_size: int, tokenizer: Tokenizer | None, sharegpt: Path | None = None, **limits: Any
 ) -> Callable[[int], list[SampleRequest]]:
-    """What gives the requests of run 0, 1, …: the mix's, or as many of a file in ShareGPT's format (`read_sharegpt`
-    with `limits`), each run's in another order.
+    """Make a function that gives the requests of run 0, 1, …, each run's in another order.
+
+    They are the mix's, or as many of a file in ShareGPT's format (`read_sharegpt` with `limits`).
 
     Raises:
         ValueError: A file without a tokenizer; later, what `read_sharegpt` raises.
@@ -392,7 +393,7 @@ PHASES: Columns = {
 
 
 def tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """What a person reads of the runs: throughput, latency, and phases where the records have them.
+    """Tables of the runs for a person to read: throughput, latency, and phases where the records have them.
 
     A record is `summarize`'s figures with `run`, its name, and perhaps goodput, preemptions, floor_share, phases.
     """

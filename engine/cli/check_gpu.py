@@ -21,7 +21,7 @@ def check_gpu() -> None:
         typer.echo(f"no GPU: {reason}", err=True)
         raise typer.Exit(1)
 
-    from kernels.architectures import ARCHITECTURES
+    from kernels.architectures import BuildError, architecture_of
 
     table = Table(title=f"driver {driver}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     for heading in ("GPU", "name", "sm", "SMs", "memory", "kernels"):
@@ -29,15 +29,17 @@ def check_gpu() -> None:
     usable = False
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        paths = _kernel_paths((device.major, device.minor), ARCHITECTURES)
-        usable |= bool(paths)
+        try:
+            kernels, usable = architecture_of((device.major, device.minor)), True
+        except BuildError as error:
+            kernels = f"none: {error}"
         table.add_row(
             str(index),
             device.name,
             f"sm_{device.major}{device.minor}",
             str(device.multi_processor_count),
             f"{device.total_memory / 2**30:.1f} GiB",
-            ", ".join(paths) or "none: older than sm_80",
+            kernels,
         )
     Console().print(table)
     if not usable:
@@ -59,18 +61,3 @@ def _driver() -> tuple[str, str | None]:
         return pynvml.nvmlSystemGetDriverVersion(), None
     finally:
         pynvml.nvmlShutdown()
-
-
-def _kernel_paths(capability: tuple[int, int], architectures: tuple[str, ...]) -> list[str]:
-    """Which of the architectures we compile for a GPU of compute `capability` can run, best first.
-
-    A cubin runs on the same major version with the same or a later minor; one marked "a" only on exactly its own.
-    """
-    found = []
-    for name in architectures:
-        digits = name.removeprefix("sm_").rstrip("a")
-        major, minor = int(digits[:-1]), int(digits[-1])
-        exact = name.endswith("a")
-        if capability == (major, minor) or (not exact and capability[0] == major and capability[1] >= minor):
-            found.append(name)
-    return found[::-1]

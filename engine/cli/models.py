@@ -59,12 +59,12 @@ def read_config(model: str) -> "ModelConfig":
 
 
 def dtype_of(config: "ModelConfig") -> str:
-    """What a model without files runs in where no dtype is asked for."""
+    """Name the dtype that a model without files runs in where none is asked for."""
     return "float16" if config.dtype == "float16" else "bfloat16"
 
 
 def describe_measured(llm: "LLM", model: str, weights: str) -> dict[str, Any]:
-    """What every record of a measurement begins with, named as llama-bench names it."""
+    """Fields that every record of a measurement begins with, named as llama-bench names them."""
     import torch
 
     engine = llm.engine

@@ -54,7 +54,7 @@ SeedOption = Annotated[int | None, typer.Option(help="Repeats the same draw; def
 
 
 def one_line_errors(command: F) -> F:
-    """What the user got wrong, or the machine lacks, is one line on stderr and exit status 2."""
+    """Turn what the user got wrong, or the machine lacks, into one line on stderr and exit status 2."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> None:

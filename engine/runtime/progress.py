@@ -16,6 +16,22 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
+def show_bar(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """Show a bar on stderr until the work is done.
+
+    The function given moves it: `advance` or `completed`, a number, and `at`, the name of what was done last.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    last = TextColumn("{task.fields[at]}")
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), last)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total, at="")
+        yield lambda **moved: bar.update(task, **moved)
+
+
+@contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
     """Show how far `total` pieces of work are: a bar on stderr where that is a terminal, else a line at the start.
 
@@ -23,19 +39,8 @@ def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
     one up.
     """
     if sys.stderr.isatty() and not log.hasHandlers():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (
-            TextColumn(what),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[at]}"),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=total, at="")
-            yield lambda name: bar.update(task, advance=1, at=name)
+        with show_bar(what, total) as move:
+            yield lambda name: move(advance=1, at=name)
         return
     if log.hasHandlers():
         log.info("%s: %d", what, total)

@@ -27,11 +27,11 @@ from starlette.exceptions import HTTPException
 
 from engine import __version__
 from engine.async_llm import AsyncLLM, Encoder, EngineDead, QueueFull
-from engine.server import answers, protocol
-from engine.server.answers import EventStream, Job, Prompt
-from engine.server.gate import ClientGone, Gate, Limits
+from engine.server import protocol, responses
 from engine.server.metrics import Metrics
+from engine.server.middleware import ClientGone, Limits, RequestMiddleware
 from engine.server.protocol import RETRY, ApiError, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from engine.server.responses import EventStream, Job, Prompt
 from engine.server.tokens import TokenTexts
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Settings:
         ValueError: A value is outside its range; names it and what would be right.
     """
 
-    models: tuple[str, ...]  # served names, of which the first is the one that answers bear
+    models: tuple[str, ...]  # served names, of which the first is the one that responses bear
     api_key: str | None = None  # asked of every request that generates
     max_waiting: int = 1024  # requests that may wait for the engine; more are answered 429
     max_body: int = 8 * 2**20  # bytes
@@ -106,12 +106,12 @@ def create_app(engine: AsyncLLM, llm: LLM, settings: Settings) -> FastAPI:
     _add_errors(app)
     _add_routes(app, service)
     app.add_middleware(
-        Gate,  # type: ignore[arg-type]
+        RequestMiddleware,  # type: ignore[arg-type]
         limits=Limits(settings.api_key, settings.allowed_hosts, settings.max_body, max_active(llm, settings)),
         answered=service.answered,
         closing=lambda: service.draining,
     )
-    if settings.cors_origins:  # around the gate, so that a page may read what the gate answers
+    if settings.cors_origins:  # around the other, so that a page may read what that refuses
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
@@ -128,7 +128,7 @@ def max_active(llm: LLM, settings: Settings) -> int:
 
 
 class Service:
-    """What the routes share: the engine and what requests are made into."""
+    """State that the routes share: the engine, its metrics, and how requests are made of bodies."""
 
     def __init__(self, engine: AsyncLLM, llm: LLM, settings: Settings) -> None:
         self.engine, self.llm, self.settings = engine, llm, settings
@@ -141,8 +141,8 @@ class Service:
         _check_template(llm.tokenizer)
 
     def answered(self, path: str, status: int) -> None:
-        """Count an answer."""
-        self.metrics.answers.labels(path, str(status)).inc()
+        """Count a response."""
+        self.metrics.responses.labels(path, str(status)).inc()
 
     def tokenizer(self) -> Tokenizer:
         if self.llm.tokenizer is None:
@@ -288,8 +288,8 @@ class Service:
                 **how,
             )
 
-    async def answer(self, body: CompletionRequest | ChatRequest, request: Request) -> Response:
-        """The answer of either endpoint that generates."""
+    async def respond(self, body: CompletionRequest | ChatRequest, request: Request) -> Response:
+        """The response of either endpoint that generates."""
         if self.draining:
             raise self.unavailable()
         self.check_model(body.model)
@@ -300,9 +300,9 @@ class Service:
 
         async def work() -> Response:
             try:
-                return _json(await answers.whole(job))
+                return _json(await responses.whole(job))
             except EngineDead:
-                raise ApiError(500, answers.DEAD) from None
+                raise ApiError(500, responses.DEAD) from None
 
         return await _unless_gone(request, work())
 
@@ -364,17 +364,17 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
     generating = _errors(400, 401, 404, 408, 413, 429, 500, 503, 504)
 
-    @app.post("/v1/completions", responses=_answers(protocol.CompletionAnswer, events=True) | generating)
+    @app.post("/v1/completions", responses=_responses(protocol.CompletionResponse, events=True) | generating)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue prompts: text, or token ids."""
-        return await service.answer(body, request)
+        return await service.respond(body, request)
 
-    @app.post("/v1/chat/completions", responses=_answers(protocol.ChatAnswer, events=True) | generating)
+    @app.post("/v1/chat/completions", responses=_responses(protocol.ChatResponse, events=True) | generating)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """The assistant's next message in a conversation."""
-        return await service.answer(body, request)
+        return await service.respond(body, request)
 
-    @app.post("/tokenize", responses=_answers(protocol.TokenizeAnswer) | _errors(400, 401, 404, 408, 413))
+    @app.post("/tokenize", responses=_responses(protocol.TokenizeResponse) | _errors(400, 401, 404, 408, 413))
     async def tokenize(body: TokenizeRequest) -> Response:
         """Token ids of a text or of a conversation."""
         service.check_model(body.model)
@@ -392,14 +392,14 @@ def _add_routes(app: FastAPI, service: Service) -> None:
                 text, special = await asyncio.to_thread(service.render, conversation), bool(body.add_special_tokens)
             ids = (await service.encode(text, special, limited=False)).ids
 
-        def answer() -> Response:
+        def respond() -> Response:
             texts = [service.texts.text(i) for i in ids] if body.return_token_strs and service.texts else None
             limit = llm.max_model_len
             return _json({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": texts})
 
-        return await asyncio.to_thread(answer)
+        return await asyncio.to_thread(respond)
 
-    @app.post("/detokenize", responses=_answers(protocol.DetokenizeAnswer) | _errors(400, 401, 404, 408, 413))
+    @app.post("/detokenize", responses=_responses(protocol.DetokenizeResponse) | _errors(400, 401, 404, 408, 413))
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of token ids."""
         service.check_model(body.model)
@@ -418,21 +418,21 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_errors(app: FastAPI) -> None:
-    def answer(error: ApiError) -> Response:
+    def respond(error: ApiError) -> Response:
         return JSONResponse(error.body, error.status, error.headers)
 
     @app.exception_handler(ApiError)
     async def _(_: Request, error: ApiError) -> Response:
-        return answer(error)
+        return respond(error)
 
     @app.exception_handler(RequestValidationError)
     async def _(_: Request, error: RequestValidationError) -> Response:
-        return answer(ApiError(400, *protocol.describe(error.errors())))
+        return respond(ApiError(400, *protocol.describe(error.errors())))
 
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path:.200}: {error.detail}"
-        return answer(ApiError(error.status_code, message, headers=error.headers))
+        return respond(ApiError(error.status_code, message, headers=error.headers))
 
 
 @contextmanager
@@ -476,17 +476,17 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 def _json(content: Any) -> Response:
-    return Response(answers.encode(content).encode(), media_type="application/json")
+    return Response(responses.encode(content).encode(), media_type="application/json")
 
 
-def _answers(model: type, events: bool = False) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI document's entry for an answer, which may come as events too."""
+def _responses(model: type, events: bool = False) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI document's entry for a response, which may come as events too."""
     stream = {"content": {"text/event-stream": {}}} if events else {}
-    return {200: {"model": model, "description": "The answer.", **stream}}
+    return {200: {"model": model, "description": "The response.", **stream}}
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": protocol.ErrorAnswer} for status in statuses}
+    return {status: {"model": protocol.ErrorResponse} for status in statuses}
 
 
 def _content_security_policy(page: str) -> str:

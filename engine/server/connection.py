@@ -23,12 +23,12 @@ _SAY_AGAIN = 60.0  # s until it is logged again that there is no room
 
 
 class Connections:
-    """What the connections of a server share.
+    """State that the connections of a server share.
 
     Args:
         most: Connections that may be open; to make room for one more, that which has waited for a request, or for
             the rest of one, for the longest time is closed.
-        refused: Told of the status of each refusal that no route and no gate sees.
+        refused: Told of the status of each refusal that neither a route nor the middleware sees.
     """
 
     def __init__(self, most: int, refused: Callable[[int], None]) -> None:
@@ -91,7 +91,7 @@ class Connection(H11Protocol):
         self._watch_waiting()
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:  # nobody reads it, but a client that is still sending would not read the answer else
+        if self._refused:  # nobody reads it, but a client that is still sending would not read the response else
             return
         self._begin = self._begin or data[:2]
         super().data_received(data)
@@ -109,7 +109,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """End with the answer that is on its way; a request that is still coming has none."""
+        """End with the response that is on its way; a request that is still coming has none."""
         if self.cycle is not None and not self.cycle.response_complete and self.conn.their_state is h11.SEND_BODY:
             self._refuse(503, "the server is shutting down", at_once=True)
         else:
@@ -167,7 +167,7 @@ class Connection(H11Protocol):
         """Nothing: some clients offer HTTP/2 with every request, and go on without it."""
 
     def send_400_response(self, msg: str) -> None:
-        """What is answered where a request cannot be read as HTTP, or its headers are too large."""
+        """Refuse a request that cannot be read as HTTP, or whose headers are too large."""
         problem = self.conn.problem
         if self._begin == b"\x16\x03":
             self._refuse(400, "this is TLS, and the server speaks plain HTTP: ask for http://, or through a proxy")
@@ -180,7 +180,7 @@ class Connection(H11Protocol):
         """Answer with an error, of which nobody else knows, and close the connection: at once, or when the client has
         had time to read that.
         """
-        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # an answer is on its way, or there already
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # a response is on its way, or there already
             self.transport.abort()
             return
         self._refused = True
@@ -192,7 +192,7 @@ class Connection(H11Protocol):
         head = h11.Response(status_code=status, headers=headers, reason=HTTPStatus(status).phrase)
         for event in (head, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
-        if unanswered:  # the gate is reading its body, and logs it
+        if unanswered:  # the middleware is reading its body, and logs it
             self.scope.setdefault("state", {})["refused"] = status
             self.cycle.disconnected = True
             self.cycle.message_event.set()

@@ -1,4 +1,4 @@
-"""What the server writes to stderr: lines for people on a terminal, JSON for everything else."""
+"""Logs on stderr: lines for people on a terminal, JSON for everything else."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 
 FORMATS = ("auto", "json", "text")
 _PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "color_message"}
-# Of an answer's line for people: the request's id and the client are in the JSON line.
+# Of a response's line for people: the request's id and the client are in the JSON line.
 _LEFT_OUT = frozenset({"request_id", "client", "method", "path", "status", "ms", "prompt_tokens", "generated_tokens"})
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:
-    """What the call gave as `extra`."""
+    """Fields that the call gave as `extra`."""
     return {name: value for name, value in vars(record).items() if name not in _PLAIN}
 
 
@@ -38,7 +38,7 @@ class JsonLines(logging.Formatter):
 
 
 class TextLines(logging.Formatter):
-    """Time, what happened, and what the call gave as `extra`, an answer in the order in which one reads it."""
+    """Time, what happened, and what the call gave as `extra`, a response in the order in which one reads it."""
 
     def format(self, record: logging.LogRecord) -> str:
         extra = _extra(record)

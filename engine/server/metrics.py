@@ -31,7 +31,7 @@ def token_buckets(most: int) -> tuple[int, ...]:
 
 
 class Metrics:
-    """What /metrics shows of one engine.
+    """Metrics of one engine, as /metrics shows them.
 
     Args:
         stats: The engine's statistics now, an EngineStats.
@@ -67,8 +67,10 @@ class Metrics:
         histograms = {name: histogram(name, about, buckets) for name, (about, buckets, _) in names.items()}
         self._observe = {name: found.labels(**self._labels).observe for name, found in histograms.items()}
         also = {name: aliases for name, (_, _, aliases) in names.items()}
-        self.answers = Counter("afs_http_requests", "Answers, by path and status.", ("path", "status"), registry=None)
-        self.registry.register(_Engine(stats, self._labels, histograms, also, self.answers, page_size))
+        self.responses = Counter(
+            "afs_http_requests", "Responses, by path and status.", ("path", "status"), registry=None
+        )
+        self.registry.register(_Engine(stats, self._labels, histograms, also, self.responses, page_size))
         ProcessCollector(registry=self.registry)
 
     def observe(self, done: Completion) -> None:
@@ -107,11 +109,11 @@ class _Engine(Collector):
         labels: dict[str, str],
         histograms: dict[str, Histogram],
         aliases: dict[str, tuple[str, ...]],
-        answers: Counter,
+        responses: Counter,
         page_size: int | None,
     ) -> None:
         self._stats, self._labels, self._page_size = stats, labels, page_size
-        self._histograms, self._aliases, self._answers = histograms, aliases, answers
+        self._histograms, self._aliases, self._responses = histograms, aliases, responses
 
     def describe(self) -> list[Metric]:
         return []  # nothing to ask the engine when the collector is registered
@@ -161,7 +163,7 @@ class _Engine(Collector):
             for metric in histogram.collect():
                 for other in (f"afs_{name}", *(f"vllm:{n}" for n in (name, *self._aliases[name]))):
                     yield _renamed(metric, other)
-        for metric in self._answers.collect():
+        for metric in self._responses.collect():
             yield _renamed(metric, metric.name)
 
     def _family(

@@ -1,6 +1,6 @@
-"""What requests and answers look like: OpenAI's fields, vLLM's beside them, and errors in OpenAI's shape.
+"""Requests and responses: OpenAI's fields, vLLM's beside them, and errors in OpenAI's shape.
 
-A field that only OpenAI or vLLM serve is refused by name if it would change the answer (`REFUSED`), and otherwise
+A field that only OpenAI or vLLM serve is refused by name if it would change the response (`REFUSED`), and otherwise
 ignored, as is a field that nobody knows.
 """
 
@@ -38,7 +38,7 @@ _KINDS: dict[int, tuple[str, str | None]] = {
 
 
 class ApiError(Exception):
-    """An answer other than the one asked for: a status and OpenAI's error object."""
+    """A response other than the one asked for: a status and OpenAI's error object."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code or usual}}
 
 
-# Fields that would change the answer, with the values (beside null) that would not.
+# Fields that would change the response, with the values (beside null) that would not.
 _REFUSED_EVERYWHERE: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
@@ -135,7 +135,7 @@ class StreamOptions(BaseModel):
 
 
 class Request(BaseModel):
-    """What the two endpoints that generate have in common."""
+    """Fields that the two endpoints that generate have in common."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -254,7 +254,7 @@ class Message(BaseModel):
 
 
 class ChatTemplateInput(BaseModel):
-    """What a chat template is rendered with."""
+    """Input of a chat template."""
 
     messages: NonEmptyList[Message]
     add_generation_prompt: bool | None = None
@@ -314,7 +314,7 @@ class DetokenizeRequest(BaseModel):
 
 
 def refusal(error: ValueError, body: BaseModel | None = None) -> ApiError:
-    """What the engine or the tokenizer finds wrong with a request, in the words of the API."""
+    """Say in the words of the API what the engine or the tokenizer finds wrong with a request."""
     names = {
         "prompt": "messages" if getattr(body, "messages", None) is not None else "prompt",
         "max_new_tokens": "max_completion_tokens" if getattr(body, "max_completion_tokens", None) else "max_tokens",
@@ -339,7 +339,7 @@ def too_long(prompt: int, most: int | None, limit: int) -> ContextLengthError:
 
 
 def refuse(model: BaseModel, kind: str, where: str = "") -> None:
-    """Raise ApiError if `model` was given a field of REFUSED[kind] with a value that would change the answer."""
+    """Raise ApiError if `model` was given a field of REFUSED[kind] with a value that would change the response."""
     extra = model.model_extra or {}
     for name, harmless in REFUSED[kind].items():
         if (value := extra.get(name)) is not None and value not in harmless:
@@ -372,7 +372,7 @@ def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None, str 
     return f"{path} = {shown}: {first['msg'][0].lower()}{first['msg'][1:]}", path, "invalid_value"
 
 
-# The answers, for the OpenAPI document: they are written by answers.py without these models, which would cost time.
+# The responses, for the OpenAPI document: they are written by responses.py without these models, which would cost time.
 
 
 class ErrorObject(BaseModel):
@@ -382,7 +382,7 @@ class ErrorObject(BaseModel):
     code: str | None
 
 
-class ErrorAnswer(BaseModel):
+class ErrorResponse(BaseModel):
     error: ErrorObject
 
 
@@ -414,7 +414,7 @@ class CompletionChoice(BaseModel):
     prompt_token_ids: list[int] | None = None
 
 
-class CompletionAnswer(BaseModel):
+class CompletionResponse(BaseModel):
     id: str
     object: Literal["text_completion"]
     created: int
@@ -438,7 +438,7 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
-class AnswerMessage(BaseModel):
+class ResponseMessage(BaseModel):
     role: Literal["assistant"]
     content: str
     refusal: None = None
@@ -446,14 +446,14 @@ class AnswerMessage(BaseModel):
 
 class ChatChoice(BaseModel):
     index: int
-    message: AnswerMessage
+    message: ResponseMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None
     token_ids: list[int] | None = None
 
 
-class ChatAnswer(BaseModel):
+class ChatResponse(BaseModel):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -478,12 +478,12 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-class TokenizeAnswer(BaseModel):
+class TokenizeResponse(BaseModel):
     count: int
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
 
 
-class DetokenizeAnswer(BaseModel):
+class DetokenizeResponse(BaseModel):
     prompt: str

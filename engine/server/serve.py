@@ -1,4 +1,4 @@
-"""Start the server, and end it so that nobody is left without an answer."""
+"""Start the server, and end it so that nobody is left without a response."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Server(uvicorn.Server):
         while not (draining.done() or self.force_exit or self._engine.failure) and time.monotonic() < end:
             await asyncio.sleep(0.02)
         await super().shutdown(sockets)
-        # Nobody waits for an answer now: what is left ends with the engine.
+        # Nobody waits for a response now: what is left ends with the engine.
         draining.cancel()
         for problem in await asyncio.gather(draining, return_exceptions=True):
             if isinstance(problem, Exception):
@@ -191,7 +191,7 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 def _facts(llm: LLM, settings: Settings, pages: int) -> dict[str, Any]:
-    """What is served, on what, and within which limits."""
+    """Facts for the log: what is served, on what, and within which limits."""
     engine = llm.engine
     paged = engine.kv_cache == "paged"
     tokens = pages * engine.page_size if paged else engine.max_batch * llm.max_model_len

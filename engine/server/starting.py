@@ -1,4 +1,4 @@
-"""What answers while the model is being loaded: 503 to every request, on the server's own socket."""
+"""Stand-in while the model is being loaded: 503 to every request, on the server's own socket."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from threading import Thread
 
 from engine.server.protocol import ApiError
 
-MAX_BODY = 1 << 20  # bytes of a request that are read, so that its sender gets the answer
+MAX_BODY = 1 << 20  # bytes of a request that are read, so that its sender gets the response
 TIMEOUT = 5.0  # s that a client may take to say what it wants
 
 
 class _Handler(BaseHTTPRequestHandler):
     timeout = TIMEOUT
 
-    def answer(self) -> None:
+    def respond(self) -> None:
         error = ApiError(503, "the server is starting: the model is being loaded", code="starting")
         body = json.dumps(error.body).encode()
         with contextlib.suppress(OSError, ValueError):
@@ -35,7 +35,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = answer
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = respond
 
     def version_string(self) -> str:
         return "afs"

@@ -257,7 +257,7 @@ class StreamDecoder:
         return text
 
     def finish(self) -> str:
-        """What is left at the end; U+FFFD where a character was never completed."""
+        """Give the text that is left at the end; U+FFFD where a character was never completed."""
         text = self._utf8.decode(b"", final=True)
         self._length += len(text)
         return text
@@ -291,7 +291,7 @@ _ALPHABET = _byte_alphabet()
 
 
 def _decoder_kinds(decoder: Any, path: Path) -> set[str]:
-    """What a decoder consists of.
+    """Kinds of the parts that a decoder consists of.
 
     Raises:
         TokenizerError: A token's text may depend on tokens other than the one before it: it cannot be streamed.

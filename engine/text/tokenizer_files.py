@@ -1,4 +1,4 @@
-"""What the files beside `tokenizer.json` say about a tokenizer: added and special tokens, the chat template.
+"""Files beside `tokenizer.json`, and what they say: added and special tokens, the chat template.
 
 They are merged as transformers merges them. Where its versions 4 and 5 do different things with what a file says, and
 `tokenizer.json` does not settle it, the file is refused by name.
@@ -27,7 +27,7 @@ class TokenizerError(ValueError):
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What `read_special_tokens` found."""
+    """Special tokens, as `read_special_tokens` found them."""
 
     named: dict[str, str]  # text by name: bos_token, eos_token, … and a model's own ones, as image_token
     tokens: list[AddedToken]  # to be added to tokenizer.json's, in this order; those it has get these flags

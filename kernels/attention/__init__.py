@@ -6,8 +6,8 @@
 | flash | flash decode; bf16, fp16; tensor cores, online softmax, split-KV, GQA; fused with norm, RoPE and KV write |
 | prefill | flash attention of many tokens at a time, with flash's bits; mma.sync, or wgmma and TMA (sm_90a) |
 
-What each gained: docs/decisions.md; shares of the limit (KV bytes over bandwidth, or the matrix rate):
-`reports/REPORT.md`.
+What each gained: docs/decisions.md. Shares of the limit (KV bytes over bandwidth, or the matrix rate): "Every
+kernel under the roofline" of the page, `reports/site/index.html` (`make report`).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 | streamed | the decode GEMM; bf16, fp16; weights once through a ring, tensor cores, K in order; to 128 tokens a pass |
 | tiled | the prefill GEMM; many tokens: tiles by TMA and wgmma (sm_90a) or cp.async and mma.sync; streamed's bits |
 
-What each gained: docs/decisions.md; shares of the limit (weight bytes over bandwidth, or the matrix rate):
-`reports/REPORT.md`.
+What each gained: docs/decisions.md. Shares of the limit (weight bytes over bandwidth, or the matrix rate): "Every
+kernel under the roofline" of the page, `reports/site/index.html` (`make report`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
 | naive | one block a row; filters by a search for the threshold over the 32 bits of a logit, a pass a bit | naive.py |
 | split | bf16, fp16; many blocks a row, the last one ends it; filters by counting equal logits, one pass | split.py |
 
-Measured times: the report's kernel tables, `reports/REPORT.md`.
+Share of the limit, of argmax: "Every kernel under the roofline" of the page,
+`reports/site/index.html` (`make report`).
 
 The phases of split: greedy.py; or floor.py (the largest logit, and the least that top_k and top_p keep) and then
 draw.py (min_p, noise, the largest); step.py makes the token the next step's input.

@@ -1,4 +1,4 @@
-"""What the suites of bench share: what is measured, on what, and where the rows go."""
+"""State that the suites of bench share: what is measured, on what, and where the rows go."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Context(WeekContext):
 
     @property
     def knobs(self) -> dict[str, Any]:
-        """What the week's engine ran with, for its rows."""
+        """Settings that the week's engine ran with, for its rows."""
         versions = {name: self.settings[name] for name in VERSIONS}
         shared = {name: self.settings[name] for name in ("dtype", "backend")}
         return shared | {"tensor_parallel": 1, "kernel_versions": versions}
@@ -42,7 +42,7 @@ class Context(WeekContext):
 
     @cached_property
     def budget(self) -> Budget:
-        """What the standard suite may spend, and what it has learnt of the engine's speed."""
+        """Time that the standard suite may spend, and what it has learnt of the engine's speed."""
         return Budget.on(self.settings["device"])
 
     @cached_property

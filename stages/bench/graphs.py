@@ -23,7 +23,7 @@ EAGER, GRAPH, MANY = "without a graph", "graph", "graph of many steps"
 
 
 def bench_graphs(model: Model, workload: Workload, ceilings: Ceilings, graph: bool, batch: int, context: int) -> Found:
-    """What capturing a step costs, what replaying it does, and the host's time a token.
+    """Measure what capturing a step costs, what replaying it does, and the host's time a token.
 
     Host time of single steps: enqueueing one and taking over its tokens once they are there. Of many: enqueueing them
     all, over their tokens.

@@ -1,4 +1,4 @@
-"""What others take for the same work, in the same run: cuBLAS for each matrix product, transformers compiled by torch.
+"""Peers at the same work, in the same run: cuBLAS for each matrix product, transformers compiled by torch.
 
 transformers without compilation is w01's. Each product runs over all layers' weights in a row, as in `kernels`.
 """

@@ -1,4 +1,4 @@
-"""What a shared prefix saves: requests that begin with the same tokens, alone and all at once."""
+"""Savings by a shared prefix: requests that begin with the same tokens, alone and all at once."""
 
 from __future__ import annotations
 

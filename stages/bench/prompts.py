@@ -1,4 +1,4 @@
-"""What the suites of prompts share: a row a case and metric, on a GPU, with a case that does not fit saying so."""
+"""Parts of the suites of prompts: a row a case and metric, on a GPU, with a case that does not fit saying so."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMPUTE_RATE = {"compute_rate": ("FLOP/s", "higher")}
 BY_MATRIX = "rate of a large matrix product"
 
 Case = Mapping[str, Any]
-"""What names the rows of a case; a backend only where it is not the week's."""
+"""Knobs that name the rows of a case; a backend only where it is not the week's."""
 Found = dict[str, tuple[list[float], float | None, str | None]]
 """Metric → samples, limit, kind of limit."""
 

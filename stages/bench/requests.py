@@ -1,4 +1,4 @@
-"""What the suites of many requests share: their rows, and runs of the same requests as rows.
+"""Parts that the suites of many requests share: their rows, and runs of the same requests as rows.
 
 Prompts are random tokens, other ones in every run, so that no prefix cache knows them from the run before; greedy, to
 the number of tokens that the workload says. Text is left out: the engine has no tokenizer.
@@ -55,7 +55,7 @@ def name_mix(mix: Mix) -> str:
 
 
 def mix_knobs(mix: Mix) -> dict[str, Any]:
-    """What of a mix the rows' knobs can say; prompts of many lengths have none."""
+    """Knobs of a mix, as far as rows have them; prompts of many lengths have none."""
     return {
         "batch": mix.count,
         "new_tokens": mix.new_tokens,

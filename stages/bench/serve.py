@@ -141,7 +141,7 @@ def last_lines(log: IO[str]) -> str:
 
 
 def server_command(path: Path, settings: dict[str, Any]) -> Callable[[int], list[str]]:
-    """What starts our server for a checkpoint with EngineConfig's fields."""
+    """Make a function of a port that gives the command of our server for a checkpoint with EngineConfig's fields."""
     return lambda port: [
         sys.executable, "-m", "stages.bench.serve", str(path), json.dumps(settings), str(port)
     ]  # fmt: skip

@@ -32,7 +32,7 @@ def rows_of(name: str) -> Callable[[Context, bool], Iterable[Listed]]:
 
 
 def measure_of(name: str) -> Callable[[Context], None]:
-    """What measures the suite. Its cases' speeds tell those of the next suite how long they will take."""
+    """Make what measures the suite. Its cases' speeds tell those of the next suite how long they will take."""
 
     def measure(context: Context) -> None:
         from engine.sampling_params import SamplingParams

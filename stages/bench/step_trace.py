@@ -1,4 +1,4 @@
-"""What the GPU does in a step and between steps while it decodes."""
+"""Trace of the GPU in a step and between steps while it decodes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def measure(context: Context) -> None:
 
 
 def trace_steps(llm: LLM, batch: int) -> list[Span]:
-    """What ran on the GPU in the last quarter of a run of `batch` requests, when all of them decode."""
+    """Record what ran on the GPU in the last quarter of a run of `batch` requests, when all of them decode."""
     from torch.profiler import ProfilerActivity, profile
 
     from engine.bench.throughput import run_offline, warm_up

@@ -1,4 +1,4 @@
-"""What a suite of bench is: rows that it has with or without a value, what it needs, and how it is measured."""
+"""A suite of bench: rows that it has with or without a value, what it needs, and how it is measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NO_FORWARD = "no forward pass before w03"
 
 
 def list_none(context: Context, gpu: bool) -> Iterable[Listed]:
-    """Of a suite whose rows are known only once it has run."""
+    """No rows, for a suite whose rows are known only once it has run."""
     return ()
 
 

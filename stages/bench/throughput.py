@@ -1,4 +1,4 @@
-"""What a week's engine gets through of requests that come all at once, and the time of each phase."""
+"""Throughput of a week's engine for requests that come all at once, and the time of each phase."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a check of parity is."""
+"""A check of parity."""
 
 from __future__ import annotations
 

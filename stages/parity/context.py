@@ -1,4 +1,4 @@
-"""What the checks of parity share: what is checked, on which backend, and what was found."""
+"""State that the checks of parity share: what is checked, on which backend, and what was found."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Context(WeekContext):
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of the operations that have more than one."""
+        """Versions of the operations that have more than one."""
         return {name: self.settings[name] for name in ("attention", "linear", "sampling")}
 
     @property

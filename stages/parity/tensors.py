@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def engine_tensors(config: ModelConfig, weights: Weights) -> dict[str, Tensor]:
-    """What the engine multiplies with under the names and in the shapes that transformers gives them."""
+    """Tensors that the engine multiplies with, under the names and in the shapes that transformers gives them."""
     named = {tensor.name: weights.read(tensor) for tensor in checkpoint_tensors(config)}
     return {"lm_head.weight": weights.lm_head.rows()} | named  # which a checkpoint does not hold where it is tied
 

@@ -149,7 +149,7 @@ def first_screen(inputs: Inputs) -> dict[str, Any]:
 
 
 def list_facts(inputs: Inputs, found: Glance) -> list[tuple[str, str]]:
-    """Of the lead run: what the limit is, who it is compared with, what was checked, when and where it was measured."""
+    """Facts of the lead run: its limit, who it is compared with, what was checked, when and where it was measured."""
     lead = found.rows[0]
     facts = []
     version = json.loads(lead.packages or "{}").get("transformers", "")

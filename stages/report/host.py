@@ -72,7 +72,7 @@ def host_section(inputs: Inputs) -> Section:
 
 
 def list_busy(inputs: Inputs) -> list[list[Cell]]:
-    """What was measured while other processes were in its way: run, stage and week, their share of the cores."""
+    """Measurements that other processes were in the way of: run, stage and week, their share of the cores."""
     found = {
         (run, f"{row.stage}@{row.week}" if row.week else row.stage): row.other_load
         for run in inputs.runs

@@ -29,7 +29,7 @@ IN_A_LAYER = {"qkv": 1, "attention": 1, "o": 1, "add_norm": 2, "gate_up": 1, "do
 
 
 def layer_section(inputs: Inputs) -> Section:
-    """What one layer of a decode step takes, kernel by kernel, and how much of the step all layers are."""
+    """Time of one layer of a decode step, kernel by kernel, and how much of the step all layers are."""
     said = (
         "One layer of a decode step: the sum of its kernels, each timed by itself as the mean over all layers, which "
         "have the same shapes. Outside the layers: embedding, last norm, head, argmax, advance. The step is measured "

@@ -1,4 +1,4 @@
-"""What memory of the GPU a case takes."""
+"""Memory of the GPU that a case takes."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def parity_section(inputs: Inputs) -> Section:
 
 
 def invariance_section(inputs: Inputs) -> Section:
-    """What gives the same bits: a line for each way of computing them, a column a run, week and engine."""
+    """Ways of computing that give the same bits: a line a way, a column a run, week and engine."""
     said = (
         "A token's logits are the same bits whatever the batch, its neighbours, its place and the pieces of its "
         "prefill: each line is another way to compute what one pass over the prompt alone gives. Compared bit by bit, "

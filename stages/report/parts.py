@@ -1,4 +1,4 @@
-"""What the report's sections are made of: rows, cells, tables, figures, and numbers as text.
+"""Parts of the report's sections: rows, cells, tables, figures, and numbers as text.
 
 Nothing here reads or writes a file. A table shows rows of one run; where these come from more than one host or commit
 its note says so and every line names its own.
@@ -107,7 +107,7 @@ class Section:
 
 
 def measured_section(anchor: str, title: str, said: str, blocks: Sequence[Block], missing: str) -> Section:
-    """What `said` explains; where no run has any of it, why."""
+    """The blocks that `said` explains; where no run has any of it, why."""
     return Section(anchor, title, [Text(said), *blocks] if blocks else [Text(f"Not measured: {missing}")])
 
 
@@ -270,7 +270,7 @@ def engine_of(row: Row) -> str:
 
 
 def knobs_of(row: Row) -> str:
-    """What was run: "cuda, bfloat16, batch 1, 128+32 tokens"."""
+    """Knobs of what was run: "cuda, bfloat16, batch 1, 128+32 tokens"."""
     tokens = "+".join(str(count) for count in (row.prompt_tokens, row.new_tokens) if count is not None)
     batch = f"batch {row.batch}" if row.batch else ""
     return ", ".join(filter(None, (engine_of(row), batch, tokens and f"{tokens} tokens")))
@@ -309,7 +309,7 @@ Columns = Mapping[str, Callable[[Row], Cell | str | None]]
 
 
 def provenance(rows: Sequence[Row]) -> tuple[str, bool]:
-    """Whose rows these are, for a table's note, and whether they are of more than one host or commit."""
+    """Run, host and commit of rows, for a table's note, and whether they are of more than one host or commit."""
     counts = sorted(Counter((host_of(row), commit_of(row)) for row in rows).items())
     if len(counts) == 1:
         (host, commit), _ = counts[0]

@@ -1,4 +1,4 @@
-"""What each kernel needs, by architecture."""
+"""Resources that each kernel needs, by architecture."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Shape:
     """Role -> parameters of all layers."""
 
     def width(self, role: str) -> float:
-        """Of one layer's projection from the hidden size, the rows."""
+        """Rows of one layer's projection from the hidden size."""
         return self.parameters[role] / self.layers / self.hidden
 
 
@@ -76,7 +76,7 @@ class Place:
 
 
 def count_flops(shape: Shape | None, kernel: str, row: Row) -> float | None:
-    """Of all layers' calls of a decode step's kernel; None for the kernels whose few operations nothing counts."""
+    """Operations of a decode step's kernel in all layers; None for kernels whose few operations nothing counts."""
     if shape is None:
         return None
     if kernel in PRODUCTS:

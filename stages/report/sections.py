@@ -1,4 +1,4 @@
-"""What the report says, in order: rows of the metrics' table in, sections of tables, plots and paragraphs out.
+"""Sections of the report, in order: rows of the metrics' table in, sections of tables, plots and paragraphs out.
 
 No section reads or writes a file.
 """

@@ -1,4 +1,4 @@
-"""What prompts and decode steps take, kernel by kernel."""
+"""Time of prompts and decode steps, kernel by kernel."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def step_cell(row: Row | None) -> Cell:
 
 
 def decode_section(inputs: Inputs) -> Section:
-    """What a decode step takes, kernel by kernel, and what the host does meanwhile."""
+    """Time of a decode step, kernel by kernel, and what the host does meanwhile."""
     said = (
         "One token a sequence and step, chosen greedily, on a cache of random numbers. Under a figure: its share of "
         "the limit, which for a step is its weight and KV bytes over the read bandwidth, and for a kernel the bytes "
@@ -86,7 +86,7 @@ def step_blocks(inputs: Inputs, suites: Mapping[str, str]) -> list[Block]:
 
 
 def prefill_section(inputs: Inputs) -> Section:
-    """What prompts of several lengths take."""
+    """Time of prompts of several lengths."""
     said = (
         "One prompt of random tokens at a time, until the logits of its last token are there. Under a figure: its "
         "share of the limit, the larger of the bytes over the read bandwidth and the operations over the rate of a "

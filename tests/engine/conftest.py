@@ -7,7 +7,9 @@ import json
 from collections.abc import Callable
 
 import pytest
-from engine_checkpoints import Reference, byte_level_tokenizer, make_reference
+from engine_checkpoints import Reference, byte_level_tokenizer, make_reference, save_llama
+
+from engine.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +37,11 @@ def olmo2(references: Callable[[str], Reference]) -> Reference:
     }
     (reference.path / "tokenizer_config.json").write_text(json.dumps(settings))
     return reference
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer with byte fallback, as Llama's."""
+    path = tmp_path_factory.mktemp("llama")
+    save_llama(path)
+    return Tokenizer(path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,6 @@ from engine_checkpoints import Reference
 from typer.testing import CliRunner, Result
 
 from engine.cli.app import app
-from engine.cli.check_gpu import _kernel_paths
 from engine.llm import LLM, EngineConfig
 from engine.sampling_params import SamplingParams
 
@@ -221,13 +222,24 @@ def test_check_gpu():
     assert result.exit_code == 0 and torch.cuda.get_device_properties(0).name.split()[-1] in result.stdout
 
 
-def test_kernel_paths():
-    names = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
-    assert _kernel_paths((9, 0), names) == ["sm_90a"]
-    assert _kernel_paths((8, 6), names) == ["sm_86", "sm_80"]
-    assert _kernel_paths((8, 7), names) == ["sm_86", "sm_80"]
-    assert _kernel_paths((10, 3), names) == ["sm_100"]
-    assert _kernel_paths((7, 5), names) == []
+def test_check_gpu_says_which_kernels_a_gpu_runs(monkeypatch: pytest.MonkeyPatch):
+    def show(*gpus: tuple[int, int]) -> Result:
+        properties = [
+            SimpleNamespace(name="GPU", major=major, minor=minor, multi_processor_count=1, total_memory=2**34)
+            for major, minor in gpus
+        ]
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr("engine.cli.check_gpu._driver", lambda: ("580", None))
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties.__getitem__)
+        return afs("check-gpu")
+
+    both = show((9, 0), (7, 5))
+    assert both.exit_code == 0 and "sm_90a" in both.stdout and "none: compute capability 7.5" in both.stdout
+    old = show((7, 5))
+    assert old.exit_code == 1 and old.stderr.startswith("no GPU here can run the kernels")
 
 
 def test_as_a_process(olmo2: Reference):
@@ -250,6 +262,25 @@ def test_as_a_process(olmo2: Reference):
     light = f"{script[:-5]}\ntry:\n    app(['--help'])\nfinally:\n    assert 'torch' not in sys.modules, 'torch'"
     done = subprocess.run([sys.executable, "-c", light], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "check-gpu" in done.stdout, done.stderr
+
+
+# --- build ------------------------------------------------------------------------------------------------------------
+
+
+def test_build_of_one_kernel(tmp_path: Path):
+    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_ENABLE_CUDASIM"}
+    command = [sys.executable, "-m", "engine.cli", "build", "--kernel", "residual_naive_f32", "--arch", "sm_80"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | {"AFS_CACHE": str(tmp_path)}, capture_output=True, text=True, timeout=120
+    )
+    line = r"residual_naive_f32 sm_80: \d+ registers, 0 B of spills, .* occupancy 1\.00\n"
+    assert done.returncode == 0 and re.fullmatch(line, done.stdout), done.stderr
+
+
+def test_build_refuses_kernels_that_are_none():
+    failed(afs("build", "--kernel", "soften"), "'soften': no kernel of the catalogue has that in its name; .*, rope, ")
+    failed(afs("build", "--kernel", "wgmma", "--arch", "sm_80"), "'wgmma': these kernels are for sm_90a, not sm_80")
+    failed(afs("build", "--arch", "sm_75"), "arch = 'sm_75'; it must be one or more of sm_80, ")
 
 
 # --- bench throughput, bench serve ------------------------------------------------------------------------------------

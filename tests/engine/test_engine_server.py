@@ -20,9 +20,9 @@ from pydantic import ValidationError
 from engine.errors import ContextLengthError, RequestError
 from engine.runtime.request import Completion, Update
 from engine.server.app import Settings, create_app
-from engine.server.gate import MAX_VALUES
 from engine.server.logs import JsonLines, TextLines, is_text, log_to_stderr
 from engine.server.metrics import Metrics, token_buckets
+from engine.server.middleware import MAX_VALUES
 from engine.server.protocol import ChatRequest, CompletionRequest, refusal
 from engine.server.serve import serve
 from engine.server.tokens import TokenTexts

@@ -23,7 +23,7 @@ import pytest
 from fake_engine import ROOT, FakeEngine, Running, eventually, fake_llm, running
 
 import engine.server.serve as serving
-from engine.server import gate
+from engine.server import middleware
 from engine.server.connection import Connection
 from engine.server.logs import log_to_stderr
 
@@ -264,7 +264,7 @@ def test_a_request_of_which_a_head_is_asked_may_be_slow_too(impatient: None, pla
 
 
 def test_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("engine.server.gate.BODIES", 3)
+    monkeypatch.setattr("engine.server.middleware.BODIES", 3)
     begun = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"x" * 90_000
     with running(FakeEngine(), max_body=100_000) as server, httpx.Client(base_url=server.url) as client:
         many = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
@@ -281,13 +281,13 @@ def test_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_memory_of_a_large_body_is_given_back(monkeypatch: pytest.MonkeyPatch):
     trimmed: list[int] = []
-    monkeypatch.setattr("engine.server.gate.trim", lambda: trimmed.append(1))
+    monkeypatch.setattr("engine.server.middleware.trim", lambda: trimmed.append(1))
     with running(FakeEngine()) as server, httpx.Client(base_url=server.url) as client:
         client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
         for _ in range(3):
             client.post("/detokenize", json={"tokens": [10] * 400_000})
         eventually(lambda: len(trimmed) == 1)  # once for all that end together
-    gate.trim()
+    middleware.trim()
 
 
 # --- connections ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,17 @@ import pytest
 import torch
 from engine_checkpoints import Reference
 
-from engine.bench.throughput import Limit, bench, check, measure, progress, run_offline, run_online, split, warm_up
+from engine.bench.throughput import (
+    Limit,
+    bench,
+    check,
+    follow_progress,
+    measure,
+    run_offline,
+    run_online,
+    split,
+    warm_up,
+)
 from engine.bench.workloads import Mix, Outcome, SampleRequest, arrive, render
 from engine.model.config import ModelConfig
 from engine.model.cost import Ceilings, Footprint, step_cost
@@ -297,15 +307,15 @@ def test_phases_are_cut_at_the_last_first_token(footprint: Footprint):
 
 def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     asked = count()
-    with progress(10, "tokens", lambda: next(asked)):
+    with follow_progress(10, "tokens", lambda: next(asked)):
         pass
     assert capsys.readouterr().err == "" and next(asked) == 0
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
-    with progress(10, "tokens", lambda: next(asked)):
+    with follow_progress(10, "tokens", lambda: next(asked)):
         time.sleep(0.6)
     assert next(asked) >= 2
-    with pytest.raises(KeyError), progress(10, "tokens", lambda: 1):
+    with pytest.raises(KeyError), follow_progress(10, "tokens", lambda: 1):
         raise KeyError("passed on")
 
 

@@ -278,13 +278,6 @@ def test_stream_shows_text_at_once(tmp_path: Path):
     assert shown == ["a", "", "", "你", "b"]
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("llama")
-    save_llama(path)
-    return Tokenizer(path)
-
-
 def test_byte_tokens_are_shown_when_they_are_complete(llama: Tokenizer):
     stream = llama.stream()
     ids = byte_tokens(llama, "\n\né👍".encode() + b"\xf0\x9f\n\xff")

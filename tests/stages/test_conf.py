@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from stages.compose import as_dict, compose_conf, dump, read_params
 from stages.compose import main as compose_main
 from stages.params import Gpu, Model, Weeks, Workload, list_choices, select, thaw
 from stages.sources import SHARD_BYTES, count_bytes, plan_shards
+from stages.validate import check_model
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP_FILES = sorted((ROOT / "conf").glob("*/*.yaml"))
+MODELS = sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))
 PARAMETERS = {
     "olmo2_1b": 1_484_916_736,
     "olmo2_7b": 7_298_617_344,
@@ -109,6 +112,27 @@ def test_every_week_file_is_in_the_config():
     assert sorted(weeks) == list(weeks) == list_choices("week")
 
 
+def test_a_week_says_only_what_it_adds():
+    """Its file repeats nothing of the week that it builds on, an earlier one."""
+    weeks = read_params()["weeks"]
+    for name in weeks:
+        if before := load("week", name).get("defaults"):
+            earlier, itself = before
+            assert itself == "_self_" and earlier < name
+            assert find_repeated(load("week", name), weeks[earlier], name) == []
+
+
+def find_repeated(delta: dict, base: dict, where: str) -> list[str]:
+    """The keys of `delta` whose values `base` has too."""
+    found = []
+    for key, value in delta.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            found += find_repeated(value, base[key], f"{where}.{key}")
+        elif key in base and base[key] == value:
+            found.append(f"{where}.{key}")
+    return found
+
+
 def test_weeks_name_all_that_they_switch_on():
     """What the engine chooses where nothing is said changes no week."""
     for week in select(Weeks, read_params(), None).weeks.values():
@@ -124,10 +148,25 @@ def test_the_groups_the_project_promises():
     assert set(list_choices("workload")) >= {"smoke", "standard"}
 
 
-@pytest.mark.parametrize("model", list(PARAMETERS))
-def test_what_the_hub_has_is_pinned(model):
-    fields = load("model", model)
-    assert fields["weights"] == "hub" and len(fields["revision"]) == 40
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_can_be_fetched_and_run(model):
+    """Pinned where the hub has it, and of an architecture that the engine takes."""
+    assert list(check_model(select(Model, {"model": load("model", model)}, None))) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("revision", "null", "model.revision"),
+        ("hub_id", "null", "not on the hub"),
+        ("hidden_act", "gelu", "hidden_act"),
+    ],
+)
+def test_a_model_that_cannot_is_refused(workspace, field, value, said):
+    file = Path("conf/model/mistral_7b.yaml")
+    file.write_text(re.sub(rf"( *{field}): .*", rf"\1: {value}", file.read_text()))
+    model = select(Model, as_dict(compose_conf(["model=mistral_7b"])), None)
+    assert [said in error for error in check_model(model)] == [True]
 
 
 @pytest.mark.parametrize("model", list(PARAMETERS))

@@ -32,14 +32,12 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 @pytest.fixture
 def snapshot(workspace, monkeypatch) -> Path:
-    """A staged checkpoint of a small OLMo-2 in two shards, and the host's description, as the pipeline has them."""
+    """A staged checkpoint of a small OLMo-2 in two shards, as the pipeline has it; provision has not run."""
     from stages.compose import read_params
-    from stages.host import read_host
 
     architecture = read_params()["model"]["architecture"] | SMALL
     folder = Run("download").out("data/hf/hf_snapshot/olmo2_tiny")
     folder.mkdir()
-    Run("provision").out("data/host.json").write_text(read_host().as_json())
     monkeypatch.setattr("stages.sources.SHARD_BYTES", 40_000)
     source = Random(architecture, 0, False)
     assert len(list(source.place(source.names(), folder))) == 5

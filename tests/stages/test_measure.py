@@ -65,7 +65,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / f"params/{name}.yaml").write_text(f"model: {name}\n")
     code = {"kernels/a.py": sha256(b"x = 1\n").hexdigest()}
     (folder / "pack.json").write_text(json.dumps({"commit": COMMIT, "sets": sets, "code": code}))
-    for name in ("__init__", "commit", "measure"):
+    for name in ("__init__", "arguments", "commit", "measure"):
         (folder / f"stages/{name}.py").write_bytes((ROOT / f"stages/{name}.py").read_bytes())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
@@ -302,7 +302,7 @@ def test_bad_jobs_are_refused_before_anything_runs(root: Path, capsys: pytest.Ca
 def test_a_bad_limit_is_refused(root: Path, capsys: pytest.CaptureFixture[str], limit: str):
     with pytest.raises(SystemExit) as exit:
         run(root, "a: provision", f"--limit={limit}")
-    assert exit.value.code == 2 and "should be seconds, above 0" in capsys.readouterr().err
+    assert exit.value.code == 2 and "should be a number above 0" in capsys.readouterr().err
 
 
 def test_a_checkout_is_no_pack(capsys: pytest.CaptureFixture[str]):

@@ -187,7 +187,7 @@ def test_bad_arguments(checkout: Path, capsys: pytest.CaptureFixture[str], argum
 def test_a_bad_size(checkout: Path, capsys: pytest.CaptureFixture[str], size: str):
     with pytest.raises(SystemExit) as exit:
         pack.main([f"--max-size={size}"])
-    assert exit.value.code == 2 and "should be a number of MiB above 0" in capsys.readouterr().err
+    assert exit.value.code == 2 and "should be a number above 0" in capsys.readouterr().err
 
 
 def test_outside_git(checkout: Path, capsys: pytest.CaptureFixture[str]):

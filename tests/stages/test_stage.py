@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from stages import stage as stage_module
-from stages.params import Gpu, Model, ParamsError, StagedModel, Week, Weeks, Workload
+from stages.params import Gpu, Model, ParamsError, StagedModel, Week, Weeks, Workload, list_choices
 from stages.stage import Run, StageError, cache_folder, reported, stage, write_whole
 
 
@@ -86,7 +86,7 @@ def test_under_dvc_refuses_overrides(workspace, monkeypatch, capsys):
         (["gpu=rtx6090"], ["unknown gpu 'rtx6090'", "rtx5090"]),
         (["model=olmo3_7b"], ["unknown model 'olmo3_7b'", "olmo2_7b"]),
         (["workload=huge"], ["unknown workload 'huge'", "smoke"]),
-        (["week=w13"], ["unknown week 'w13'", "w01, w02, w03, w04"]),
+        (["week=w99"], ["unknown week 'w99'", "w01, w02, w03, w04"]),
         ([], ["which week?", "w01"]),
         (["week=w01", "week=w02"], ["one week at a time"]),
         (["week=w01", "model.sed=1"], ["model.sed"]),
@@ -186,7 +186,7 @@ def test_sections_are_read_only(workspace):
 
 def test_all_weeks_in_order(workspace):
     (_, weeks) = call([], Weeks)
-    assert list(weeks.weeks) == ["w01", "w02", "w03", "w04", "w05", "w06", "w08", "w11"]
+    assert list(weeks.weeks) == list_choices("week")
 
 
 def test_engine_settings_follow_the_host(workspace):

@@ -7,8 +7,8 @@
 | tile | tile.py | the query heads of a KV head (GQA) are the rows of mma.sync; online softmax; P·V |
 | split-KV | combine.py | segments of 512 positions by several blocks, combined in order by the last of them |
 
-What the steps gained: docs/decisions.md. Shares of the limit, KV bytes over bandwidth: the report's kernel tables,
-`reports/REPORT.md`.
+What the steps gained: docs/decisions.md. Shares of the limit, KV bytes over bandwidth: "Every kernel under the
+roofline" of the page, `reports/site/index.html` (`make report`).
 
 One block of 128 threads walks over segments of a token's positions for the query heads that share a KV head: they are
 the rows of the matrix products.

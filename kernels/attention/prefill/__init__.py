@@ -8,8 +8,8 @@
 | ping-pong | one warpgroup multiplies as the other exponentiates |
 | split-KV | few queries after a long history: a tile's segments are work for several blocks, the last one combines |
 
-What they gained: docs/decisions.md. Shares of the limit, the sustained matrix rate: the report's kernel tables,
-`reports/REPORT.md`.
+What they gained: docs/decisions.md. Shares of the limit, the sustained matrix rate: "Every kernel under the
+roofline" of the page, `reports/site/index.html` (`make report`).
 
 A block works on a tile of queries of one head, which stay, and walks over the keys and values that any of them sees in
 tiles of 128 positions. With "wgmma" one warp copies, the others multiply; with "mma" all do both.

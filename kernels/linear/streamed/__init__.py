@@ -8,7 +8,8 @@
 | few rows | whole batches of steps a stage | "Stages are whole batches where a block owns few rows" |
 | wgmma | sm_90a, from 32 tokens on: operands from shared memory | "From 32 tokens on the decode product uses wgmma" |
 
-Shares of the limit, weight bytes over bandwidth: the report's kernel tables, `reports/REPORT.md`.
+Shares of the limit, weight bytes over bandwidth: "Every kernel under the roofline" of the page,
+`reports/site/index.html` (`make report`).
 
 One warp of a block is the producer, the others consume. The block owns `groups` x 8 rows of the weight; a consumer warp
 owns some of those groups for all tokens and walks K from 0 up. What it multiplies arrives in stages of `boxes` boxes of

@@ -10,7 +10,8 @@
 | measured | `stages.tune` times tilings, `tilings.csv` keeps the fastest of each shape |
 
 What they gained: docs/decisions.md, "Prefill products: tiles chosen by a model of two constants" and behind it. Shares
-of the limit, the sustained matrix rate: the report's kernel tables, `reports/REPORT.md`.
+of the limit, the sustained matrix rate: "Every kernel under the roofline" of the page,
+`reports/site/index.html` (`make report`).
 
 Tokens are the products' 16 or 64 rows and weight rows their columns: a thread holds neighbours of an output row. A tile
 of `linear_swiglu` has the gate rows of its outputs and their up rows: a thread holds both of an output.

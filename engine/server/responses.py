@@ -1,4 +1,4 @@
-"""Answers out of what the engine yields: whole, or as server-sent events."""
+"""Responses made of what the engine yields: whole, or as server-sent events."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Prompt:
 
 @dataclass
 class Job:
-    """A request on its way: what the engine was asked, and how the answer is to look."""
+    """A request on its way: what the engine was asked, and how the response is to look."""
 
     id: str
     chat: bool
@@ -104,7 +104,7 @@ class Job:
 
 
 async def whole(job: Job) -> dict[str, Any]:
-    """The answer in one piece. Raises ApiError where a completion fails."""
+    """The response in one piece. Raises ApiError where a completion fails."""
     async with job.stack:
         for index, stream in enumerate(job.streams):
             async for update in stream:
@@ -124,7 +124,7 @@ async def whole(job: Job) -> dict[str, Any]:
             text = job.echoed(index) + done.text
             choices.append({"index": index, "text": text, "logprobs": logprobs.write(entries), **ended, **ids})
     generated = sum(len(done.token_ids) for done in job.completions.values())
-    answer = {
+    response = {
         "id": job.id,
         "object": "chat.completion" if job.chat else "text_completion",
         "created": job.created,
@@ -132,11 +132,11 @@ async def whole(job: Job) -> dict[str, Any]:
         "choices": choices,
         "usage": job.usage(generated),
     }
-    return answer | ({"prompt_token_ids": job.prompts[0].ids} if job.chat and job.token_ids else {})
+    return response | ({"prompt_token_ids": job.prompts[0].ids} if job.chat and job.token_ids else {})
 
 
 class EventStream(StreamingResponse):
-    """The answer as server-sent events. Whatever ends the response, a client that has gone too, ends the job."""
+    """The response as server-sent events. Whatever ends it, a client that has gone too, ends the job."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(

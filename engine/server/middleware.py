@@ -1,4 +1,4 @@
-"""What stands between HTTP and the routes: limits, the API key, request ids, one line of log an answer."""
+"""Middleware between HTTP and the routes: limits, the API key, request ids, one line of log a response."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _GIVEN_ID = re.compile(rb"[!-~]{1,128}")
 
 
 class ClientGone(Exception):
-    """The client has closed its connection before it had its answer."""
+    """The client has closed its connection before it had its response."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a gate lets through.
+    """Limits on what reaches the routes.
 
     Args:
         api_key: The key that requests must bring as `Authorization: Bearer KEY`; None: no key.
@@ -52,14 +52,14 @@ class Limits:
     max_active: int
 
 
-class Gate:
+class RequestMiddleware:
     """Wraps an ASGI application.
 
     Args:
         app: What answers.
         limits: What it is asked.
-        answered: Told of each answer's path and status.
-        closing: Whether connections should end with the answers on their way.
+        answered: Told of each response's path and status.
+        closing: Whether connections should end with the responses on their way.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Gate:
         except Exception:
             log.exception("request failed", extra={"request_id": request_id.decode()})
             if status:
-                raise  # the connection is closed where the answer breaks off
+                raise  # the connection is closed where the response breaks off
             await _send_error(ApiError(500, "the server failed; its log says how"), counted_send)
         finally:
             self._active -= 1
@@ -229,7 +229,7 @@ def _path(scope: Scope) -> str:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """What the application may receive from: the body, then what comes."""
+    """A source that the application receives from: the body, then what comes."""
     first: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
     async def replay() -> Message:

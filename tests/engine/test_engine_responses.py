@@ -1,4 +1,4 @@
-"""Answers of the server, where the text is not that of its tokens one by one."""
+"""Responses of the server, where the text is not that of its tokens one by one."""
 
 from __future__ import annotations
 
@@ -9,21 +9,13 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
-from engine_checkpoints import save_llama
 from fake_engine import entry
 
 from engine.runtime.request import Completion, Update
-from engine.server import answers
-from engine.server.answers import Job, Prompt
+from engine.server import responses
+from engine.server.responses import Job, Prompt
 from engine.server.tokens import TokenTexts
 from engine.text.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("llama")
-    save_llama(path)
-    return Tokenizer(path)
 
 
 def ids_of(tokenizer: Tokenizer, *names: str | bytes) -> list[int]:
@@ -51,9 +43,9 @@ def answer(tokenizer: Tokenizer, prompt: Prompt, generated: list[int], **how: An
                    observe=lambda _: None, logprobs=True, **how)  # fmt: skip
 
     async def streamed() -> list[bytes]:
-        return [chunk async for chunk in answers.EventStream(job()).body_iterator]  # type: ignore[misc]
+        return [chunk async for chunk in responses.EventStream(job()).body_iterator]  # type: ignore[misc]
 
-    (choice,) = asyncio.run(answers.whole(job()))["choices"]
+    (choice,) = asyncio.run(responses.whole(job()))["choices"]
     chunks = [json.loads(c[6:])["choices"][0] for c in asyncio.run(streamed())[:-1]]
     assert "".join(chunk["text"] for chunk in chunks) == choice["text"]
     offsets = [offset for chunk in chunks for offset in (chunk["logprobs"] or {}).get("text_offset", ())]

@@ -1,244 +1,154 @@
-"""config.json is read strictly: what could change a number is understood or refused by name."""
+"""The configuration where none is given: the fastest for this machine, with a cache that model and memory take."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from engine_checkpoints import Reference
 
-from engine.model.config import ConfigError, ModelConfig, Rope
+from engine.config import EngineConfig, make_ops
+from engine.llm import LLM
+from engine.model.config import ModelConfig
+from engine.model.cost import kv_bytes_per_token
+from engine.model.weights import random_weights
+from engine.ops.reference import ReferenceOps
+from engine.runtime.startup import kernels_of
+from engine.sampling_params import SamplingParams
 
-# config.json of allenai/OLMo-2-1124-13B-Instruct, as transformers 4 wrote it
-OLMO2_13B = {
-    "architectures": ["Olmo2ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 100257,
-    "eos_token_id": 100257,
-    "hidden_act": "silu",
-    "hidden_size": 5120,
-    "initializer_range": 0.02,
-    "intermediate_size": 13824,
-    "max_position_embeddings": 4096,
-    "model_type": "olmo2",
-    "num_attention_heads": 40,
-    "num_hidden_layers": 40,
-    "num_key_value_heads": 40,
-    "pad_token_id": 100277,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 500000,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.47.0",
-    "use_cache": False,
-    "vocab_size": 100352,
-}
-LLAMA = {
-    **{k: v for k, v in OLMO2_13B.items() if k not in ("rope_theta", "rope_scaling")},
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "mlp_bias": False,
-    "pretraining_tp": 1,
-    "eos_token_id": [100257, 100258],
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "factor": 8.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 2048,
-        "rope_type": "llama3",
-    },
-}
-MISTRAL = {
-    **{k: v for k, v in OLMO2_13B.items() if k != "attention_bias"},
-    "architectures": ["MistralForCausalLM"],
-    "model_type": "mistral",
-    "num_key_value_heads": 8,
-    "sliding_window": 4096,
-}
-OLMO3 = {
-    **OLMO2_13B,
-    "architectures": ["Olmo3ForCausalLM"],
-    "model_type": "olmo3",
-    "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 10,
-    "sliding_window": 1024,
-}
+TINY = Path(__file__).resolve().parents[2] / "data/models/olmo2-tiny"
+FASTEST = {"attention": "flash", "linear": "tiled", "sampling": "split", "kv_cache": "auto", "cuda_graph": True}
 
 
-def test_olmo2_axes():
-    config = ModelConfig.from_dict(OLMO2_13B)
-    arch = config.architecture
-    assert (arch.norm_placement, arch.qk_norm, arch.norm_rounding, arch.rope_dtype) == (
-        "post", "full", "once", "float32",
-    )  # fmt: skip
-    assert config.head_dim == 128 and config.q_size == config.kv_size == 5120
-    assert config.rope == config.sliding_rope == Rope(theta=500000.0)
-    assert config.eos_token_ids == (100257,) and config.dtype == "bfloat16"
-    assert {config.window(layer) for layer in range(40)} == {0}
-    assert config.parameter_count() == 13_716_198_400
-    shapes = config.tensor_shapes()
-    assert len(shapes) == 443
-    assert shapes["model.layers.39.self_attn.q_norm.weight"] == (5120,)
-    assert shapes["model.layers.0.post_feedforward_layernorm.weight"] == (5120,)
-    hash(config)
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch):
+    """Makes torch see a GPU of a compute capability, or none."""
 
+    def see(capability: tuple[int, int] | None, free: int = 0) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A GPU")
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, 2 * free))
 
-def test_llama_axes():
-    config = ModelConfig.from_dict(LLAMA)
-    arch = config.architecture
-    assert (arch.norm_placement, arch.qk_norm, arch.norm_rounding, arch.rope_dtype) == (
-        "pre", "none", "twice", "model",
-    )  # fmt: skip
-    assert config.rope == Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 2048)
-    assert config.eos_token_ids == (100257, 100258)
-    shapes = config.tensor_shapes()
-    assert shapes["model.layers.3.self_attn.k_proj.weight"] == (1024, 5120)
-    assert "model.layers.3.input_layernorm.weight" in shapes and "model.layers.3.self_attn.q_norm.weight" not in shapes
-    tied = ModelConfig.from_dict({**LLAMA, "tie_word_embeddings": True})
-    assert "lm_head.weight" not in tied.tensor_shapes()
-    assert config.parameter_count() - tied.parameter_count() == 100352 * 5120
-
-
-def test_mistral_window():
-    config = ModelConfig.from_dict(MISTRAL)
-    assert config.window(0) == config.window(39) == 4096
-    assert ModelConfig.from_dict({**MISTRAL, "sliding_window": None}).window(0) == 0
-
-
-def test_olmo3_windows_and_rope():
-    scaling = {"rope_type": "linear", "factor": 4.0}
-    config = ModelConfig.from_dict({**OLMO3, "rope_scaling": scaling})
-    assert [config.window(layer) for layer in range(4)] == [1024, 1024, 1024, 0]
-    assert config.layer_rope(3).factor == 4.0 and config.layer_rope(0) == Rope(500000.0)
-    fields = {k: v for k, v in OLMO3.items() if k not in ("rope_theta", "rope_scaling")}
-    nested = {
-        "full_attention": {**scaling, "rope_theta": 1e6},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-    }
-    config = ModelConfig.from_dict({**fields, "rope_parameters": nested})
-    assert config.layer_rope(3) == Rope(1e6, "linear", 4.0) and config.layer_rope(0) == Rope(1e4)
+    return see
 
 
 @pytest.mark.parametrize(
-    "scaled",
-    [{"rope_type": "linear", "factor": 2.0}, {"type": "linear", "factor": 8}, LLAMA["rope_scaling"]],
-    ids=lambda rope: f"{rope.get('rope_type')} {rope['factor']}",
-)
-def test_flat_rope_of_olmo3_scales_no_layer_in_silence(scaled: dict[str, Any]):
-    fields = {k: v for k, v in OLMO3.items() if k not in ("rope_theta", "rope_scaling")}
-    with pytest.raises(
-        ConfigError, match=r"scales the layers of all types; .* give rope_parameters.full_attention and"
-    ):
-        ModelConfig.from_dict({**fields, "rope_parameters": {"rope_theta": 500000.0, **scaled}})
-    # In the older form scaling is of the layers of full attention, and unscaled both forms mean the same.
-    plain = ModelConfig.from_dict({**fields, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}})
-    assert plain.rope == plain.sliding_rope == Rope(1e5)
-    assert ModelConfig.from_dict({**OLMO3, "rope_scaling": scaled}).sliding_rope == Rope(500000.0)
-    nested = {
-        "full_attention": {**scaled, "rope_theta": 1e5},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e5},
-    }
-    with pytest.raises(ConfigError, match=r"rope_parameters.factor = 4.0 is beside 'full_attention'"):
-        ModelConfig.from_dict({**fields, "rope_parameters": {**nested, "factor": 4.0}})
-    # Where all layers are alike, so is their scaling.
-    fields = {k: v for k, v in MISTRAL.items() if k not in ("rope_theta", "rope_scaling")}
-    config = ModelConfig.from_dict({**fields, "rope_parameters": {"rope_theta": 1e5, **scaled}})
-    assert config.rope == config.sliding_rope and config.rope.factor == scaled["factor"]
-
-
-def test_both_generations_of_rope_fields():
-    old = ModelConfig.from_dict(LLAMA)
-    fields = {k: v for k, v in LLAMA.items() if k not in ("rope_theta", "rope_scaling")}
-    new = ModelConfig.from_dict({**fields, "rope_parameters": {**LLAMA["rope_scaling"], "rope_theta": 500000.0}})
-    assert old.rope == new.rope
-    legacy = ModelConfig.from_dict({**MISTRAL, "rope_scaling": {"type": "linear", "factor": 2.0}})
-    assert legacy.rope == Rope(500000.0, "linear", 2.0)
-
-
-@pytest.mark.parametrize("base", [OLMO2_13B, LLAMA, MISTRAL, OLMO3], ids=lambda b: b["model_type"])
-def test_every_needed_field_is_required(base: dict[str, Any]):
-    proved_by_shapes = {"num_key_value_heads", "head_dim", "attention_bias", "mlp_bias"}
-    harmless = {"attention_dropout", "bos_token_id", "initializer_range", "pad_token_id", "pretraining_tp",
-                "torch_dtype", "transformers_version", "use_cache", "rope_scaling"}  # fmt: skip
-    for field in base:
-        fields = {k: v for k, v in base.items() if k != field}
-        if field in proved_by_shapes | harmless:
-            ModelConfig.from_dict(fields)
-        else:
-            with pytest.raises(ConfigError, match=f"{field} is missing"):
-                ModelConfig.from_dict(fields)
-
-
-@pytest.mark.parametrize(
-    ("base", "change", "message"),
+    ("capability", "expected"),
     [
-        (OLMO2_13B, {"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
-        (OLMO2_13B, {"architectures": ["Olmo2ForCausalLM", "LlamaForCausalLM"]}, "LlamaForCausalLM"),
-        (OLMO2_13B, {"model_type": "llama"}, "model_type = 'llama'"),
-        (OLMO2_13B, {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        (OLMO2_13B, {"attention_bias": True}, "attention_bias = True"),
-        (LLAMA, {"mlp_bias": True}, "mlp_bias = True"),
-        (OLMO2_13B, {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
-        (OLMO2_13B, {"mlp_bias": False}, "mlp_bias"),
-        (OLMO2_13B, {"sliding_window": 128}, "sliding_window"),
-        (MISTRAL, {"layer_types": ["full_attention"] * 40}, "layer_types"),
-        (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
-        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
-        (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type = 'dynamic'"),
-        (LLAMA, {"rope_scaling": {"factor": 4.0}}, "rope_type = None"),
-        (LLAMA, {"rope_scaling": {"rope_type": "linear", "type": "yarn", "factor": 4.0}}, "contradicts"),
-        (LLAMA, {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor is missing"),
-        (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": -1}}, "factor = -1"),
-        (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": 2, "mscale": 1}}, "mscale = 1"),
-        (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "is missing"),
-        (LLAMA, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "both given"),
-        (LLAMA, {"rope_scaling": {**LLAMA["rope_scaling"], "high_freq_factor": 1.0}}, "high_freq_factor"),
-        (LLAMA, {"rope_theta": "500000"}, "rope_theta = '500000'"),
-        (OLMO2_13B, {"vocab_size": 0}, "vocab_size = 0"),
-        (OLMO2_13B, {"hidden_size": "5120"}, "hidden_size = '5120'"),
-        (OLMO2_13B, {"num_hidden_layers": True}, "num_hidden_layers = True"),
-        (OLMO2_13B, {"num_key_value_heads": 3}, "not a multiple of num_key_value_heads = 3"),
-        (OLMO2_13B, {"hidden_size": 5121}, "not a multiple of 40 heads"),
-        (LLAMA, {"head_dim": 63}, "head_dim = 63"),
-        (OLMO2_13B, {"rms_norm_eps": 0}, "rms_norm_eps = 0"),
-        (OLMO2_13B, {"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no'"),
-        (OLMO2_13B, {"eos_token_id": 100352}, "eos_token_id = 100352"),
-        (OLMO2_13B, {"eos_token_id": [1, "2"]}, "eos_token_id = '2'"),
-        (OLMO2_13B, {"torch_dtype": "int8"}, "dtype = 'int8'"),
-        (OLMO3, {"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
-        (OLMO3, {"layer_types": ["chunked_attention"] * 40}, "'chunked_attention'"),
-        (OLMO3, {"sliding_window": None}, "sliding_window is null"),
-        (MISTRAL, {"sliding_window": 0}, "sliding_window = 0"),
+        (None, ("reference", "cpu")),
+        ((9, 0), ("cuda", "cuda")),
+        ((8, 6), ("cuda", "cuda")),
+        ((7, 5), ("reference", "cuda")),
     ],
-    ids=lambda value: str(value)[:40] if isinstance(value, dict) and len(value) == 1 else "",
-)  # fmt: skip
-def test_refused_by_name(base: dict[str, Any], change: dict[str, Any], message: str):
-    with pytest.raises(ConfigError, match=message.replace("[", r"\[").replace("(", r"\(")):
-        ModelConfig.from_dict({**base, **change})
+)
+def test_the_fastest_of_a_machine(machine, capability, expected):
+    machine(capability)
+    engine = EngineConfig.for_machine()
+    assert (engine.backend, engine.device) == expected and engine.max_batch == 256
+    assert {name: getattr(engine, name) for name in FASTEST} == FASTEST
+    assert EngineConfig.for_machine("reference").device == expected[1]
+    changed = EngineConfig.for_machine(max_batch=3, attention="naive", kv_cache="none")
+    assert (changed.max_batch, changed.attention, changed.cuda_graph) == (3, "naive", False)
+    assert EngineConfig.for_machine(device="cpu").backend == "reference"
 
 
-def test_no_end_of_sequence():
-    assert ModelConfig.from_dict({**OLMO2_13B, "eos_token_id": None}).eos_token_ids == ()
+def test_a_gpu_that_the_kernels_are_not_for(machine, caplog: pytest.LogCaptureFixture):
+    machine((7, 5))
+    assert EngineConfig.for_machine().backend == "reference"
+    assert "A GPU: compute capability 7.5 is not supported" in caplog.text
+    with pytest.raises(ValueError, match=r"backend = 'cuda', but A GPU: .* 7\.5 .*; use backend = 'reference'"):
+        make_ops(EngineConfig.for_machine("cuda"))
 
 
-def test_from_file(tmp_path: Path):
-    with pytest.raises(ConfigError, match="no such file"):
-        ModelConfig.from_file(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text("{")
-    with pytest.raises(ConfigError, match="not JSON"):
-        ModelConfig.from_file(path)
-    path.write_text("[]")
-    with pytest.raises(ConfigError, match="list"):
-        ModelConfig.from_file(path)
-    path.write_text(json.dumps({**OLMO2_13B, "hidden_act": "relu"}))
-    with pytest.raises(ConfigError, match=r"config.json: hidden_act"):
-        ModelConfig.from_file(path)
-    path.write_text(json.dumps(OLMO2_13B))
-    assert ModelConfig.from_file(tmp_path) == ModelConfig.from_file(path) == ModelConfig.from_dict(OLMO2_13B)
+def test_bad_requests(machine):
+    machine(None)
+    with pytest.raises(ValueError, match="backend = 'triton'; it must be auto, reference or cuda"):
+        EngineConfig.for_machine("triton")
+    with pytest.raises(ValueError, match="max_batch = 0"):
+        EngineConfig.for_machine(max_batch=0)
+    with pytest.raises(ValueError, match="finds no CUDA GPU on this machine"):
+        make_ops(EngineConfig.for_machine("cuda"))
+
+
+def settled(model: ModelConfig, ops: Any, **settings: Any) -> EngineConfig:
+    length = model.max_position_embeddings
+    return EngineConfig.for_machine(**{"dtype": "bfloat16"} | settings).for_model(model, ops, length)
+
+
+def test_a_cpu_takes_no_gigabytes_for_its_cache(machine):
+    machine(None)
+    model = ModelConfig.from_file(TINY)
+    size = kv_bytes_per_token(model, torch.bfloat16)
+    many = settled(model, ReferenceOps())
+    assert (many.kv_cache, many.kv_tokens, many.max_batch) == ("paged", 2**30 // size, 256)
+    assert settled(model, ReferenceOps(), max_batch=3).kv_tokens == 3 * model.max_position_embeddings
+    assert settled(model, ReferenceOps(), kv_tokens=99).kv_tokens == 99
+    # A request of the longest length always fits.
+    large = dataclasses.replace(model, num_hidden_layers=600)
+    assert kv_bytes_per_token(large, torch.bfloat16) * 2048 > 2**30
+    assert settled(large, ReferenceOps()).kv_tokens == 2048
+    given = EngineConfig(dtype="bfloat16")
+    assert given.for_model(model, ReferenceOps(), 2048) is given
+
+
+class NoPages(ReferenceOps):
+    def why_not_paged(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> str | None:
+        return None if dtype == torch.bfloat16 and head_dim == 128 else "such heads have no pages"
+
+
+def test_a_cache_that_the_operations_read(machine):
+    model = ModelConfig.from_file(TINY)
+    row = model.max_position_embeddings * kv_bytes_per_token(model, torch.float32)
+    machine((9, 0), free=40 * row)
+    on_pages = settled(model, NoPages("cuda"))
+    assert (on_pages.kv_cache, on_pages.kv_tokens) == ("paged", None)  # the engine takes what the GPU has
+    rows = settled(model, NoPages("cuda"), dtype="float32")
+    assert (rows.kv_cache, rows.max_batch) == ("contiguous", 20)
+    assert settled(model, NoPages("cuda"), dtype="float32", max_batch=4).max_batch == 4
+    assert settled(dataclasses.replace(model, head_dim=96), NoPages("cuda")).kv_cache == "contiguous"
+    machine((9, 0), free=row)
+    assert settled(model, NoPages("cuda"), dtype="float32").max_batch == 1
+    # What is asked for by name stays, and the cache says what it lacks.
+    assert settled(model, NoPages("cuda"), dtype="float32", kv_tokens=4096).kv_cache == "paged"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_heads_without_pages_under_the_simulator(olmo2: Reference):
+    model = ModelConfig.from_file(olmo2.path)
+    weights = random_weights(model, "cpu", torch.bfloat16, 0)
+    llm = LLM((model, weights), EngineConfig.for_machine("cuda", device="cpu"))
+    assert model.head_dim == 32 and llm.engine.kv_cache == "contiguous"
+
+
+def test_the_kernels_are_those_of_the_chosen_cache():
+    """They are known before the weights are there, on a machine without a GPU too."""
+    model, machine = ModelConfig.from_file(TINY), ("sm_90a", 132)
+
+    def kernels(kv_cache: str, dtype: str) -> set[str]:
+        engine = EngineConfig.for_machine("cuda", dtype=dtype, kv_cache=kv_cache, max_step_tokens=64)
+        return {kernel.name for kernel in kernels_of(model, engine, 128, machine)}
+
+    assert model.head_dim == 128
+    assert kernels("auto", "bfloat16") == kernels("paged", "bfloat16") != kernels("contiguous", "bfloat16")
+    assert kernels("auto", "float32") == kernels("contiguous", "float32")
+
+
+def test_llm_takes_the_fastest(olmo2: Reference):
+    llm = LLM(olmo2.path)
+    chosen = EngineConfig.for_machine(dtype="bfloat16")
+    assert (llm.engine.backend, llm.engine.device, llm.engine.cuda_graph) == (chosen.backend, chosen.device, True)
+    prompts = [[5, 6, index] for index in range(20)]
+    params = SamplingParams(max_new_tokens=3, temperature=0, ignore_eos=True)
+    together = [done.token_ids for done in llm.generate(prompts, params)]
+    assert llm.stats().steps <= 6 and llm.engine.max_batch >= 20  # all at once
+    assert together == [llm.generate([ids], params)[0].token_ids for ids in prompts]
+
+
+def test_weights_of_the_caller_say_the_device(olmo2: Reference):
+    model = ModelConfig.from_file(olmo2.path)
+    engine = LLM((model, random_weights(model, "cpu", torch.bfloat16, 0))).engine
+    assert (engine.backend, engine.device, engine.kv_cache) == ("reference", "cpu", "paged")

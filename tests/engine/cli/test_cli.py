@@ -22,7 +22,7 @@ from engine.cli.app import app
 from engine.llm import LLM, EngineConfig
 from engine.sampling_params import SamplingParams
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def afs(*args: str | int | Path, stdin: str | None = None) -> Result:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from kernel_numerics import DEVICE, assert_equal, floats, ints, randn
-from test_op_sampling import FILTERS, WEIRD_FILTERS, draws_that_tell, seed_that_draws, weird_cases, winner
+from test_sampling import FILTERS, WEIRD_FILTERS, draws_that_tell, seed_that_draws, weird_cases, winner
 
 from kernels import sampling
 

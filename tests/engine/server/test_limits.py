@@ -589,7 +589,7 @@ print("after")
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals(number: signal.Signals):
-    script = PROCESS.format(tests=str(Path(__file__).parent))
+    script = PROCESS.format(tests=str(Path(__file__).parents[1]))
     process = subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=ROOT,

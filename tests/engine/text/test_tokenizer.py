@@ -26,7 +26,7 @@ from engine.text.tokenizer import Tokenizer, TokenizerError
 
 DOLMA2 = Path(
     os.environ.get("AFS_DOLMA2_TOKENIZER")
-    or Path(__file__).resolve().parents[3] / "shared" / "data" / "dolma2-tokenizer.json"
+    or Path(__file__).resolve().parents[4] / "shared" / "data" / "dolma2-tokenizer.json"
 )
 TEXTS = [
     "",

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from engine.model.hub import HubError, find_model, model_name, parse_id
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NOWHERE = "http://127.0.0.1:9"
 SNAPSHOT = f"hf/hub/models--tiny--model/snapshots/{SHA}"
 # Tells of each name the folder or the error, as the client reads its environment once in a process.

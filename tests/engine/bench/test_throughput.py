@@ -35,7 +35,7 @@ from engine.model.cost import Ceilings, Footprint, step_cost
 from engine.runtime.request import Completion, Update
 from engine.sampling_params import SamplingParams
 
-TINY = Path(__file__).resolve().parents[2] / "data/models/olmo2-tiny"
+TINY = Path(__file__).resolve().parents[3] / "data/models/olmo2-tiny"
 CEILINGS = Ceilings(bandwidth=1e9, matrix_rate=1e12)
 
 

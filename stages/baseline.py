@@ -142,6 +142,7 @@ def main(run: Run, gpu: Gpu, model: Model, workload: Workload) -> None:
     import torch
 
     from engine.model.config import ModelConfig
+    from engine.model.cost import Footprint
 
     path = run.find_snapshot(model.name)
     checkpoint = checkpoint_id(run.find(f"data/hf/{model.name}.manifest.json"))
@@ -150,7 +151,7 @@ def main(run: Run, gpu: Gpu, model: Model, workload: Workload) -> None:
     no_memory = None if use_cuda else NO_GPU
     config = ModelConfig.from_file(path)
     set_threads(config.parameter_count())
-    ceilings = read_ceilings(run, use_cuda)
+    ceilings, footprint = read_ceilings(run, use_cuda), Footprint.dense(config, torch.bfloat16)
     rows = Rows("baseline", "w01", model.name, read_host())
     knobs: dict[str, Any] = {
         "dtype": DTYPE,
@@ -177,13 +178,13 @@ def main(run: Run, gpu: Gpu, model: Model, workload: Workload) -> None:
                 except TooSlow as reason:
                     rows.add_missing(list_rows(case), str(reason), **knobs)
                     continue
-            add_latency(rows, case, latency, limits(case, config, DTYPE, ceilings), no_memory, **knobs)
+            add_latency(rows, case, latency, limits(case, footprint, ceilings), no_memory, **knobs)
             add_utilisation(rows, case.name, sampler, use_cuda, **case.knobs, **knobs)
         encoded = encode_prompts(tokenizer, workload.prompts, config.vocab_size)
         for batch in workload.batch_sizes:
             with Sampler() as sampler:
                 case, latency = measure_prompts(loaded, encoded, batch, workload.new_tokens, workload, budget)
-            add_latency(rows, case, latency, limits(case, config, DTYPE, ceilings), no_memory, **knobs)
+            add_latency(rows, case, latency, limits(case, footprint, ceilings), no_memory, **knobs)
             add_utilisation(rows, case.name, sampler, use_cuda, **case.knobs, **knobs)
 
     prompts, tensors = make_reference(loaded, tokenizer, workload.prompts, min(GREEDY_TOKENS, workload.new_tokens))

@@ -126,7 +126,7 @@ def place(name: str) -> tuple[int | None, str]:
 def summarize_architecture(config: ModelConfig, inventory: Any) -> pd.DataFrame:
     """Columns `property` and `value`: the architecture's axes, then parameters and bytes."""
     facts: dict[str, Any] = {
-        "architecture": config.architecture,
+        "architecture": config.architecture.name,
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -135,8 +135,8 @@ def summarize_architecture(config: ModelConfig, inventory: Any) -> pd.DataFrame:
         "head_dim": config.head_dim,
         "vocab_size": config.vocab_size,
         "max_positions": config.max_position_embeddings,
-        "norm_placement": config.norm_placement,
-        "qk_norm": config.qk_norm,
+        "norm_placement": config.architecture.norm_placement,
+        "qk_norm": config.architecture.qk_norm,
         "norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope.theta,
         "rope_type": config.rope.type,

@@ -19,8 +19,7 @@ from stages.params import Workload
 from stages.stage import Run
 
 if TYPE_CHECKING:
-    from engine.model.config import ModelConfig
-    from engine.model.cost import Ceilings
+    from engine.model.cost import Ceilings, Footprint
 
 PREFILL, DECODE = "standard_prefill", "standard_decode"
 PROMPTS = "workload_prompts"  # the workload's own text instead of random tokens
@@ -212,23 +211,18 @@ def read_ceilings(run: Run, gpu: bool) -> Ceilings:
     return Ceilings(float(bandwidth.value), float(rate.value), str(rate.dtype))
 
 
-def limits(
-    case: Case, config: ModelConfig, dtype: str, ceilings: Ceilings
-) -> dict[str, tuple[float | None, str | None]]:
+def limits(case: Case, model: Footprint, ceilings: Ceilings) -> dict[str, tuple[float | None, str | None]]:
     """metric -> (the value it could have at best on this host, why)."""
-    import torch
-
     from engine.model.cost import step_cost
 
-    kind = getattr(torch, dtype)
     prompts = [case.prompt_tokens] * case.batch
-    first, first_kind = ceilings.milliseconds(step_cost(config, kind, prompts, prompts))
+    first, first_kind = ceilings.milliseconds(step_cost(model, prompts, prompts))
     found: dict[str, tuple[float | None, str | None]] = {"ttft_ms": (first, first_kind)}
     if first is None or case.new_tokens < 2:
         return found
     # A step's cost grows linearly with its context, so the middle step's is the mean.
     middle = case.prompt_tokens + case.new_tokens // 2
-    step, step_kind = ceilings.milliseconds(step_cost(config, kind, [1] * case.batch, [middle] * case.batch))
+    step, step_kind = ceilings.milliseconds(step_cost(model, [1] * case.batch, [middle] * case.batch))
     assert step is not None
     whole = first + step * (case.new_tokens - 1)
     why = f"first token: {first_kind}; each other: {step_kind}"

@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 
-from engine.model.config import ModelConfig
-from engine.model.cost import Ceilings, StepCost, kv_bytes_per_token, step_cost
+from engine.model.cost import Ceilings, Footprint, StepCost, kv_bytes_per_token, step_cost
 from engine.model.kv_cache import ContiguousCache
 from engine.model.transformer import Model
 from engine.ops.batch import Batch, TokenSpan
@@ -176,12 +175,12 @@ def measure_prompt(
     return [seconds(run, device) for _ in range(repeats)]
 
 
-def case_cost(config: ModelConfig, dtype: torch.dtype, case: Case, batch: int) -> tuple[StepCost, int]:
+def case_cost(model: Footprint, case: Case, batch: int) -> tuple[StepCost, int]:
     """What one pass of a test moves and computes (decode: the mean one's), and how many passes it has."""
     if case.prompt:
-        return step_cost(config, dtype, [case.prompt] * batch, [case.depth + case.prompt] * batch), 1
+        return step_cost(model, [case.prompt] * batch, [case.depth + case.prompt] * batch), 1
     middle = case.depth + 1 + case.new // 2
-    return step_cost(config, dtype, [1] * batch, [middle] * batch), case.new
+    return step_cost(model, [1] * batch, [middle] * batch), case.new
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,7 @@ def measure(
         samples = measure_prompt(model, batch, case.prompt, case.depth, repeats, chunk, graph)
     else:
         samples = measure_decode(model, batch, case.new, case.depth, repeats, graph)
-    cost, steps = case_cost(model.config, model.weights.dtype, case, batch)
+    cost, steps = case_cost(model.footprint, case, batch)
     limit, kind = ceilings.milliseconds(cost)
     return Result(case, batch, samples, steps, None if limit is None else limit / 1e3, kind)
 

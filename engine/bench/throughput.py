@@ -26,12 +26,9 @@ from engine.bench.workloads import Arrive, Outcome, Request, failed, summarize
 from engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    import torch
-
     from engine.async_llm import AsyncLLM
     from engine.llm import LLM
-    from engine.model.config import ModelConfig
-    from engine.model.cost import Ceilings
+    from engine.model.cost import Ceilings, Footprint
     from engine.runtime.request import Completion
 
 LATE = ("late_kernels", "late_graphs")
@@ -119,7 +116,7 @@ def measure(llm: LLM, requests: Sequence[Request], ceilings: Ceilings) -> Result
     phases: list[Phase] = []
     done = [outcome for outcome in outcomes if outcome.error is None]
     if at_once and done:
-        limit = Limit(llm.config, llm.weights.dtype, llm.engine.max_batch, ceilings)
+        limit = Limit(llm.model.footprint, llm.engine.max_batch, ceilings)
         floor = limit.floor(done, [(o.prompt_tokens + 1, o.prompt_tokens + o.new_tokens - 1) for o in done])
         phases = split(done, seconds, limit)
     after = llm.stats()
@@ -216,8 +213,7 @@ def _outcome(completion: Completion, begin: float) -> Outcome:
 class Limit:
     """What a model on a machine takes at least, with `max_batch` sequences running together at most."""
 
-    config: ModelConfig
-    dtype: torch.dtype
+    model: Footprint
     max_batch: int
     ceilings: Ceilings
 
@@ -225,22 +221,22 @@ class Limit:
         """sizes: (tokens to compute, length) of each prompt. All in one pass, which no smaller ones can beat."""
         from engine.model.cost import step_cost
 
-        cost = step_cost(self.config, self.dtype, [size[0] for size in sizes], [size[1] for size in sizes])
+        cost = step_cost(self.model, [size[0] for size in sizes], [size[1] for size in sizes])
         return _seconds(self.ceilings.milliseconds(cost))
 
     def decoding(self, spans: Sequence[Span]) -> Floor:
         """Of decode steps that reach every context of every span, with as many sequences in each as may run."""
-        from engine.model.cost import StepCost, step_cost, weight_bytes
+        from engine.model.cost import StepCost, step_cost
 
         counts = [last - first + 1 for first, last in spans]
         steps = max(-(-sum(counts) // self.max_batch), max(counts))
         kv, flops = 0.0, 0.0
         for (first, last), count in zip(spans, counts, strict=True):
             # A step's cost grows evenly with its context: the mean of the first and the last one is that of all.
-            ends = [step_cost(self.config, self.dtype, [1], [context]) for context in (first, last)]
+            ends = [step_cost(self.model, [1], [context]) for context in (first, last)]
             kv += count * sum(end.kv_bytes for end in ends) / 2
             flops += count * sum(end.flops for end in ends) / 2
-        cost = StepCost(steps * weight_bytes(self.config, self.dtype), round(kv), round(flops))
+        cost = StepCost(steps * self.model.weight_bytes, round(kv), round(flops))
         return _seconds(self.ceilings.milliseconds(cost))
 
     def floor(self, prompts: Sequence[Outcome], spans: Sequence[Span]) -> Floor:

@@ -15,18 +15,20 @@ def inspect(argument: ModelArgument = None, model: ModelOption = None) -> None:
 
     Of a model on the hub only the configuration is fetched.
     """
+    import torch
     from rich.console import Console
     from rich.table import Table
 
     from engine.model.config import ModelConfig
-    from engine.model.cost import kv_bytes_per_token, weight_bytes
+    from engine.model.cost import Footprint, kv_bytes_per_token
     from engine.model.hub import find_model
 
     name = one_model(argument, model)
     directory = find_model(name, "config")
     config = ModelConfig.from_file(directory)
     console = Console()
-    facts = Table(title=f"{name}: {config.architecture}", show_header=False)
+    architecture = config.architecture
+    facts = Table(title=f"{name}: {architecture.name}", show_header=False)
     kv_heads = config.num_key_value_heads
     for name, value in {
         "layers": str(config.num_hidden_layers),
@@ -35,7 +37,9 @@ def inspect(argument: ModelArgument = None, model: ModelOption = None) -> None:
         "heads": f"{config.num_attention_heads} query, {kv_heads} key/value, of {config.head_dim}",
         "vocabulary": f"{config.vocab_size}, {'tied to' if config.tie_word_embeddings else 'apart from'} the head",
         "positions": str(config.max_position_embeddings),
-        "norms": f"{config.norm_placement}, rounded {config.norm_rounding}; q and k: {config.qk_norm}",
+        "norms": (
+            f"{architecture.norm_placement}, rounded {architecture.norm_rounding}; q and k: {architecture.qk_norm}"
+        ),
         "rotary embedding": f"{config.rope.type}, theta {config.rope.theta:g}",
         "window": str(config.sliding_window or "none"),
         "end of sequence": ", ".join(map(str, config.eos_token_ids)) or "none",
@@ -52,8 +56,9 @@ def inspect(argument: ModelArgument = None, model: ModelOption = None) -> None:
     table.add_section()
     table.add_row("all", f"{total:,}", "", f"{2 * total:,}")
     console.print(table)
-    console.print(f"weight bytes read a token (16 bits, batch 1): {weight_bytes(config, 'bfloat16'):,}")
-    console.print(f"KV cache bytes a token (16 bits): {kv_bytes_per_token(config, 'bfloat16'):,}")
+    read = Footprint.dense(config, torch.bfloat16).weight_bytes
+    console.print(f"weight bytes read a token (16 bits, batch 1): {read:,}")
+    console.print(f"KV cache bytes a token (16 bits): {kv_bytes_per_token(config, torch.bfloat16):,}")
     console.print(_stored(directory, config))
 
 

@@ -68,7 +68,7 @@ def describe_measured(llm: "LLM", model: str, weights: str) -> dict[str, Any]:
     engine = llm.engine
     return {
         "model_filename": model,
-        "model_type": f"{llm.config.architecture.removesuffix('ForCausalLM')} {engine.dtype}",
+        "model_type": f"{llm.config.architecture.name.removesuffix('ForCausalLM')} {engine.dtype}",
         "model_size": llm.weights.nbytes,
         "model_n_params": llm.config.parameter_count(),
         "weights": weights,

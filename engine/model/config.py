@@ -6,9 +6,12 @@ that may be left out are those that the shapes of the checkpoint's tensors prove
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from engine.model.architectures import ARCHITECTURES, Architecture, checkpoint_tensors
 
 DTYPES = ("bfloat16", "float16", "float32")
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -36,28 +39,6 @@ class ConfigError(ValueError):
     """A `config.json` that cannot be read, lacks a field, or asks for something the engine does not compute."""
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """What a class name in `architectures` fixes beyond the fields of the file."""
-
-    model_type: str
-    norm_placement: Literal["pre", "post"]  # pre: x + f(norm(x)); post: x + norm(f(x))
-    qk_norm: Literal["none", "full"]  # full: one RMSNorm over the whole projection, before the head split
-    norm_rounding: Literal["once", "twice"]  # once: (w * n).to(dtype); twice: w * n.to(dtype)
-    rope_dtype: Literal["float32", "model"]  # dtype in which cos and sin are kept
-    fields: frozenset[str]  # fields of the file this architecture reads besides the common ones
-
-
-ARCHITECTURES = {
-    "Olmo2ForCausalLM": Architecture("olmo2", "post", "full", "once", "float32", frozenset({"attention_bias"})),
-    "Olmo3ForCausalLM": Architecture(
-        "olmo3", "post", "full", "once", "float32", frozenset({"attention_bias", "layer_types", "sliding_window"})
-    ),
-    "LlamaForCausalLM": Architecture(
-        "llama", "pre", "none", "twice", "model", frozenset({"attention_bias", "mlp_bias"})
-    ),
-    "MistralForCausalLM": Architecture("mistral", "pre", "none", "twice", "model", frozenset({"sliding_window"})),
-}
 COMMON = frozenset(REQUIRED) | {
     "num_key_value_heads",
     "head_dim",
@@ -89,7 +70,7 @@ class Rope:
 class ModelConfig:
     """One decoder-only transformer. Sizes in elements, lengths in tokens."""
 
-    architecture: str
+    architecture: Architecture
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -101,10 +82,6 @@ class ModelConfig:
     rms_norm_eps: float
     hidden_act: str
     tie_word_embeddings: bool
-    norm_placement: Literal["pre", "post"]
-    qk_norm: Literal["none", "full"]
-    norm_rounding: Literal["once", "twice"]
-    rope_dtype: Literal["float32", "model"]
     rope: Rope  # of layers that see everything
     sliding_rope: Rope  # of layers with a window
     layer_types: tuple[str, ...]  # FULL or SLIDING, one a layer
@@ -131,42 +108,10 @@ class ModelConfig:
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor a checkpoint of this architecture holds, by its Hugging Face name."""
-        hidden, inter = self.hidden_size, self.intermediate_size
-        layer: dict[str, tuple[int, ...]] = {
-            "self_attn.q_proj": (self.q_size, hidden),
-            "self_attn.k_proj": (self.kv_size, hidden),
-            "self_attn.v_proj": (self.kv_size, hidden),
-            "self_attn.o_proj": (hidden, self.q_size),
-            "mlp.gate_proj": (inter, hidden),
-            "mlp.up_proj": (inter, hidden),
-            "mlp.down_proj": (hidden, inter),
-        }
-        if self.qk_norm == "full":
-            layer |= {"self_attn.q_norm": (self.q_size,), "self_attn.k_norm": (self.kv_size,)}
-        first, second = self.layer_norm_names()
-        layer |= {first: (hidden,), second: (hidden,)}
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
-        for index in range(self.num_hidden_layers):
-            shapes |= {f"model.layers.{index}.{name}.weight": shape for name, shape in layer.items()}
-        shapes["model.norm.weight"] = (hidden,)
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, hidden)
-        return shapes
-
-    def layer_norm_names(self) -> tuple[str, str]:
-        """Names of a layer's norm that belongs to attention and of the one that belongs to the MLP."""
-        if self.norm_placement == "post":
-            return "post_attention_layernorm", "post_feedforward_layernorm"
-        return "input_layernorm", "post_attention_layernorm"  # the same name as above, in another place
+        return {tensor.name: tensor.shape for tensor in checkpoint_tensors(self)}
 
     def parameter_count(self) -> int:
-        total = 0
-        for shape in self.tensor_shapes().values():
-            size = 1
-            for extent in shape:
-                size *= extent
-            total += size
-        return total
+        return sum(math.prod(tensor.shape) for tensor in checkpoint_tensors(self))
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
@@ -198,10 +143,12 @@ class ModelConfig:
         Raises:
             ConfigError: A field is missing, unknown, of the wrong type, or asks for something not computed here.
         """
-        name, arch = _architecture(fields)
+        arch = _architecture(fields)
         for field in fields:
             if field not in HARMLESS | COMMON | arch.fields:
-                raise ConfigError(f"{field} = {fields[field]!r} is not a field known for {name}; it may change results")
+                raise ConfigError(
+                    f"{field} = {fields[field]!r} is not a field known for {arch.name}; it may change results"
+                )
 
         act = _get(fields, "hidden_act", str)
         if act != "silu":
@@ -228,22 +175,18 @@ class ModelConfig:
             raise ConfigError(f"rms_norm_eps = {eps} is not between 0 and 1")
 
         layer_types, window = _layer_types(fields, arch, sizes["num_hidden_layers"])
-        rope = _rope_by_layer_type(fields)
+        rope = _rope_by_layer_type(fields, arch)
         dtype = fields.get("dtype", fields.get("torch_dtype"))
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"dtype = {dtype!r} is not supported; one of {', '.join(DTYPES)}")
         return cls(
-            architecture=name,
+            architecture=arch,
             **sizes,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=eps,
             hidden_act=act,
             tie_word_embeddings=_get(fields, "tie_word_embeddings", bool),
-            norm_placement=arch.norm_placement,
-            qk_norm=arch.qk_norm,
-            norm_rounding=arch.norm_rounding,
-            rope_dtype=arch.rope_dtype,
             rope=rope[FULL],
             sliding_rope=rope[SLIDING],
             layer_types=layer_types,
@@ -255,7 +198,7 @@ class ModelConfig:
         )
 
 
-def _architecture(fields: dict[str, Any]) -> tuple[str, Architecture]:
+def _architecture(fields: dict[str, Any]) -> Architecture:
     names = _get(fields, "architectures", list)
     known = ", ".join(ARCHITECTURES)
     if len(names) != 1 or names[0] not in ARCHITECTURES:
@@ -263,7 +206,7 @@ def _architecture(fields: dict[str, Any]) -> tuple[str, Architecture]:
     arch = ARCHITECTURES[names[0]]
     if _get(fields, "model_type", str) != arch.model_type:
         raise ConfigError(f"model_type = {fields['model_type']!r} does not belong to {names[0]} ({arch.model_type!r})")
-    return names[0], arch
+    return arch
 
 
 def _get(fields: dict[str, Any], field: str, kind: type | tuple[type, ...], where: str = "") -> Any:
@@ -321,7 +264,7 @@ def _layer_types(fields: dict[str, Any], arch: Architecture, layers: int) -> tup
     return tuple(types), window
 
 
-def _rope_by_layer_type(fields: dict[str, Any]) -> dict[str, Rope]:
+def _rope_by_layer_type(fields: dict[str, Any], arch: Architecture) -> dict[str, Rope]:
     """Either `rope_parameters` (transformers 5; flat, or one a layer type) or `rope_theta` with `rope_scaling`."""
     limit = fields["max_position_embeddings"]
     if fields.get("rope_parameters") is not None:
@@ -330,16 +273,15 @@ def _rope_by_layer_type(fields: dict[str, Any]) -> dict[str, Rope]:
         given = _get(fields, "rope_parameters", dict)
         if "rope_theta" in fields:
             given = {"rope_theta": fields["rope_theta"], **given}
-        by_type = fields["model_type"] == "olmo3"
         if not {FULL, SLIDING} & set(given):
             rope = _rope(given, limit, "rope_parameters.")
-            if by_type and rope.type != "default":
+            if arch.rope_by_layer_type and rope.type != "default":
                 raise ConfigError(
                     f"rope_parameters = {given!r} scales the layers of all types; in this architecture those of "
                     f"{SLIDING!r} are never scaled: give rope_parameters.{FULL} and rope_parameters.{SLIDING}"
                 )
             return dict.fromkeys((FULL, SLIDING), rope)
-        if not by_type:
+        if not arch.rope_by_layer_type:
             raise ConfigError(f"rope_parameters = {given!r} is by layer type; this architecture has one for all")
         for field in sorted(set(given) - {FULL, SLIDING, "rope_theta"}):
             raise ConfigError(
@@ -354,8 +296,7 @@ def _rope_by_layer_type(fields: dict[str, Any]) -> dict[str, Rope]:
     if fields.get("rope_scaling") is None:
         return dict.fromkeys((FULL, SLIDING), plain)
     scaled = _rope({"rope_theta": theta, **_get(fields, "rope_scaling", dict)}, limit, "rope_scaling.")
-    # In OLMo-3, scaling applies only to the layers that see everything.
-    return {FULL: scaled, SLIDING: plain if fields["model_type"] == "olmo3" else scaled}
+    return {FULL: scaled, SLIDING: plain if arch.rope_by_layer_type else scaled}
 
 
 def _rope(given: dict[str, Any], max_positions: int, where: str) -> Rope:

@@ -1,11 +1,31 @@
 """What a step must move and compute at least, so that a measured time can be set against the machine's limit."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from engine.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model's steps cost by: its shapes, and the weights as they are stored.
+
+    dtype: of activations and cache. weight_bytes: of all weights that a step of any size reads.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+    weight_bytes: int
+
+    @classmethod
+    def dense(cls, config: ModelConfig, dtype: torch.dtype) -> Footprint:
+        """The same of a model whose weights are all stored in `dtype`; none need be loaded."""
+        looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        return cls(config, dtype, (config.parameter_count() - looked_up) * dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -47,30 +67,16 @@ def matrix_parameters(config: ModelConfig) -> int:
     return config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
 
 
-def _size(dtype: torch.dtype | str) -> int:
-    """Bytes an element; `dtype` also by its name, as in "bfloat16"."""
-    return (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
-
-
-def weight_bytes(config: ModelConfig, dtype: torch.dtype | str) -> int:
-    """Bytes of weights that a step of any size reads: all but the embedding table (which a tied head is)."""
-    looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return (config.parameter_count() - looked_up) * _size(dtype)
-
-
-def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype | str) -> int:
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes that one token's keys and values take in the cache, all layers together."""
-    return 2 * config.num_hidden_layers * config.kv_size * _size(dtype)
+    return 2 * config.num_hidden_layers * config.kv_size * dtype.itemsize
 
 
-def step_cost(
-    config: ModelConfig, dtype: torch.dtype | str, tokens: int | Sequence[int], contexts: Sequence[int]
-) -> StepCost:
+def step_cost(model: Footprint, tokens: int | Sequence[int], contexts: Sequence[int]) -> StepCost:
     """Cost of one forward pass that gives logits for the last token of every sequence.
 
     Args:
-        config: The model.
-        dtype: Of weights and cache.
+        model: Its shapes and weights.
         tokens: New tokens in this pass: of all sequences together, each having as many, or a list with each one's.
         contexts: Length of each sequence after the pass, the new tokens included.
 
@@ -87,6 +93,7 @@ def step_cost(
     for new, context in zip(tokens, contexts, strict=True):
         if not 0 < new <= context:
             raise ValueError(f"{new} new tokens in a context of {context}; 1 to {context} can be new")
+    config, dtype = model.config, model.dtype
     total = sum(tokens)
     cached = kv_bytes_per_token(config, dtype) // config.num_hidden_layers
     moved = scores = 0
@@ -101,7 +108,7 @@ def step_cost(
     # Of the last layer, for tokens without logits: the query's projection and all that follows attention.
     unasked = (2 * config.q_size + 3 * config.intermediate_size) * config.hidden_size * (total - len(tokens))
     return StepCost(
-        weight_bytes=weight_bytes(config, dtype) + total * config.hidden_size * _size(dtype),
+        weight_bytes=model.weight_bytes + total * config.hidden_size * dtype.itemsize,
         kv_bytes=moved,
         flops=2 * (total * matrix_parameters(config) - unasked + len(tokens) * head) + 4 * config.q_size * scores,
     )

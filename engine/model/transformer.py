@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.model.config import ModelConfig, Rope
+from engine.model.cost import Footprint
 from engine.model.kv_cache import PAGE_SIZE, ContiguousCache, KVCache, PagedCache
 from engine.model.weights import Weights
 from engine.ops.batch import AttentionLayer, Batch, TokenSpan
@@ -77,12 +78,12 @@ class Model:
             )
         for rope in ropes:
             cos, sin = rope_table(rope, config.head_dim, self.max_positions)
-            if config.rope_dtype == "model":
+            if config.architecture.rope_dtype == "model":
                 cos, sin = cos.to(weights.dtype).float(), sin.to(weights.dtype).float()
             tables[rope] = cos.to(weights.device), sin.to(weights.device)
         self.attention = [
             AttentionLayer(
-                layer.q_norm, layer.k_norm, config.rms_norm_eps, config.norm_rounding,
+                layer.q_norm, layer.k_norm, config.rms_norm_eps, config.architecture.norm_rounding,
                 *tables[config.layer_rope(index)], config.head_dim**-0.5, config.window(index),
             )
             for index, layer in enumerate(weights.layers)
@@ -108,7 +109,7 @@ class Model:
         see("embedding", x)
         # The norm applied where a branch is added: of the branch (post), or for the branch that comes next (pre).
         norms = [weight for layer in layers for weight in (layer.attention_norm, layer.mlp_norm)]
-        pre = self.config.norm_placement == "pre"
+        pre = self.config.architecture.norm_placement == "pre"
         y = self._norm(x, norms[0]) if pre else x
         if pre:
             norms = [*norms[1:], weights.norm]
@@ -116,8 +117,8 @@ class Model:
         def add(name: str, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             config = self.config
             added = torch.empty_like(y) if observe and not pre else None
-            settings = config.rms_norm_eps, config.norm_rounding, config.norm_placement
-            both = ops.add_norm(x, y, weight, *settings, added)
+            settings = config.rms_norm_eps, config.architecture.norm_rounding
+            both = ops.add_norm(x, y, weight, *settings, config.architecture.norm_placement, added)
             see(name, y if added is None else added)
             return both
 
@@ -174,9 +175,13 @@ class Model:
         return PagedCache(config, pages, page_size, slots, capacity, weights.dtype, weights.device)
 
     @property
+    def footprint(self) -> Footprint:
+        return Footprint(self.config, self.weights.dtype, self.weights.step_bytes)
+
+    @property
     def _heads(self) -> tuple[int, int, int]:
         config = self.config
         return config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, weight, self.config.rms_norm_eps, self.config.norm_rounding)
+        return self.ops.rms_norm(x, weight, self.config.rms_norm_eps, self.config.architecture.norm_rounding)

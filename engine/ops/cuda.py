@@ -1,11 +1,11 @@
 """The operations as CUDA kernels."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from engine.model.linear import DenseLinear, Linear
 from engine.ops.batch import AttentionLayer, Batch, LayerCache, Rounding, TokenSpan
 from engine.ops.reference import Composed, Placement, of_rows
 from kernels import add_norm, embedding, kv_write, residual, rms_norm, rope, rope_write, sampling, swiglu
@@ -72,16 +72,6 @@ class CudaOps(Composed):
             f"head_dim {head_dim}, {heads} query heads and {kv_heads} KV heads"
         )
 
-    def _streams(self, weight: Tensor, rows: int = 8) -> bool:
-        """Whether the streamed version multiplies with this weight: rows in groups of `rows`, 64 columns at a time."""
-        fits = weight.shape[0] % rows == 0 and weight.shape[1] % streamed.BOX == 0
-        return self._streamed and weight.dtype in HALVES and fits
-
-    def _products(self, x: Tensor, weight: Tensor, gated: bool) -> Any:
-        """The version, of two with the same bits, for so many tokens."""
-        rows, depth = weight.shape
-        return tiled if self._tiled and tiled.is_faster(x.shape[0], rows, depth, gated, self._machine) else streamed
-
     def _fuses(self, weight: Tensor) -> bool:
         """Whether a norm of this weight is part of the addition, and alone in the same order of summation."""
         fits = weight.shape[0] % 8 == 0 and weight.shape[0] <= add_norm.WIDEST
@@ -128,19 +118,34 @@ class CudaOps(Composed):
     def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
         rope.rope(q, k, cos, sin, positions)
 
-    def linear(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        out = x.new_empty((x.shape[0], weight.shape[0])) if out is None else out
-        if self._streams(weight):
-            self._products(x, weight, False).linear(x, weight, out)
-        else:
-            naive_linear.linear(x, weight, out)
-        return out
+    def linear(self, x: Tensor, matrix: Linear, out: Tensor | None = None) -> Tensor:
+        return self._multiply(x, matrix, False, out)
 
-    def linear_swiglu(self, x: Tensor, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
-        if not self._streams(gate_up, rows=16):
-            return super().linear_swiglu(x, gate_up, out)
-        out = x.new_empty((x.shape[0], gate_up.shape[0] // 2)) if out is None else out
-        self._products(x, gate_up, True).linear_swiglu(x, gate_up, out)
+    def linear_swiglu(self, x: Tensor, gate_up: Linear, out: Tensor | None = None) -> Tensor:
+        return self._multiply(x, gate_up, True, out)
+
+    def _multiply(self, x: Tensor, matrix: Linear, gated: bool, out: Tensor | None) -> Tensor:
+        """The product with a matrix in the form in which it is stored; gated: with gate and up, and SwiGLU of both."""
+        if isinstance(matrix, DenseLinear):
+            return self._multiply_dense(x, matrix.weight, gated, out)
+        raise ValueError(
+            f"the weights are stored as {matrix.form!r}, and backend = 'cuda' multiplies with {DenseLinear.form!r} "
+            "ones; choose backend = 'reference'"
+        )
+
+    def _multiply_dense(self, x: Tensor, weight: Tensor, gated: bool, out: Tensor | None) -> Tensor:
+        rows, depth = weight.shape
+        fits = rows % (16 if gated else 8) == 0 and depth % streamed.BOX == 0
+        fast = self._streamed and weight.dtype in HALVES and fits
+        if gated and not fast:
+            return self.swiglu(self._multiply_dense(x, weight, False, None), out)
+        out = x.new_empty((x.shape[0], rows // 2 if gated else rows)) if out is None else out
+        if not fast:
+            naive_linear.linear(x, weight, out)
+            return out
+        # Of two versions with the same bits, the one for so many tokens.
+        version = tiled if self._tiled and tiled.is_faster(x.shape[0], rows, depth, gated, self._machine) else streamed
+        (version.linear_swiglu if gated else version.linear)(x, weight, out)
         return out
 
     def swiglu(self, gate_up: Tensor, out: Tensor | None = None) -> Tensor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
+from engine.model.linear import Linear
 from engine.ops.batch import AttentionLayer, Batch, LayerCache, Rounding, TokenSpan
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 BLOCK = 16  # rows of every matrix product
 CHUNK = 64  # key positions whose partial attention is computed together
-_WEIGHT_ROWS = 8192  # rows of a 16-bit weight held in fp32 at a time
+_WEIGHT_ROWS = 8192  # rows of a matrix held in fp32 at a time
 Placement = Literal["pre", "post"]
 
 
@@ -50,8 +51,11 @@ class Ops(Protocol):
         """Rotate q [T, Hq, D] and k [T, Hk, D] in place; cos, sin fp32 [P, D/2]; fp32 arithmetic, rounded once."""
         ...
 
-    def linear(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        """x [T, K] times weight [N, K] transposed -> [T, N], accumulated in fp32."""
+    def linear(self, x: Tensor, matrix: Linear, out: Tensor | None = None) -> Tensor:
+        """x [T, K] times the matrix [N, K] transposed -> [T, N], accumulated in fp32.
+
+        Raises ValueError where the implementation has no product for the form in which the matrix is stored.
+        """
         ...
 
     def swiglu(self, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
@@ -101,8 +105,8 @@ class Ops(Protocol):
         pinned memory of the host."""
         ...
 
-    def linear_swiglu(self, x: Tensor, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
-        """silu(x @ gate.T) * (x @ up.T) of x [T, H], gate_up [2I, H] -> [T, I]."""
+    def linear_swiglu(self, x: Tensor, gate_up: Linear, out: Tensor | None = None) -> Tensor:
+        """silu(x @ gate.T) * (x @ up.T) of x [T, H], gate_up [2I, H] -> [T, I]. Raises ValueError as `linear` does."""
         ...
 
     def add_norm(
@@ -139,7 +143,7 @@ class Ops(Protocol):
 class Composed:
     """The composite operations, as the single ones one after another."""
 
-    def linear_swiglu(self: Ops, x: Tensor, gate_up: Tensor, out: Tensor | None = None) -> Tensor:
+    def linear_swiglu(self: Ops, x: Tensor, gate_up: Linear, out: Tensor | None = None) -> Tensor:
         return self.swiglu(self.linear(x, gate_up), out)
 
     def add_norm(
@@ -225,11 +229,11 @@ class ReferenceOps(Composed):
             first, second = x.float().chunk(2, dim=-1)
             x.copy_(torch.cat((first * c - second * s, second * c + first * s), dim=-1))
 
-    def linear(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        out = x.new_empty((x.shape[0], weight.shape[0])) if out is None else out
+    def linear(self, x: Tensor, matrix: Linear, out: Tensor | None = None) -> Tensor:
+        out = x.new_empty((x.shape[0], matrix.out_features)) if out is None else out
         rows = _blocks(x)
-        for begin in range(0, weight.shape[0], _WEIGHT_ROWS):
-            columns = weight[begin : begin + _WEIGHT_ROWS].float().t()
+        for begin in range(0, matrix.out_features, _WEIGHT_ROWS):
+            columns = matrix.rows(begin, begin + _WEIGHT_ROWS).float().t()
             for index, block in enumerate(rows):
                 place = out[index * BLOCK : (index + 1) * BLOCK, begin : begin + _WEIGHT_ROWS]
                 place.copy_((block @ columns)[: place.shape[0]])

@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.model.config import ModelConfig
 from engine.model.kv_cache import KVCache
+from engine.model.linear import Linear
 from engine.model.transformer import Model
 from engine.model.weights import empty_weights
 from engine.ops.batch import Batch, TokenSpan
@@ -91,15 +92,19 @@ def _rehearse_passes(model: Model, cache: KVCache, most: int) -> None:
 
 
 def _rehearse_products(model: Model, most: int) -> None:
-    """Products with each weight, for every number of tokens that may take another kernel."""
+    """Products with each matrix, for every number of tokens that may take another kernel."""
     from kernels.linear import streamed, tiled
 
     ops, layer = model.ops, model.weights.layers[0]
+
+    def given(count: int, matrix: Linear) -> Tensor:
+        return torch.empty((count, matrix.in_features), dtype=model.weights.dtype)
+
     counts = {1, *streamed.TOKENS, *range(tiled.STEP, most + tiled.STEP, tiled.STEP)}
     for count in counts:
-        for weight in (layer.qkv, layer.o, layer.down, model.weights.lm_head):
-            ops.linear(weight.new_empty((count, weight.shape[1])), weight)
-        ops.linear_swiglu(layer.gate_up.new_empty((count, layer.gate_up.shape[1])), layer.gate_up)
+        for matrix in (layer.qkv, layer.o, layer.down, model.weights.lm_head):
+            ops.linear(given(count, matrix), matrix)
+        ops.linear_swiglu(given(count, layer.gate_up), layer.gate_up)
 
 
 def _rehearse_choice(model: Model) -> None:

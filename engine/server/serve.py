@@ -197,7 +197,7 @@ def _facts(llm: LLM, settings: Settings, pages: int) -> dict[str, Any]:
     tokens = pages * engine.page_size if paged else engine.max_batch * llm.max_model_len
     return {
         "models": settings.models,
-        "architecture": llm.config.architecture,
+        "architecture": llm.config.architecture.name,
         "parameters": llm.config.parameter_count(),
         "device": engine.device,
         "dtype": engine.dtype,

@@ -45,7 +45,7 @@ def measure(context: Context) -> None:
             rows.add_missing(listed, str(reason), **context.knobs)
             continue
         case = Case(prompt=0, new=new, depth=length)
-        cost, steps = case_cost(llm.config, llm.weights.dtype, case, batch)
+        cost, steps = case_cost(llm.model.footprint, case, batch)
         limit, kind = context.ceilings.milliseconds(cost)
         rates = Result(case, batch, spent, steps, limit, kind).rates
         name, best = listed[0]["case"], None if limit is None else batch / limit * 1e3

@@ -33,7 +33,7 @@ def bench_graphs(model: Model, workload: Workload, ceilings: Ceilings, graph: bo
 
     steps, repeats, device = workload.new_tokens, workload.repeats, model.weights.device
     size = name_case(batch, context)
-    cost, _ = case_cost(model.config, model.weights.dtype, Case(0, steps, context), batch)
+    cost, _ = case_cost(model.footprint, Case(0, steps, context), batch)
     limit, kind = ceilings.milliseconds(cost)
     eager, replayed = (
         [sample / steps * 1e3 for sample in measure_decode(model, batch, steps, context, repeats, captured)]

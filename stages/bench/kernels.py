@@ -64,21 +64,21 @@ def list_parts(model: Model, cache: ContiguousCache, batch: int, context: int) -
     chosen, places, columns = (torch.zeros_like(tokens) for _ in range(3))
     history = integers([[0] * (cache.capacity + 1)] * batch)
     step = Batch(tokens, slots, positions, one_token_per_slot=True)
-    norm = config.rms_norm_eps, config.norm_rounding
+    norm = config.rms_norm_eps, config.architecture.norm_rounding
     layers = list(enumerate(weights.layers))
     norms = [weight for _, layer in layers for weight in (layer.attention_norm, layer.mlp_norm)]
-    post = config.norm_placement == "post"
+    post = config.architecture.norm_placement == "post"
 
     def attend(index: int) -> Callable[[], Any]:
         return lambda: ops.attend(qkv, model.attention[index], cache.layer(index), step)
 
     def linears(kind: str, given: Any, run: Any = ops.linear) -> Part:
         matrices = [getattr(layer, kind) for _, layer in layers]
-        out = matrices[0].shape[0] // (2 if kind == "gate_up" else 1)
-        calls = [lambda weight=weight: run(given, weight) for weight in matrices]
+        out = matrices[0].out_features // (2 if kind == "gate_up" else 1)
+        calls = [lambda matrix=matrix: run(given, matrix) for matrix in matrices]
         return Part(kind, calls, sum(m.nbytes + given.nbytes + batch * out * dtype.itemsize for m in matrices))
 
-    cached = step_cost(config, dtype, [1] * batch, [context + 1] * batch).kv_bytes
+    cached = step_cost(model.footprint, [1] * batch, [context + 1] * batch).kv_bytes
     parts = [
         Part("embedding", [lambda: ops.embedding(tokens, weights.embedding)], 2 * x.nbytes),
         linears("qkv", x),
@@ -86,7 +86,10 @@ def list_parts(model: Model, cache: ContiguousCache, batch: int, context: int) -
         linears("o", q),
         Part(
             "add_norm",
-            [lambda weight=weight: ops.add_norm(x, y, weight, *norm, config.norm_placement) for weight in norms],
+            [
+                lambda weight=weight: ops.add_norm(x, y, weight, *norm, config.architecture.norm_placement)
+                for weight in norms
+            ],
             len(norms) * (3 if post else 4) * x.nbytes,
         ),
         linears("gate_up", x, ops.linear_swiglu),

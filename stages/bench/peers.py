@@ -48,6 +48,7 @@ def measure(context: Context) -> None:
     import torch
 
     from engine.bench.latency import Case, case_cost
+    from engine.model.cost import Footprint
     from stages.hf import load_model
 
     context.llm.release()
@@ -64,7 +65,7 @@ def measure(context: Context) -> None:
         model = load_model(context.path, weights.dtype, weights.device.type) if model is None else model
         steps = time_steps(model, row["batch"], row["context"], workload.new_tokens, torch.compile)
         case = Case(0, workload.new_tokens, row["context"])
-        cost, _ = case_cost(context.config, weights.dtype, case, row["batch"])
+        cost, _ = case_cost(Footprint.dense(context.config, weights.dtype), case, row["batch"])
         limit, kind = ceilings.milliseconds(cost)
         context.rows.add(samples=steps, limit=limit, limit_kind=kind, note=COMPILED, **shared)
 
@@ -73,7 +74,8 @@ def product(weights: Weights, name: str, batch: int) -> Part:
     """All layers' products of this name as torch computes them: a vector's by torch.mv."""
     import torch
 
-    matrices = [weights.lm_head] if name == "head" else [getattr(layer, name) for layer in weights.layers]
+    held = [weights.lm_head] if name == "head" else [getattr(layer, name) for layer in weights.layers]
+    matrices = [matrix.rows() for matrix in held]
     rows, depth = matrices[0].shape
     x = torch.randn(batch, depth, device=weights.device).to(weights.dtype)
     run: Callable[[Any], Any] = (lambda w: torch.mv(w, x[0])) if batch == 1 else (lambda w: x @ w.t())

@@ -61,7 +61,7 @@ def bench_prefix(context: Context, mix: Mix, **knobs: Any) -> None:
     first, *others = mix.requests(vocabulary, run=repeats + 1)  # a prefix that no run before had
     cold = measure(llm, [first], ceilings).outcomes
     warm = [outcome for request in others for outcome in measure(llm, [request], ceilings).outcomes]
-    limit = Limit(llm.config, llm.weights.dtype, llm.engine.max_batch, ceilings)
+    limit = Limit(llm.model.footprint, llm.engine.max_batch, ceilings)
     middle = statistics.median_low(mix.lengths[1:] or mix.lengths)
     for how, outcomes, computed in ((ALONE, cold, len(first.prompt)), (REST, warm, middle)):
         # With one request there is no rest.

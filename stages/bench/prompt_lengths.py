@@ -64,7 +64,7 @@ def time_prompt(context: Context, model: Model, tokens: int) -> Found:
     case, engine = latency.Case(prompt=tokens, new=0, depth=0), context.llm.engine
     repeats, ceilings = context.workload.repeats, context.ceilings
     result = latency.measure(model, case, 1, repeats, engine.captures, engine.step_tokens, ceilings)
-    flops = case_cost(model.config, model.weights.dtype, case, 1)[0].flops
+    flops = case_cost(model.footprint, case, 1)[0].flops
     limit, kind = result.limit, result.limit_kind
     found: Found = {
         "ttft_ms": ([sample * 1e3 for sample in result.samples], None if limit is None else limit * 1e3, kind),

@@ -14,34 +14,27 @@ BEYOND_L2 = 256 << 20  # bytes of weights that a product goes through in turn
 
 
 def bench_product(context: Context, case: Case) -> tuple[Found, str | None]:
-    """A projection of the model on random tokens and weights, as many of these in turn as do not fit the L2 cache.
+    """A projection of the model on random tokens, with as many layers' weights in turn as do not fit the L2 cache.
 
     Of gate and up the engine computes SwiGLU too; torch the product alone.
     """
     import torch
 
     model, tokens = context.llm.model, case["prompt_tokens"]
-    config, weights = model.config, model.weights
+    weights, device = model.weights, model.weights.device
     name = case["case"].partition(",")[0]
-    layer = weights.layers[0]
-    rows, depth = getattr(layer, name).shape
-    device, dtype = weights.device, weights.dtype
+    first = getattr(weights.layers[0], name)
+    count = 1 + min(8, BEYOND_L2 // first.nbytes) if device.type == "cuda" else 1
+    matrices = [getattr(layer, name) for layer in weights.layers[:count]]
     generator = torch.Generator(device).manual_seed(0)
-
-    def random(count: int) -> Any:
-        return torch.randn(count, depth, generator=generator, device=device).to(dtype)
-
-    x = random(tokens)
-    matrices = [random(rows) * config.hidden_size**-0.5]
-    if device.type == "cuda":
-        matrices += [matrices[0].clone() for _ in range(min(8, BEYOND_L2 // matrices[0].nbytes))]
+    x = torch.randn(tokens, first.in_features, generator=generator, device=device).to(weights.dtype)
     if case.get("backend") == "torch":
-        run: Callable[[Any], Any] = lambda matrix: x @ matrix.t()  # noqa: E731
+        held = [matrix.rows() for matrix in matrices]
+        calls: list[Callable[[], Any]] = [lambda weight=weight: x @ weight.t() for weight in held]
     else:
         product = model.ops.linear_swiglu if name == "gate_up" else model.ops.linear
-        run = lambda matrix: product(x, matrix)  # noqa: E731
-    calls = [lambda m=matrix: run(m) for matrix in matrices]
-    return rate(context, calls, 2.0 * tokens * rows * depth, device), None
+        calls = [lambda matrix=matrix: product(x, matrix) for matrix in matrices]
+    return rate(context, calls, 2.0 * tokens * first.out_features * first.in_features, device), None
 
 
 PROMPT_PRODUCTS = make_suite(

@@ -55,7 +55,7 @@ def measure_of(name: str) -> Callable[[Context], None]:
             except TooSlow as reason:
                 context.rows.add_missing(list_rows(case), str(reason), **context.knobs)
                 continue
-            bounds = limits(case, config, settings["dtype"], context.ceilings)
+            bounds = limits(case, llm.model.footprint, context.ceilings)
             add_latency(context.rows, case, latency, bounds, None if context.gpu else NO_GPU, **context.knobs)
         context.add_late(name, vars(llm.stats()))
 

@@ -35,7 +35,7 @@ def compare_norm(findings: Findings, engine: EngineModel, theirs: Sequence[dict[
     for tensors in theirs:
         weight = engine.weights.norm
         x = tensors[last].to(weight.device, weight.dtype)
-        out = engine.ops.rms_norm(x, weight, engine.config.rms_norm_eps, engine.config.norm_rounding)
+        out = engine.ops.rms_norm(x, weight, engine.config.rms_norm_eps, engine.config.architecture.norm_rounding)
         differing += int((out.float() != tensors["norm"].float().to(weight.device)).sum())
         count += out.numel()
     findings.check(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from engine.model.architectures import checkpoint_tensors
 from stages.findings import mean_difference
 from stages.hf import load_model
 from stages.parity.check import Check
@@ -13,24 +14,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from engine.model.config import ModelConfig
+    from engine.model.weights import Weights
 
 
-def engine_tensors(config: ModelConfig, weights: Any) -> dict[str, Tensor]:
-    """The engine's fused tensors under the names and in the shapes that transformers gives them (views, no copies)."""
-    named = {"model.embed_tokens.weight": weights.embedding, "model.norm.weight": weights.norm}
-    named["lm_head.weight"] = weights.lm_head
-    first, second = config.layer_norm_names()
-    for index, layer in enumerate(weights.layers):
-        q, k, v = layer.qkv.split([config.q_size, config.kv_size, config.kv_size])
-        gate, up = layer.gate_up.split(config.intermediate_size)
-        parts = {
-            "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v, "self_attn.o_proj": layer.o,
-            "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": layer.down,
-            "self_attn.q_norm": layer.q_norm, "self_attn.k_norm": layer.k_norm,
-            first: layer.attention_norm, second: layer.mlp_norm,
-        }  # fmt: skip
-        named |= {f"model.layers.{index}.{name}.weight": part for name, part in parts.items() if part is not None}
-    return named
+def engine_tensors(config: ModelConfig, weights: Weights) -> dict[str, Tensor]:
+    """What the engine multiplies with under the names and in the shapes that transformers gives them."""
+    named = {tensor.name: weights.read(tensor) for tensor in checkpoint_tensors(config)}
+    return {"lm_head.weight": weights.lm_head.rows()} | named  # which a checkpoint does not hold where it is tied
 
 
 def check_tensors(context: Context) -> None:

@@ -43,7 +43,7 @@ def prompts() -> list[str]:
 
 def test_shape_and_files(llm: LLM):
     config = llm.config
-    assert config.architecture == "Olmo2ForCausalLM" and config.head_dim == 128
+    assert config.architecture.name == "Olmo2ForCausalLM" and config.head_dim == 128
     assert llm.tokenizer is not None and llm.tokenizer.vocab_size <= config.vocab_size
     assert llm.tokenizer.eos_ids == config.eos_token_ids
     assert llm.tokenizer.chat_template is not None

@@ -72,7 +72,8 @@ OLMO3 = {
 
 def test_olmo2_axes():
     config = ModelConfig.from_dict(OLMO2_13B)
-    assert (config.norm_placement, config.qk_norm, config.norm_rounding, config.rope_dtype) == (
+    arch = config.architecture
+    assert (arch.norm_placement, arch.qk_norm, arch.norm_rounding, arch.rope_dtype) == (
         "post", "full", "once", "float32",
     )  # fmt: skip
     assert config.head_dim == 128 and config.q_size == config.kv_size == 5120
@@ -89,7 +90,8 @@ def test_olmo2_axes():
 
 def test_llama_axes():
     config = ModelConfig.from_dict(LLAMA)
-    assert (config.norm_placement, config.qk_norm, config.norm_rounding, config.rope_dtype) == (
+    arch = config.architecture
+    assert (arch.norm_placement, arch.qk_norm, arch.norm_rounding, arch.rope_dtype) == (
         "pre", "none", "twice", "model",
     )  # fmt: skip
     assert config.rope == Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 2048)

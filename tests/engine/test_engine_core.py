@@ -348,7 +348,7 @@ def test_logits_of_infinity_have_log_probabilities():
             logits[changed["row"], token] = value
         return logits
 
-    assert head.shape[0] == 256
+    assert head.out_features == 256
     llm.model.forward = overflow  # type: ignore[method-assign]
     params = SamplingParams(max_new_tokens=5, logprobs=3, prompt_logprobs=2, seed=3, ignore_eos=True)
     done = llm.generate([[2, 9, 4, 8]], params)[0]

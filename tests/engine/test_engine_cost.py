@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.model.config import ModelConfig
-from engine.model.cost import kv_bytes_per_token, matrix_parameters, step_cost, weight_bytes
+from engine.model.cost import Footprint, kv_bytes_per_token, matrix_parameters, step_cost
 
 COMMON = {
     "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "attention_bias": False, "hidden_act": "silu",
@@ -28,6 +28,10 @@ def olmo2(hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int
     )
 
 
+def dense(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Footprint:
+    return Footprint.dense(config, dtype)
+
+
 RELEASED = {
     "1B": (olmo2(2048, 16, 16, 16, 8192), 1_484_916_736, 131_072, 2.56),
     "7B": (olmo2(4096, 32, 32, 32, 11008), 7_298_617_344, 524_288, 13.78),
@@ -42,32 +46,33 @@ def test_released_models(name: str):
     assert config.parameter_count() == parameters
     assert config.head_dim == 128
     assert kv_bytes_per_token(config, torch.bfloat16) == kv_bytes
-    assert weight_bytes(config, "bfloat16") / 1e9 == pytest.approx(gigabytes, abs=0.005)
+    assert dense(config).weight_bytes / 1e9 == pytest.approx(gigabytes, abs=0.005)
 
 
 def test_decode_and_prefill():
     config = RELEASED["7B"][0]
-    decode = step_cost(config, torch.bfloat16, tokens=[1, 1], contexts=[100, 1000])
-    assert decode.weight_bytes == weight_bytes(config, torch.bfloat16) + 2 * 4096 * 2
+    decode = step_cost(dense(config), tokens=[1, 1], contexts=[100, 1000])
+    assert decode.weight_bytes == dense(config).weight_bytes + 2 * 4096 * 2
     assert decode.kv_bytes == (1100 + 2) * 524_288
     products = matrix_parameters(config) + 100352 * 4096
     assert decode.flops == 2 * 2 * products + 4 * 4096 * 1100 * 32
     assert decode.bytes == decode.weight_bytes + decode.kv_bytes
 
-    prefill = step_cost(config, "bfloat16", tokens=[512], contexts=[512])
+    prefill = step_cost(dense(config), tokens=[512], contexts=[512])
     # The last layer is computed for the last token, but for the keys and values.
     products = 512 * matrix_parameters(config) - 511 * (2 * 4096 + 3 * 11008) * 4096 + 100352 * 4096
     assert prefill.flops == 2 * products + 4 * 4096 * (31 * 512 * 513 // 2 + 512)
-    assert step_cost(config, "bfloat16", tokens=1024, contexts=[512, 512]).flops == 2 * prefill.flops
+    assert step_cost(dense(config), tokens=1024, contexts=[512, 512]).flops == 2 * prefill.flops
     assert (
-        step_cost(config, "float32", tokens=[1], contexts=[9]).bytes == 2 * step_cost(config, "bfloat16", 1, [9]).bytes
+        step_cost(dense(config, torch.float32), tokens=[1], contexts=[9]).bytes
+        == 2 * step_cost(dense(config), 1, [9]).bytes
     )
 
 
 def test_chunks_of_a_prefill_add_up_to_it():
     config = RELEASED["1B"][0]
-    whole = step_cost(config, "bfloat16", [1000], [1000])
-    parts = [step_cost(config, "bfloat16", [250], [context]) for context in (250, 500, 750, 1000)]
+    whole = step_cost(dense(config), [1000], [1000])
+    parts = [step_cost(dense(config), [250], [context]) for context in (250, 500, 750, 1000)]
     # What a token with logits takes beside the others: the head, and of the last layer all but keys and values.
     products = config.vocab_size * 2048 + (2 * 2048 + 3 * 8192) * 2048
     logits = [2 * products + 4 * 2048 * context for context in (250, 500, 750)]
@@ -81,13 +86,13 @@ def test_window_bounds_what_is_read():
     windowed = ModelConfig.from_dict({**fields, "sliding_window": 100})
     plain = ModelConfig.from_dict({**fields, "sliding_window": None})
     for context in (5, 100, 101, 900):
-        near, far = (step_cost(c, "bfloat16", [1], [context]) for c in (windowed, plain))
-        per_token = kv_bytes_per_token(plain, "bfloat16")
+        near, far = (step_cost(dense(c), [1], [context]) for c in (windowed, plain))
+        per_token = kv_bytes_per_token(plain, torch.bfloat16)
         assert far.kv_bytes == (context + 1) * per_token
         assert near.kv_bytes == (min(context, 100) + 1) * per_token
         assert far.flops - near.flops == 4 * 256 * 2 * max(0, context - 100)
     pairs = sum(min(position + 1, 100) for position in range(300))
-    base = step_cost(windowed, "bfloat16", [300], [300]).flops - 4 * 256 * (pairs + 100)
+    base = step_cost(dense(windowed), [300], [300]).flops - 4 * 256 * (pairs + 100)
     assert base == 2 * (300 * matrix_parameters(windowed) - 299 * (2 * 256 + 3 * 512) * 256 + 100352 * 256)
 
 
@@ -95,7 +100,7 @@ def test_tied_embedding_is_read_once():
     untied = RELEASED["1B"][0]
     tied = ModelConfig.from_dict({**COMMON, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 16,
                                   "intermediate_size": 8192, "tie_word_embeddings": True})  # fmt: skip
-    assert weight_bytes(tied, "bfloat16") == weight_bytes(untied, "bfloat16")
+    assert dense(tied).weight_bytes == dense(untied).weight_bytes
 
 
 @pytest.mark.parametrize(
@@ -104,4 +109,4 @@ def test_tied_embedding_is_read_once():
 )
 def test_refused(tokens: int | list[int], contexts: list[int], message: str):
     with pytest.raises(ValueError, match=message):
-        step_cost(RELEASED["1B"][0], "bfloat16", tokens, contexts)
+        step_cost(dense(RELEASED["1B"][0]), tokens, contexts)

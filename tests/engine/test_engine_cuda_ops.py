@@ -9,6 +9,7 @@ import torch
 
 from engine.llm import LLM, EngineConfig
 from engine.model.config import ModelConfig
+from engine.model.linear import DenseLinear
 from engine.model.transformer import Model
 from engine.model.weights import LayerWeights, Weights, random_weights
 from engine.ops.batch import AttentionLayer, Batch, LayerCache, TokenSpan
@@ -49,12 +50,18 @@ def micro(fields: dict, dtype: torch.dtype) -> tuple[ModelConfig, Weights]:
     return config, weights
 
 
+def moved(held: Any) -> Any:
+    if isinstance(held, DenseLinear):
+        return DenseLinear(held.weight.to(DEVICE))
+    return None if held is None else held.to(DEVICE)
+
+
 def on_device(weights: Weights) -> Weights:
     layers = []
     for layer in weights.layers:
-        moved: dict[str, Any] = {name: None if x is None else x.to(DEVICE) for name, x in vars(layer).items()}
-        layers.append(LayerWeights(**moved))
-    return Weights(weights.embedding.to(DEVICE), layers, weights.norm.to(DEVICE), weights.lm_head.to(DEVICE))
+        layers.append(LayerWeights(**{name: moved(held) for name, held in vars(layer).items()}))
+    embedding, norm, head = (moved(held) for held in (weights.embedding, weights.norm, weights.lm_head))
+    return Weights(weights.dtype, embedding, layers, norm, head)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ class NoPages(ReferenceOps):
 
 def test_a_cache_that_the_operations_read(machine):
     model = ModelConfig.from_file(TINY)
-    row = model.max_position_embeddings * kv_bytes_per_token(model, "float32")
+    row = model.max_position_embeddings * kv_bytes_per_token(model, torch.float32)
     machine((9, 0), free=40 * row)
     on_pages = settled(model, NoPages("cuda"))
     assert (on_pages.kv_cache, on_pages.kv_tokens) == ("paged", None)  # the engine takes what the GPU has

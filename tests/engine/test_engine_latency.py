@@ -67,7 +67,7 @@ def test_results_and_formats(model: Model):
     ceilings = Ceilings(bandwidth=1e9, matrix_rate=1e18)
     case = Case(0, 4, 10)
     result = measure(model, case, 2, 3, False, 64, ceilings)
-    cost = step_cost(model.config, "bfloat16", [1, 1], [13, 13])
+    cost = step_cost(model.footprint, [1, 1], [13, 13])
     assert result.limit == pytest.approx(cost.bytes / 1e9)
     assert result.limit is not None and result.share == pytest.approx(result.limit * 1e3 / result.step_ms)
     assert result.rates == pytest.approx([8 / sample for sample in result.samples])

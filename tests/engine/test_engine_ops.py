@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from engine.model.linear import DenseLinear
 from engine.ops.reference import ReferenceOps
 
 OPS = ReferenceOps()
@@ -44,18 +45,19 @@ def close(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, ulps: fl
 @pytest.mark.parametrize(("k", "n"), [(64, 96), (256, 704), (768, 256), (100, 10)])
 def test_linear(k: int, n: int, dtype: torch.dtype, threads: int):
     x, weight = values(33, k, dtype=dtype), values(n, k, dtype=dtype, seed=1)
-    whole = OPS.linear(x, weight)
+    matrix = DenseLinear(weight)
+    whole = OPS.linear(x, matrix)
     close(whole, x.double() @ weight.double().t(), dtype, ulps=8)
     for count in BATCHES:
-        assert torch.equal(OPS.linear(x[:count], weight), whole[:count])
-        assert torch.equal(OPS.linear(x[33 - count :], weight), whole[33 - count :])
+        assert torch.equal(OPS.linear(x[:count], matrix), whole[:count])
+        assert torch.equal(OPS.linear(x[33 - count :], matrix), whole[33 - count :])
     out = torch.full((33, n), torch.nan, dtype=dtype)
-    assert OPS.linear(x, weight, out=out) is out and torch.equal(out, whole)
+    assert OPS.linear(x, matrix, out=out) is out and torch.equal(out, whole)
 
 
 def test_linear_in_more_than_one_block_of_weight_rows():
     x, weight = values(3, 32), values(8192 + 5, 32, seed=1)
-    close(OPS.linear(x, weight), x.double() @ weight.double().t(), torch.float32, ulps=8)
+    close(OPS.linear(x, DenseLinear(weight)), x.double() @ weight.double().t(), torch.float32, ulps=8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

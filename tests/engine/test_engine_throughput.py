@@ -21,7 +21,7 @@ from engine_checkpoints import Reference
 from engine.bench.throughput import Limit, bench, check, measure, progress, run_offline, run_online, split, warm_up
 from engine.bench.workloads import Mix, Outcome, Request, arrive, render
 from engine.model.config import ModelConfig
-from engine.model.cost import Ceilings, step_cost, weight_bytes
+from engine.model.cost import Ceilings, Footprint, step_cost
 from engine.runtime.request import Completion, Update
 from engine.sampling_params import SamplingParams
 
@@ -63,7 +63,7 @@ class FakeLLM:
     def __init__(self, config: ModelConfig) -> None:
         self.config, self.max_model_len, self.tokenizer = config, config.max_position_embeddings, None
         self.engine = types.SimpleNamespace(device="cpu", max_batch=4)
-        self.weights = types.SimpleNamespace(dtype=torch.bfloat16)
+        self.model = types.SimpleNamespace(footprint=Footprint.dense(config, torch.bfloat16))
         self.calls: list[list[tuple[list[int], SamplingParams]]] = []
         self._stats = Stats()
 
@@ -231,39 +231,42 @@ def test_warm_up_has_the_lengths_alone(config: ModelConfig):
 # --- the least time ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def footprint(config: ModelConfig) -> Footprint:
+    return Footprint.dense(config, torch.bfloat16)
+
+
 def outcome(prompt: int, new: int, first: float, gap: float, cached: int = 0) -> Outcome:
     gaps = [gap] * (new - 1)
     return Outcome(prompt, new, 0.0, first, gaps, first + sum(gaps), cached)
 
 
-def test_prompts_are_bound_by_their_operations(config: ModelConfig):
-    limit = Limit(config, torch.bfloat16, 4, Ceilings(bandwidth=1e18, matrix_rate=1e9))
-    cost = step_cost(config, "bfloat16", [30, 5], [30, 25])
+def test_prompts_are_bound_by_their_operations(footprint: Footprint):
+    limit = Limit(footprint, 4, Ceilings(bandwidth=1e18, matrix_rate=1e9))
+    cost = step_cost(footprint, [30, 5], [30, 25])
     seconds, kind = limit.prompts([(30, 30), (5, 25)])
     assert seconds == pytest.approx(cost.flops / 1e9) and kind == "bfloat16 matrix rate over the step's FLOPs"
 
 
 @pytest.mark.parametrize("max_batch", [1, 2, 8])
-def test_decode_steps_read_the_weights_once_a_step_and_every_context(config: ModelConfig, max_batch: int):
+def test_decode_steps_read_the_weights_once_a_step_and_every_context(footprint: Footprint, max_batch: int):
     """As many sequences as may run are in each step, and each step's context is one more than the last."""
-    limit = Limit(config, torch.bfloat16, max_batch, Ceilings(bandwidth=1e9, matrix_rate=1e18))
+    limit = Limit(footprint, max_batch, Ceilings(bandwidth=1e9, matrix_rate=1e18))
     spans = [(11, 16), (31, 31), (21, 23)]
     kv = sum(
-        step_cost(config, "bfloat16", [1], [context]).kv_bytes
-        for first, last in spans
-        for context in range(first, last + 1)
+        step_cost(footprint, [1], [context]).kv_bytes for first, last in spans for context in range(first, last + 1)
     )
     steps = {1: 10, 2: 6, 8: 6}[max_batch]
     seconds, kind = limit.decoding(spans)
-    assert seconds == pytest.approx((steps * weight_bytes(config, "bfloat16") + kv) / 1e9, rel=1e-9)
+    assert seconds == pytest.approx((steps * footprint.weight_bytes + kv) / 1e9, rel=1e-9)
     assert kind == "copy bandwidth over weight + KV bytes"
-    by_matrix = Limit(config, torch.bfloat16, max_batch, Ceilings(bandwidth=1e18, matrix_rate=1e9))
-    flops = sum(step_cost(config, "bfloat16", [1], [c]).flops for a, b in spans for c in range(a, b + 1))
+    by_matrix = Limit(footprint, max_batch, Ceilings(bandwidth=1e18, matrix_rate=1e9))
+    flops = sum(step_cost(footprint, [1], [c]).flops for a, b in spans for c in range(a, b + 1))
     assert by_matrix.decoding(spans)[0] == pytest.approx(flops / 1e9)
 
 
-def test_the_floor_is_of_what_was_computed(config: ModelConfig):
-    limit = Limit(config, torch.bfloat16, 4, CEILINGS)
+def test_the_floor_is_of_what_was_computed(footprint: Footprint):
+    limit = Limit(footprint, 4, CEILINGS)
     done = [outcome(20, 3, 1.0, 1.0, cached=16), outcome(9, 1, 1.0, 1.0)]
     spans = [(21, 22), (10, 9)]
     seconds, kind = limit.floor(done, spans)
@@ -271,11 +274,11 @@ def test_the_floor_is_of_what_was_computed(config: ModelConfig):
     assert first is not None and steps is not None and seconds == pytest.approx(first + steps)
     assert kind is not None and kind.startswith("prompts: ") and "; decode steps: " in kind
     assert limit.floor(done[1:], spans[1:])[0] == pytest.approx(limit.prompts([(9, 9)])[0])
-    assert Limit(config, torch.bfloat16, 4, Ceilings()).floor(done, spans) == (None, None)
+    assert Limit(footprint, 4, Ceilings()).floor(done, spans) == (None, None)
 
 
-def test_phases_are_cut_at_the_last_first_token(config: ModelConfig):
-    limit = Limit(config, torch.bfloat16, 4, CEILINGS)
+def test_phases_are_cut_at_the_last_first_token(footprint: Footprint):
+    limit = Limit(footprint, 4, CEILINGS)
     # First tokens at 10 and 25 ms; the early one decodes at 12, 14, …, 24 meanwhile.
     done = [outcome(20, 11, 10.0, 2.0), outcome(8, 3, 25.0, 2.0, cached=4)]
     first, rest = split(done, 0.032, limit)

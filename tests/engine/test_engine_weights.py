@@ -21,25 +21,27 @@ def test_tensors_equal_transformers(reference: Reference):
     weights = load_weights(reference.path, config, "cpu", torch.float32)
     state = reference.model.state_dict()
     assert torch.equal(weights.embedding, state["model.embed_tokens.weight"])
-    assert torch.equal(weights.lm_head, state["lm_head.weight"])
-    assert (weights.lm_head is weights.embedding) == config.tie_word_embeddings
+    assert torch.equal(weights.lm_head.rows(), state["lm_head.weight"])
+    assert (weights.lm_head.tensors()["weight"] is weights.embedding) == config.tie_word_embeddings
     assert torch.equal(weights.norm, state["model.norm.weight"])
-    attention_norm, mlp_norm = config.layer_norm_names()
+    arch = config.architecture
+    attention_norm, mlp_norm = arch.attention_norm, arch.mlp_norm
     for index, layer in enumerate(weights.layers):
         get = {name: state.get(f"model.layers.{index}.{name}.weight") for name in (
             "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
             "mlp.up_proj", "mlp.down_proj", "self_attn.q_norm", "self_attn.k_norm", attention_norm, mlp_norm,
         )}  # fmt: skip
-        assert torch.equal(layer.qkv, torch.cat([get[f"self_attn.{n}_proj"] for n in "qkv"]))
-        assert torch.equal(layer.gate_up, torch.cat([get["mlp.gate_proj"], get["mlp.up_proj"]]))
-        assert torch.equal(layer.o, get["self_attn.o_proj"]) and torch.equal(layer.down, get["mlp.down_proj"])
+        assert torch.equal(layer.qkv.rows(), torch.cat([get[f"self_attn.{n}_proj"] for n in "qkv"]))
+        assert torch.equal(layer.gate_up.rows(), torch.cat([get["mlp.gate_proj"], get["mlp.up_proj"]]))
+        assert torch.equal(layer.o.rows(), get["self_attn.o_proj"])
+        assert torch.equal(layer.down.rows(), get["mlp.down_proj"])
         assert torch.equal(layer.attention_norm, get[attention_norm]) and torch.equal(layer.mlp_norm, get[mlp_norm])
         if layer.q_norm is not None and layer.k_norm is not None:
-            assert config.qk_norm == "full"
+            assert arch.qk_norm == "full"
             assert torch.equal(layer.q_norm, get["self_attn.q_norm"])
             assert torch.equal(layer.k_norm, get["self_attn.k_norm"])
         else:
-            assert layer.q_norm is layer.k_norm is None and config.qk_norm == "none"
+            assert layer.q_norm is layer.k_norm is None and arch.qk_norm == "none"
     stored = sum(file.stat().st_size for file in reference.path.glob("*.safetensors"))
     assert weights.statistics is not None
     assert weights.nbytes == 4 * config.parameter_count() == weights.statistics.bytes < stored

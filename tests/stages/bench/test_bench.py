@@ -11,7 +11,7 @@ import torch
 
 from engine.bench.throughput import LATE
 from engine.model.config import ModelConfig
-from engine.model.cost import Ceilings, step_cost
+from engine.model.cost import Ceilings, Footprint, step_cost
 from stages import bench, metrics
 from stages.bench import serve, standard, suite
 from stages.bench.context import Context
@@ -75,20 +75,20 @@ def test_latency_follows_its_definitions():
 
 def test_limits_are_the_slower_of_memory_and_matrix_rate():
     case = Case(DECODE, 2, 8, 5)
-    ceilings = Ceilings(bandwidth=1e9, matrix_rate=1e18)
-    found = limits(case, CONFIG, "bfloat16", ceilings)
-    step = step_cost(CONFIG, torch.bfloat16, [1, 1], [10, 10])
-    first = step_cost(CONFIG, torch.bfloat16, [8, 8], [8, 8])
+    ceilings, model = Ceilings(bandwidth=1e9, matrix_rate=1e18), Footprint.dense(CONFIG, torch.bfloat16)
+    found = limits(case, model, ceilings)
+    step = step_cost(model, [1, 1], [10, 10])
+    first = step_cost(model, [8, 8], [8, 8])
     assert found["tpot_ms"][0] == pytest.approx((step.weight_bytes + step.kv_bytes) / 1e9 * 1e3)
     assert found["tpot_ms"][1] == "copy bandwidth over weight + KV bytes"
     whole = first.bytes / 1e9 + 4 * step.bytes / 1e9
     assert found["e2e_ms"][0] == pytest.approx(whole * 1e3)
     assert found["output_throughput"][0] == pytest.approx(10 / whole)
     assert found["total_token_throughput"][0] == pytest.approx(26 / whole)
-    slow = limits(case, CONFIG, "bfloat16", Ceilings(bandwidth=1e18, matrix_rate=1e9))
+    slow = limits(case, model, Ceilings(bandwidth=1e18, matrix_rate=1e9))
     assert slow["ttft_ms"][0] == pytest.approx(first.flops / 1e9 * 1e3)
     assert slow["ttft_ms"][1] == "bfloat16 matrix rate over the step's FLOPs"
-    assert limits(case, CONFIG, "bfloat16", Ceilings()) == {"ttft_ms": (None, None)}
+    assert limits(case, model, Ceilings()) == {"ttft_ms": (None, None)}
 
 
 def test_ceilings_are_read_from_provision(here: Path):

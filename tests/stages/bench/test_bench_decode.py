@@ -10,7 +10,7 @@ import torch
 
 from engine.bench.latency import random_cache
 from engine.model.config import ModelConfig
-from engine.model.cost import Ceilings, step_cost, weight_bytes
+from engine.model.cost import Ceilings, Footprint, step_cost
 from engine.model.transformer import Model
 from engine.model.weights import random_weights
 from engine.ops.reference import ReferenceOps
@@ -58,7 +58,9 @@ def test_steps_are_measured_beside_their_limit():
     found = bench_step(model(), WORKLOAD, ceilings, False, batch=2, context=10)
     (case, metric, samples, limit, kind), (_, other, rates, best, _) = found
     assert (case, metric, other) == ("batch 2 context 10", "step_ms", "output_throughput")
-    assert limit == pytest.approx(step_cost(CONFIG, "bfloat16", [1, 1], [13, 13]).bytes / 1e9 * 1e3)
+    assert limit == pytest.approx(
+        step_cost(Footprint.dense(CONFIG, torch.bfloat16), [1, 1], [13, 13]).bytes / 1e9 * 1e3
+    )
     assert len(samples) == len(rates) == 2 and min(samples) > 0 and kind == "copy bandwidth over weight + KV bytes"
     assert (
         limit is not None
@@ -92,9 +94,9 @@ def test_parts_are_the_whole_step(config: ModelConfig):
     assert counts["qkv"] == counts["attention"] == counts["down"] == 4 and counts["add_norm"] == 8
     # All but the norms' weights, and activations beside them.
     moved = sum(part.bytes for part in parts)
-    cost = step_cost(config, "bfloat16", [1] * 3, [21] * 3)
+    cost = step_cost(made.footprint, [1] * 3, [21] * 3)
     assert cost.bytes - 2 * 9 * 4 * 64 * 2 < moved < 1.5 * cost.bytes
-    assert cost.weight_bytes >= weight_bytes(config, "bfloat16")
+    assert made.footprint == Footprint.dense(config, torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -55,7 +55,7 @@ def test_lengths_are_measured_beside_their_limit():
     check(rows.rows)
     found = {row["metric"]: row for row in rows.rows if row["prompt_tokens"] == 24}
     assert set(found) == {"ttft_ms", "prompt_throughput", "compute_rate"}  # memory is a GPU's
-    flops = step_cost(CONFIG, "bfloat16", [24], [24]).flops
+    flops = step_cost(model.footprint, [24], [24]).flops
     assert found["ttft_ms"]["limit"] == pytest.approx(flops / 1e12 * 1e3)
     assert found["compute_rate"]["limit"] == pytest.approx(1e12) and found["ttft_ms"]["value"] > 0
     rates = [24 / sample * 1e3 for sample in found["ttft_ms"]["samples"]]

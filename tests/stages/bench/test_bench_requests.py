@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from engine.bench.throughput import LATE, Limit
 from engine.bench.workloads import Outcome, failed
 from engine.model.config import ModelConfig
-from engine.model.cost import Ceilings, step_cost
+from engine.model.cost import Ceilings, Footprint, step_cost
 from engine.model.transformer import Model
 from engine.model.weights import random_weights
 from engine.ops.reference import ReferenceOps
@@ -34,6 +34,7 @@ from stages.stage import StageError
 from stages.standard import TooSlow
 
 CONFIG = ModelConfig.from_dict(tiny.ARCHITECTURE)
+FOOTPRINT = Footprint.dense(CONFIG, torch.bfloat16)
 CEILINGS = Ceilings(bandwidth=1e9, matrix_rate=1e12)
 WORKLOAD = Workload(
     "w", ("x",), (1,), (8,), 4, 2, 1, Requests(5, (4, 9), 3, 0), SharedPrefix(4, 32, (3, 5), 2), Load((1, 3), (40.0,))
@@ -47,7 +48,7 @@ class FakeLLM:
 
     def __init__(self, kv_cache: str = "paged") -> None:
         self.config, self.max_model_len = CONFIG, 256
-        self.weights = SimpleNamespace(dtype=torch.bfloat16)
+        self.model = SimpleNamespace(footprint=FOOTPRINT)
         self.engine = SimpleNamespace(device="cpu", max_batch=4, kv_cache=kv_cache, page_size=16, prefix_cache=True)
         self.prompts: list[list[int]] = []
         self._known: set[tuple[int, ...]] = set()
@@ -115,7 +116,7 @@ def test_throughput_beside_its_floor():
     assert len(output["samples"]) == 2 and output["value"] > 0
     assert output["samples"] == pytest.approx([15 / seconds for seconds in whole["samples"]])
     lengths = lengths_of()
-    limit = Limit(CONFIG, torch.bfloat16, 4, CEILINGS)
+    limit = Limit(FOOTPRINT, 4, CEILINGS)
     least = sum(
         part[0] or 0.0
         for part in (
@@ -222,7 +223,7 @@ def test_decode_steps_beside_their_limit(kv_cache: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(decode_batches, "SMALL", ((3, 20), (2, 1000)))
     found = collect("decode_batches", engine(kv_cache))
     step, rate = (found["batch 3 context 20", metric] for metric in ("step_ms", "output_throughput"))
-    limit = step_cost(CONFIG, "bfloat16", [1] * 3, [23] * 3).bytes / 1e9 * 1e3
+    limit = step_cost(FOOTPRINT, [1] * 3, [23] * 3).bytes / 1e9 * 1e3
     assert step["limit"] == pytest.approx(limit) and rate["limit"] == pytest.approx(3 / limit * 1e3)
     assert rate["samples"] == pytest.approx([3 / sample * 1e3 for sample in step["samples"]])
     assert step["value"] > 0 and (step["batch"], step["context"]) == (3, 20)

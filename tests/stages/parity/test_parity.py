@@ -143,8 +143,8 @@ def test_not_a_number_fails_with_a_null_value(here: Path, monkeypatch: pytest.Mo
 
 def test_a_result_that_depends_on_the_batch_fails(here: Path, monkeypatch: pytest.MonkeyPatch):
     class Neighbourly(ReferenceOps):
-        def linear(self, x, weight, out=None):
-            return super().linear(x * (1 + x.shape[0] * 2**-9), weight, out)
+        def linear(self, x, matrix, out=None):
+            return super().linear(x * (1 + x.shape[0] * 2**-9), matrix, out)
 
     break_ops(monkeypatch, lambda: Neighbourly("cpu"))
     with pytest.raises(StageError, match=r"invariance: a batch of 4 .*one reduction order"):

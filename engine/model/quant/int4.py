@@ -71,16 +71,15 @@ class Int4Matrix:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors())
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
-    def tensors(self) -> list[Tensor]:
-        return [tensor for tensor in (self.codes, self.scales, self.zeros, self.g_idx) if tensor is not None]
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def to(self, device: torch.device | str) -> Int4Matrix:
-        moved = {name: tensor.to(device) for name, tensor in vars(self).items() if isinstance(tensor, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
-    def rows(self, begin: int, end: int) -> Int4Matrix:
+    def rows(self, begin: int, end: int | None) -> Int4Matrix:
         """Rows begin … end - 1, on the same memory."""
         zeros = None if self.zeros is None else self.zeros[begin:end]
         return replace(self, codes=self.codes[begin:end], scales=self.scales[begin:end], zeros=zeros)
@@ -128,11 +127,13 @@ def make_int4(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, g_idx: Tensor | None = None,
     nf4: bool = False,
 ) -> Int4Matrix:  # fmt: skip
-    """A matrix of codes uint8 [N, K], one a byte. A `g_idx` that puts the columns of groups in a row is left out."""
-    columns = codes.shape[1]
-    if g_idx is not None and torch.equal(g_idx.long(), torch.arange(columns, device=g_idx.device) // group_size):
-        g_idx = None
-    return Int4Matrix(pack_bytes(codes), scales, zeros, columns, group_size, g_idx, nf4)
+    """A matrix of codes uint8 [N, K], one a byte."""
+    return Int4Matrix(pack_bytes(codes), scales, zeros, codes.shape[1], group_size, g_idx, nf4)
+
+
+def in_a_row(g_idx: Tensor | None, group_size: int) -> bool:
+    """Whether each group's columns follow each other, so that nothing need be told of them."""
+    return g_idx is None or torch.equal(g_idx.long(), torch.arange(len(g_idx), device=g_idx.device) // group_size)
 
 
 def joined(parts: Sequence[Int4Matrix]) -> Int4Matrix | None:

@@ -34,6 +34,11 @@ def unpack_words(words: Tensor, columns: int, order: Sequence[int] = IN_ORDER) -
     return codes[:, :columns]
 
 
+def bytes_of(words: Tensor, columns: int) -> Tensor:
+    """Bytes of codes, as `pack_bytes` makes them, of words int32 [N, ≥ columns / 8] in order."""
+    return words.clone(memory_format=torch.contiguous_format).view(torch.uint8)[:, : -(-columns // 2)]
+
+
 def pack_words(codes: Tensor, order: Sequence[int] = IN_ORDER) -> Tensor:
     """Words int32 [N, ceil(K / 8)] of codes uint8 [N, K], as `unpack_words` reads them; filled up with 0."""
     rows, columns = codes.shape

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.model.config import ConfigError
-from engine.model.quant.formats.fields import Stored, finite, get, is_among, names_of, only_known
+from engine.model.quant.formats.fields import ANY_LENGTH, Stored, finite, get, is_among, names_of, only_known
 from engine.model.quant.int4 import NF4_LEVELS, Int4Matrix, aligned_blocks, make_int4
 from engine.model.quant.nibbles import pack_bytes, unpack_bytes
 
@@ -43,7 +43,7 @@ class Nf4Layer:
             "weight": Stored(("U8",), (-(-rows * columns // 2), 1)),
             "weight.absmax": Stored(("U8",) if self.double else ("F32",), (blocks,)),
             "weight.quant_map": Stored(("F32",), (16,)),
-            STATE: Stored(("U8",), (-1,)),
+            STATE: Stored(("U8",), ANY_LENGTH),
         }
         if self.double:
             stored["weight.nested_absmax"] = Stored(("F32",), (-(-blocks // NESTED_BLOCK),))

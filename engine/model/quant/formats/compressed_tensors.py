@@ -26,8 +26,8 @@ from engine.model.quant.formats.fields import (
     names_of,
     only_known,
 )
-from engine.model.quant.int4 import Int4Matrix, make_int4
-from engine.model.quant.nibbles import pack_words, unpack_words
+from engine.model.quant.int4 import Int4Matrix, in_a_row
+from engine.model.quant.nibbles import bytes_of, pack_words, unpack_words
 
 WHERE = "quantization_config"
 FORMAT = "pack-quantized"
@@ -72,7 +72,7 @@ class CompressedLayer:
         shape = tensors["weight_shape"].tolist()
         if shape != [rows, columns]:
             raise ValueError(f"weight_shape is {shape}; the configuration asks for {[rows, columns]}")
-        codes = unpack_words(tensors["weight_packed"], columns)
+        codes = bytes_of(tensors["weight_packed"], columns)
         scales = finite(tensors["weight_scale"], "weight_scale").contiguous()
         zeros = None
         if not self.symmetric:
@@ -86,7 +86,8 @@ class CompressedLayer:
                     f"weight_g_idx holds {int(g_idx.min())} … {int(g_idx.max())}; there are groups 0 … "
                     f"{scales.shape[1] - 1}"
                 )
-        return make_int4(codes, scales, zeros, columns if self.group_size == -1 else self.group_size, g_idx)
+        size = columns if self.group_size == -1 else self.group_size
+        return Int4Matrix(codes, scales, zeros, columns, size, None if in_a_row(g_idx, size) else g_idx)
 
 
 @dataclass(frozen=True)

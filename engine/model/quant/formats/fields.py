@@ -13,6 +13,8 @@ from engine.model.quant.int4 import Int4Matrix
 
 GROUP_SIZES = (32, 64, 128, -1)
 
+ANY_LENGTH = (-1,)  # the shape of a list of bytes
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -21,6 +23,9 @@ class Stored:
     dtypes: tuple[str, ...]
     shape: tuple[int, ...]
     optional: bool = False
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return self.shape in (shape, ANY_LENGTH)
 
 
 class StoredLayer(Protocol):

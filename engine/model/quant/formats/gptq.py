@@ -30,8 +30,8 @@ from engine.model.quant.formats.fields import (
     names_of,
     only_known,
 )
-from engine.model.quant.int4 import MIDDLE, Int4Matrix, make_int4
-from engine.model.quant.nibbles import pack_words, unpack_words
+from engine.model.quant.int4 import MIDDLE, Int4Matrix, in_a_row
+from engine.model.quant.nibbles import bytes_of, pack_words, unpack_words
 
 WHERE = "quantization_config"
 ONES = 0x11111111
@@ -76,7 +76,6 @@ class GptqLayer:
         if "bias" in tensors and tensors["bias"].any():
             raise ValueError("bias is not all zeros; projections have no bias here")
         scales = finite(tensors["scales"], "scales").t().contiguous()
-        codes = unpack_words(tensors["qweight"].t(), columns)
         size = columns if self.group_size == -1 else self.group_size
         g_idx = tensors.get("g_idx")
         if g_idx is not None:
@@ -84,7 +83,8 @@ class GptqLayer:
             if outside.any():
                 place = int(outside.nonzero()[0, 0])
                 raise ValueError(f"g_idx[{place}] is {int(g_idx[place])}; there are groups 0 … {scales.shape[1] - 1}")
-        matrix = make_int4(codes, scales, self._zeros(tensors["qzeros"], rows), size, g_idx)
+        codes, zeros = bytes_of(tensors["qweight"].t(), columns), self._zeros(tensors["qzeros"], rows)
+        matrix = Int4Matrix(codes, scales, zeros, columns, size, None if in_a_row(g_idx, size) else g_idx)
         if not self.symmetric:
             self._check_version(matrix)
         return matrix
@@ -196,4 +196,23 @@ def pack(matrix: Int4Matrix, version: int = 1) -> dict[str, Tensor]:
         "qzeros": pack_words(zeros.t().contiguous()),
         "scales": matrix.scales.t().contiguous(),
         "g_idx": matrix.group_of().to(torch.int32),
+    }
+
+
+def version_of(symmetric: bool) -> int:
+    """Of what is written: 1, which all tools read, where zero points are 8; else 2, which has no offset to misread."""
+    return 1 if symmetric else 2
+
+
+def settings(group_size: int, symmetric: bool, ordered: bool) -> dict[str, Any]:
+    """A `quantization_config` that says how `pack` writes linear layers; all but the head."""
+    return {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": group_size,
+        "sym": symmetric,
+        "desc_act": ordered,
+        "checkpoint_format": "gptq" if version_of(symmetric) == 1 else "gptq_v2",
+        "pack_dtype": "int32",
+        "lm_head": False,
     }

@@ -11,7 +11,8 @@ import torch
 from engine.model.config import DTYPES, ModelConfig
 from engine.model.cost import kv_bytes_per_token
 from engine.model.kv_cache import PAGE_SIZE, PAGE_SIZES
-from engine.ops.reference import Ops, ReferenceOps
+from engine.ops.protocol import Ops
+from engine.ops.reference import ReferenceOps
 
 log = logging.getLogger(__name__)
 MANY = 256  # requests that run together where nothing else is asked for

@@ -65,17 +65,15 @@ def inspect(argument: ModelArgument = None, model: ModelOption = None) -> None:
 def _parameters_by_role(config: "ModelConfig") -> dict[str, int]:
     import math
 
+    from engine.model.architectures import checkpoint_tensors
+
+    role_of = {
+        "embedding": "embedding", "qkv": "attention", "o": "attention", "gate_up": "mlp", "down": "mlp",
+        "lm_head": "head",
+    }  # fmt: skip
     roles = {"embedding": 0, "attention": 0, "mlp": 0, "norms": 0, "head": 0}
-    for name, shape in config.tensor_shapes().items():
-        if len(shape) == 1:
-            role = "norms"
-        elif "self_attn" in name:
-            role = "attention"
-        elif "mlp" in name:
-            role = "mlp"
-        else:
-            role = "head" if name.startswith("lm_head") else "embedding"
-        roles[role] += math.prod(shape)
+    for tensor in checkpoint_tensors(config):
+        roles[role_of.get(tensor.field, "norms")] += math.prod(tensor.shape)
     return roles
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from engine.model.architectures import checkpoint_tensors
 from engine.model.config import ModelConfig
 
 
@@ -63,8 +65,8 @@ class Ceilings:
 def matrix_parameters(config: ModelConfig) -> int:
     """Weights of the layers' matrix products: each token takes 2 operations with each of them, but one without logits
     needs no more than keys and values of the last layer."""
-    attention = (2 * config.q_size + 2 * config.kv_size) * config.hidden_size
-    return config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+    layers = (tensor.shape for tensor in checkpoint_tensors(config) if tensor.layer is not None)
+    return sum(math.prod(shape) for shape in layers if len(shape) == 2)
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -105,12 +107,14 @@ def step_cost(model: Footprint, tokens: int | Sequence[int], contexts: Sequence[
             moved += (context - first + new) * cached
             scores += _keys_seen(context, window) - _keys_seen(context - (1 if layer == last else new), window)
     head = config.vocab_size * config.hidden_size
-    # Of the last layer, for tokens without logits: the query's projection and all that follows attention.
-    unasked = (2 * config.q_size + 3 * config.intermediate_size) * config.hidden_size * (total - len(tokens))
+    products = matrix_parameters(config)
+    # Of the last layer, for tokens without logits: all but the keys' and values' projections.
+    unasked = products // config.num_hidden_layers - 2 * config.kv_size * config.hidden_size
     return StepCost(
         weight_bytes=model.weight_bytes + total * config.hidden_size * dtype.itemsize,
         kv_bytes=moved,
-        flops=2 * (total * matrix_parameters(config) - unasked + len(tokens) * head) + 4 * config.q_size * scores,
+        flops=2 * (total * products - (total - len(tokens)) * unasked + len(tokens) * head)
+        + 4 * config.q_size * scores,
     )
 
 

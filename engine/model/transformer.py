@@ -4,7 +4,6 @@ Tokens of all sequences are packed into one list; each carries its cache slot an
 prefill and any mix of them are the same call.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,50 +11,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from engine.model.config import ModelConfig, Rope
+from engine.model.config import ModelConfig
 from engine.model.cost import Footprint
 from engine.model.kv_cache import PAGE_SIZE, ContiguousCache, KVCache, PagedCache
+from engine.model.rope import rope_tables
 from engine.model.weights import Weights
-from engine.ops.batch import AttentionLayer, Batch, TokenSpan
-from engine.ops.reference import Ops, of_rows
-from engine.runtime.memory import free_bytes
+from engine.ops.batch import AttentionLayer, Batch, LayerCache, TokenSpan
+from engine.ops.protocol import Ops
+from engine.ops.reference import of_rows
 
 if TYPE_CHECKING:
     from kernels.attention.prefill import Plan
 
 Observe = Callable[[str, Tensor], None]
-_ROWS = 1 << 16  # of a rotary table that are computed at a time
-
-
-def rope_table(rope: Rope, head_dim: int, positions: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * inverse frequency, fp32 [positions, head_dim / 2], on the CPU.
-
-    Frequencies and angles are fp32 as in the models' training code; cos and sin of them are computed in fp64.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequency = 1.0 / (rope.theta**exponents)
-    if rope.type == "linear":
-        frequency = frequency / rope.factor
-    elif rope.type == "llama3":
-        frequency = _llama3(frequency, rope)
-    cos, sin = (torch.empty(positions, head_dim // 2) for _ in range(2))
-    for begin in range(0, positions, _ROWS):  # in fp64 all of them take several times the tables' memory
-        here = torch.arange(begin, min(begin + _ROWS, positions), dtype=torch.float32)
-        angles = (here[:, None] * frequency).double()
-        cos[begin : begin + _ROWS], sin[begin : begin + _ROWS] = angles.cos(), angles.sin()
-    return cos, sin
-
-
-def _llama3(frequency: Tensor, rope: Rope) -> Tensor:
-    """Long wavelengths are stretched by `factor`, short ones kept, those between are blended (Llama 3.1)."""
-    length = rope.original_max_position_embeddings
-    wavelength = 2 * math.pi / frequency
-    blend = (length / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    stretched = frequency / rope.factor
-    blended = (1 - blend) * frequency / rope.factor + blend * frequency
-    is_long = wavelength > length / rope.low_freq_factor
-    is_short = wavelength < length / rope.high_freq_factor
-    return torch.where(is_long, stretched, torch.where(is_short, frequency, blended))
 
 
 class Model:
@@ -68,23 +36,13 @@ class Model:
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, max_positions: int | None = None) -> None:
         self.config, self.weights, self.ops = config, weights, ops
         self.max_positions = max_positions or config.max_position_embeddings
-        tables: dict[Rope, tuple[Tensor, Tensor]] = {}
-        ropes = {config.layer_rope(layer) for layer in range(config.num_hidden_layers)}
-        size = len(ropes) * self.max_positions * config.head_dim * 4
-        if size > (free := free_bytes(weights.device)):
-            raise ValueError(
-                f"the rotary tables of {self.max_positions} positions are {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
-                "are free; lower max_model_len"
-            )
-        for rope in ropes:
-            cos, sin = rope_table(rope, config.head_dim, self.max_positions)
-            if config.architecture.rope_dtype == "model":
-                cos, sin = cos.to(weights.dtype).float(), sin.to(weights.dtype).float()
-            tables[rope] = cos.to(weights.device), sin.to(weights.device)
+        tables = rope_tables(config, self.max_positions, weights.device, weights.dtype)
+        self._pre_norm = config.architecture.norm_placement == "pre"
+        self._norm_settings = config.rms_norm_eps, config.architecture.norm_rounding
         self.attention = [
             AttentionLayer(
-                layer.q_norm, layer.k_norm, config.rms_norm_eps, config.architecture.norm_rounding,
-                *tables[config.layer_rope(index)], config.head_dim**-0.5, config.window(index),
+                layer.q_norm, layer.k_norm, *self._norm_settings, *tables[config.layer_rope(index)],
+                config.head_dim**-0.5, config.window(index),
             )
             for index, layer in enumerate(weights.layers)
         ]  # fmt: skip
@@ -103,43 +61,55 @@ class Model:
             [n, V] in the weights' dtype.
         """
         see = observe or (lambda name, tensor: None)
-        ops, weights, layers = self.ops, self.weights, self.weights.layers
+        ops, weights = self.ops, self.weights
         batch = self._planned(batch)
         x = ops.embedding(batch.tokens, weights.embedding)
         see("embedding", x)
-        # The norm applied where a branch is added: of the branch (post), or for the branch that comes next (pre).
-        norms = [weight for layer in layers for weight in (layer.attention_norm, layer.mlp_norm)]
-        pre = self.config.architecture.norm_placement == "pre"
-        y = self._norm(x, norms[0]) if pre else x
-        if pre:
-            norms = [*norms[1:], weights.norm]
-
-        def add(name: str, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            config = self.config
-            added = torch.empty_like(y) if observe and not pre else None
-            settings = config.rms_norm_eps, config.architecture.norm_rounding
-            both = ops.add_norm(x, y, weight, *settings, config.architecture.norm_placement, added)
-            see(name, y if added is None else added)
-            return both
-
-        for index, layer in enumerate(layers):
-            # In the last layer nobody asks what other tokens come to after their keys and values.
-            rows = batch.logits_at if index == len(layers) - 1 and not observe else None
-            y = ops.attend(ops.linear(y, layer.qkv), self.attention[index], cache.layer(index), batch, rows)
-            y = ops.linear(y, layer.o)
-            x, y = add(f"layers.{index}.attention", of_rows(x, rows), y, norms[2 * index])
-            y = ops.linear_swiglu(y, layer.gate_up)
-            y = ops.linear(y, layer.down)
-            x, y = add(f"layers.{index}.mlp", x, y, norms[2 * index + 1])
-            see(f"layers.{index}", x)
+        y = self._norm(x, weights.layers[0].attention_norm) if self._pre_norm else x
+        for index in range(len(weights.layers)):
+            x, y = self._layer(index, x, y, cache.layer(index), batch, observe)
         if observe:
             y = of_rows(y, batch.logits_at)
-        if not pre:
+        if not self._pre_norm:
             y = self._norm(y, weights.norm)
         see("norm", y)
         logits = ops.linear(y, weights.lm_head)
         see("logits", logits)
         return logits
+
+    def _layer(
+        self, index: int, x: Tensor, y: Tensor, cache: LayerCache, batch: Batch, observe: Observe | None
+    ) -> tuple[Tensor, Tensor]:
+        """The stream x [T, H] after a layer, and what the next layer reads, as y [T, H] is what this one reads."""
+        ops, layer = self.ops, self.weights.layers[index]
+        is_last = index + 1 == len(self.weights.layers)
+        # In the last layer nobody asks what other tokens come to after their keys and values.
+        rows = batch.logits_at if is_last and not observe else None
+        if self._pre_norm:  # x + attention(norm(x)), then x + mlp(norm(x)): each addition comes with the next norm
+            norms = layer.mlp_norm, self.weights.norm if is_last else self.weights.layers[index + 1].attention_norm
+        else:  # x + norm(attention(x)), then x + norm(mlp(x)): each addition comes with its own
+            norms = layer.attention_norm, layer.mlp_norm
+
+        qkv = ops.linear(y, layer.qkv)
+        y = ops.attend(qkv, self.attention[index], cache, batch, rows)
+        y = ops.linear(y, layer.o)  # the branch whole: summed over all heads
+        x, y = self._add(f"layers.{index}.attention", of_rows(x, rows), y, norms[0], observe)
+
+        y = ops.linear_swiglu(y, layer.gate_up)
+        y = ops.linear(y, layer.down)  # the branch whole: summed over all of the intermediate size
+        x, y = self._add(f"layers.{index}.mlp", x, y, norms[1], observe)
+        if observe:
+            observe(f"layers.{index}", x)
+        return x, y
+
+    def _add(self, name: str, x: Tensor, y: Tensor, norm: Tensor, observe: Observe | None) -> tuple[Tensor, Tensor]:
+        """The stream x with the branch y added, and what the next branch reads: `Ops.add_norm`."""
+        placement = self.config.architecture.norm_placement
+        added = torch.empty_like(y) if observe and not self._pre_norm else None
+        both = self.ops.add_norm(x, y, norm, *self._norm_settings, placement, added)
+        if observe:
+            observe(name, y if added is None else added)
+        return both
 
     def _planned(self, batch: Batch) -> Batch:
         """The batch with what follows from its spans."""
@@ -184,4 +154,4 @@ class Model:
         return config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, weight, self.config.rms_norm_eps, self.config.architecture.norm_rounding)
+        return self.ops.rms_norm(x, weight, *self._norm_settings)

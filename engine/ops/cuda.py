@@ -7,7 +7,8 @@ from torch import Tensor
 
 from engine.model.linear import DenseLinear, Linear
 from engine.ops.batch import AttentionLayer, Batch, LayerCache, Rounding, TokenSpan
-from engine.ops.reference import Composed, Placement, of_rows
+from engine.ops.protocol import Placement
+from engine.ops.reference import Composed, of_rows
 from kernels import add_norm, embedding, kv_write, residual, rms_norm, rope, rope_write, sampling, swiglu
 from kernels.attention import flash, prefill
 from kernels.attention import naive as naive_attention
@@ -23,7 +24,7 @@ FEW = 16  # attention for up to one in so many tokens is computed for them one b
 
 
 class CudaOps(Composed):
-    """`engine.ops.reference.Ops` over the launchers in `kernels/`, which say what each computes.
+    """`engine.ops.protocol.Ops` over the launchers in `kernels/`, which say what each computes.
 
     The fast versions are for bf16 and fp16: fp32 tensors take the naive ones whatever is chosen, and so do weights and
     heads of a shape that the fast ones do not take. Which one a model takes never depends on the tokens.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.ops.reference import Ops
+from engine.ops.protocol import Ops
 from engine.runtime.request import Request, TokenLogprobs
 
 ROWS = 256  # rows of logits whose probabilities are worked out at a time

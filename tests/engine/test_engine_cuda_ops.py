@@ -13,7 +13,8 @@ from engine.model.linear import DenseLinear
 from engine.model.transformer import Model
 from engine.model.weights import LayerWeights, Weights, random_weights
 from engine.ops.batch import AttentionLayer, Batch, LayerCache, TokenSpan
-from engine.ops.reference import Ops, ReferenceOps, gumbel
+from engine.ops.protocol import Ops
+from engine.ops.reference import ReferenceOps, gumbel
 from engine.sampling_params import SamplingParams
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,7 +14,8 @@ from engine.model.kv_cache import PAGE_SIZE, PAGE_SIZES, PagedCache
 from engine.model.transformer import Model
 from engine.model.weights import random_weights
 from engine.ops.batch import Batch, TokenSpan
-from engine.ops.reference import Ops, ReferenceOps
+from engine.ops.protocol import Ops
+from engine.ops.reference import ReferenceOps
 from engine.runtime.decode_loop import DecodeLoop, Row
 from engine.sampling_params import SamplingParams
 

@@ -11,7 +11,8 @@ from engine_checkpoints import Reference
 
 from engine.model.config import ModelConfig, Rope
 from engine.model.kv_cache import ContiguousCache
-from engine.model.transformer import Model, rope_table
+from engine.model.rope import rope_table
+from engine.model.transformer import Model
 from engine.model.weights import load_weights
 from engine.ops.batch import Batch
 from engine.ops.reference import ReferenceOps

@@ -5,15 +5,27 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from engine_checkpoints import Reference
 
+from engine.model.architectures import ARCHITECTURES, checkpoint_tensors
 from engine.model.config import ModelConfig
+from engine.model.cost import Footprint
 from engine.model.safetensors import CheckpointError
+from engine.model.transformer import Model
 from engine.model.weights import load_weights, random_weights, stored_dtype
+from engine.ops.batch import Batch
+from engine.ops.reference import ReferenceOps
+
+SMALL = {
+    "hidden_act": "silu", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "max_position_embeddings": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": False,
+    "vocab_size": 10, "eos_token_id": None,
+}  # fmt: skip
 
 
 def test_tensors_equal_transformers(reference: Reference):
@@ -45,6 +57,7 @@ def test_tensors_equal_transformers(reference: Reference):
     stored = sum(file.stat().st_size for file in reference.path.glob("*.safetensors"))
     assert weights.statistics is not None
     assert weights.nbytes == 4 * config.parameter_count() == weights.statistics.bytes < stored
+    assert weights.step_bytes == Footprint.dense(config, torch.float32).weight_bytes
     assert weights.statistics.seconds > 0 and weights.statistics.gigabytes_per_second > 0
 
 
@@ -117,6 +130,39 @@ def test_tied_head_in_the_file_is_refused(tmp_path: Path, olmo2: Reference):
     tied = ModelConfig(**{**vars(fields), "tie_word_embeddings": True})
     with pytest.raises(CheckpointError, match=r"'lm_head.weight' is not one of"):
         load_weights(olmo2.path, tied, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "norms"),
+    [
+        ("LlamaForCausalLM", {"qk_norm": "full", "mlp_norm": "other"}, "attention_norm q_norm k_norm mlp_norm"),
+        ("Olmo2ForCausalLM", {"qk_norm": "none", "mlp_norm": "other"}, "attention_norm mlp_norm"),
+    ],
+    ids=["pre", "post"],
+)
+def test_an_architecture_is_its_entry_in_the_table(
+    base: str, change: dict[str, Any], norms: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Names and norms that no architecture has together: loaded, placed and computed as the entry says."""
+
+    class Watched(ReferenceOps):
+        def rms_norm(self, x, weight, eps, rounding, out=None):
+            used.append(weight)
+            return super().rms_norm(x, weight, eps, rounding, out)
+
+    entry = replace(ARCHITECTURES[base], name="NewForCausalLM", model_type="new", **change)
+    monkeypatch.setitem(ARCHITECTURES, entry.name, entry)
+    config = ModelConfig.from_dict(SMALL | {"architectures": [entry.name], "model_type": "new"})
+    stored = {name: torch.rand(shape) for name, shape in config.tensor_shapes().items()}
+    assert "model.layers.1.other.weight" in stored
+    safetensors.torch.save_file(stored, tmp_path / "model.safetensors")
+    weights = load_weights(tmp_path, config, "cpu", torch.float32)
+    assert all(torch.equal(weights.read(tensor), stored[tensor.name]) for tensor in checkpoint_tensors(config))
+    used: list[torch.Tensor] = []
+    model = Model(config, weights, Watched())
+    model.forward(Batch(*torch.tensor([[3, 5], [0, 0], [0, 1]], dtype=torch.int32)), model.new_cache(1, 2))
+    expected = [getattr(layer, norm) for layer in weights.layers for norm in norms.split()]
+    assert [id(weight) for weight in used] == [id(weight) for weight in (*expected, weights.norm)]
 
 
 def test_random_weights(olmo2: Reference):

@@ -597,8 +597,8 @@ Training read {corpus["train"]["files"]:,} files ({corpus["train"]["bytes"]:,} b
 {corpus["heldout"]["files"]:,} files ({corpus["heldout"]["bytes"]:,} bytes) were held out, exact duplicates dropped.
 SHA-256 of the corpus: `{corpus["sha256"]}`.
 
-`LICENSE` is the packages' own statement of that text's licence; `heldout.txt`, `prompts.json` and `calibration.txt`, which
-is of the training text, are excerpts of it.
+`LICENSE` is the packages' own statement of that text's licence; `heldout.txt` and `prompts.json` are excerpts of it,
+and so is `calibration.txt`, of the part that training read.
 `training.json` holds the settings, the seed and the loss curve, `evaluation.json` the figures above.
 """
 

@@ -68,8 +68,8 @@ def quantised_layers(
         for entry in entries.values():
             if entry.name.startswith("lm_head."):
                 raise CheckpointError(
-                    f"{directory / entry.shard}: tensor {entry.name!r} is of a head, and tie_word_embeddings = true says "
-                    "that the head is the embedding; one of them is wrong"
+                    f"{directory / entry.shard}: tensor {entry.name!r} is of a head, and tie_word_embeddings = true "
+                    "says that the head is the embedding; one of them is wrong"
                 )
     return found
 

@@ -48,6 +48,7 @@ def quantize(
     """
     import torch
 
+    from engine.model.config import ModelConfig
     from engine.model.hub import find_model
     from engine.model.quant.quantise import quantise
     from engine.model.quant.recipe import Recipe
@@ -67,8 +68,6 @@ def quantize(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     directory = find_model(model)
     tokens = _tokens(directory, calibration, recipe)
-    from engine.model.config import ModelConfig
-
     layers = ModelConfig.from_file(directory).num_hidden_layers
     with progress(f"{method}, layers", layers) as done:
         quantise(directory, out, recipe, tokens, device, done)

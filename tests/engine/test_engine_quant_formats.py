@@ -34,6 +34,11 @@ LAYERS: dict[str, StoredLayer] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 @functools.cache
 def recorded() -> dict[str, Tensor]:
     """Made by record_quant_vectors.py."""

@@ -38,6 +38,11 @@ TOKENS = [i * i * 31 % 509 for i in range(2000)]
 SMALL = Recipe(method="gptq", group_size=32, samples=16, length=48, steps=30, batch=8)
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 def block_of(reference: Reference, index: int, length: int) -> Block:
     source = Source(reference.path)
     weights = {name: tensor.float() for name, tensor in source.layer(index).items()}

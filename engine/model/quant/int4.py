@@ -106,14 +106,20 @@ class Int4Matrix:
         The product is fp32's, which is exact for scales of 16 bits. It is in every bit what AutoAWQ, GPTQModel and
         compressed-tensors compute where `dtype` is the scales', and bitsandbytes' `dequantize_4bit`.
         """
-        groups, codes = self.group_of(), self.unpacked()
+        codes = self.unpacked()
         if self.nf4:
             values = torch.tensor(NF4_LEVELS, device=self.device)[codes.int()]
         elif self.zeros is None:
             values = codes.float() - MIDDLE
         else:
-            values = codes.float() - self.zeros[:, groups]
-        return (values * self.scales.float()[:, groups]).to(dtype)
+            values = codes.float() - self._spread(self.zeros)
+        return (values * self._spread(self.scales.float())).to(dtype)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """What each column's group has, [N, K] of [N, G]."""
+        if self.g_idx is not None:
+            return values[:, self.g_idx.long()]
+        return values.repeat_interleave(self.group_size, 1)[:, : self.columns]
 
     def overflows(self, dtype: torch.dtype) -> bool:
         """Whether a value is NaN or Inf as `dtype`. All are looked at only where a scale is that large."""

@@ -33,6 +33,7 @@ class Streams:
     exact: Tensor | None
 
 
+@torch.no_grad()
 def quantise(
     source: Path, out: Path, recipe: Recipe, tokens: Sequence[int] | None, device: torch.device | str = "cpu",
     done: Callable[[str], None] = lambda name: None,
@@ -48,7 +49,6 @@ def quantise(
         ValueError: The recipe does not suit the model, there is too little text, or RunError: where `out` cannot be
             written. CheckpointError, ConfigError: `source` is not what it must be.
     """
-    torch.set_grad_enabled(False)
     model = Source(source)
     calibration = None
     if recipe.calibrates:

@@ -133,6 +133,7 @@ class Writer:
         beside = path.with_name(f"{path.name}.part")
         safetensors.torch.save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, beside,
                                     metadata={"format": "pt"})  # fmt: skip
+        shutil.copymode(self.folder / RECORD, beside)  # the library makes files that nobody else may read
         os.replace(beside, path)
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:

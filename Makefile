@@ -20,7 +20,7 @@ ARGS ?= --prompt "The capital of France is"
 HIDDEN ?= .*/|State|Executor|checkpoint\.|gpu\.(?!name)|model\.(?!name|weights)
 
 .PHONY: help env setup setup-vast download-assets fetch-olmo run-olmo
-.PHONY: repro experiments test test-slow test-gpu lint format types contracts params report record pack lock clean
+.PHONY: repro experiments test test-slow test-gpu mutants lint format types contracts params report record pack lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 17
 
@@ -77,6 +77,9 @@ test-slow: env ## run those that take tens of seconds each: large simulations, s
 
 test-gpu: ## run the tests that need a GPU, with PYTHON
 	$(PYTHON) -m pytest -m gpu
+
+mutants: env ## put each fault of tests/mutants.toml into a copy of the code: do the tests notice?
+	$(RUN) python -m tests.mutants
 
 lint: env ## check style
 	$(BIN)/ruff check

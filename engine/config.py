@@ -57,7 +57,7 @@ class EngineConfig:
     page_size: int = PAGE_SIZE  # tokens of a page
     kv_tokens: int | None = None  # that a paged cache has room for; None = what max_batch requests take, or memory has
     prefix_cache: bool = True  # pages that begin with the same tokens are shared and kept; paged caches alone
-    cuda_graph: bool = False  # decode steps by engine.decode_loop, captured where the cuda backend runs on a GPU
+    cuda_graph: bool = False  # steps by the decode and prompt loops, captured where the cuda backend runs on a GPU
     # inflight: a step is prompts or decoding, and its results are awaited before the next is scheduled; continuous: it
     # is both, and the next one is scheduled while it runs
     batching: Literal["inflight", "continuous"] = "continuous"
@@ -99,7 +99,7 @@ class EngineConfig:
             raise ValueError(f"backend = {backend!r}; it must be auto, reference or cuda")
         device = settings.pop("device", "cuda" if backend == "cuda" or torch.cuda.is_available() else "cpu")
         if backend == "auto":
-            unfit = _unfit() if device == "cuda" else None
+            unfit = why_unfit() if device == "cuda" else None
             if unfit:
                 log.warning("%s: torch's operations run in their place", unfit)
             backend = "reference" if device == "cpu" or unfit else "cuda"
@@ -189,14 +189,14 @@ def make_ops(engine: EngineConfig) -> Ops:
         raise ValueError("device = 'cuda', but torch finds no CUDA GPU on this machine; use device = 'cpu'")
     if engine.backend == "reference":
         return ReferenceOps(engine.device)
-    if engine.device == "cuda" and (unfit := _unfit()):
+    if engine.device == "cuda" and (unfit := why_unfit()):
         raise ValueError(f"backend = 'cuda', but {unfit}; use backend = 'reference'")
     from engine.ops.cuda import CudaOps  # it imports numba, which takes a second
 
     return CudaOps(engine.device, attention=engine.attention, linear=engine.linear, sampling=engine.sampling)
 
 
-def _unfit() -> str | None:
+def why_unfit() -> str | None:
     """Why our kernels are not for the GPU; None where they are, or where there is no GPU to ask."""
     if not torch.cuda.is_available():
         return None

@@ -88,7 +88,7 @@ class LLM:
                 tokenizer = Tokenizer(directory)
             engine = engine.for_dtype(stored_dtype(directory, self.config))
             preparation = Preparation(self.config, engine, self.max_model_len)
-            self.weights = load_weights(directory, self.config, engine.device, engine.torch_dtype)
+            self.weights = load_weights(directory, self.config, engine.device, engine.torch_dtype, ops)
         if self.weights.dtype != engine.torch_dtype or self.weights.device.type != engine.device:
             raise ValueError(
                 f"the weights are {self.weights.dtype} on {self.weights.device.type}; the engine is set to "

@@ -20,7 +20,7 @@ def catalogue(dtypes: Sequence[str] = ("bf16", "f16", "f32"), head_dims: Sequenc
     Of kernels made for a shape those of OLMo-2 7B, and some of 1B. Of "f16" one of each fast operation: they differ
     from those of "bf16" in nothing but conversions and the products' type.
     """
-    from kernels import add_norm, embedding, kv_write, residual, rms_norm, rope, rope_write, sampling, swiglu
+    from kernels import add_norm, embedding, kv_write, read, residual, rms_norm, rope, rope_write, sampling, swiglu
     from kernels.attention import flash, prefill
     from kernels.attention import naive as attention
     from kernels.linear import naive as linear
@@ -60,6 +60,8 @@ def catalogue(dtypes: Sequence[str] = ("bf16", "f16", "f32"), head_dims: Sequenc
             sampling.split_floor("bf16"),
             sampling.split_sample("bf16"),
             sampling.step_advance(),
+            read.bulk(),
+            read.vectors(),
         ]
     if "f16" in dtypes:
         kernels += [

@@ -129,7 +129,8 @@ def fused(dtype: str, owned: int, kind: str, twice: bool, observed: bool = False
     kinds = (*(f"{dtype}*",) * 5, "i32", "f32")
     # At most 64 registers, for a place beside a linear kernel's block; wider rows would spill, fp16 sums first.
     fit = 4 if owned <= (2 if dtype == "f16" and pre else 3) else 0
-    return Kernel(name, add_norm, kinds, THREADS, blocks_per_sm=fit, options=LaunchOptions(programmatic=True))
+    options = LaunchOptions(programmatic=True)
+    return Kernel(name, add_norm, kinds, THREADS, blocks_per_sm=fit, options=options, early=("weight",))
 
 
 def _owned(operation: str, width: int) -> int:

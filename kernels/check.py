@@ -62,17 +62,21 @@ def aligned(operation: str, name: str, given: torch.Tensor) -> None:
 def product(
     x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, columns: int, gated: bool
 ) -> tuple[int, int, int]:
-    """T, N and K of x [T, K], weight [N, K] and out [T, N], or gated [T, N / 2], of one 16-bit dtype; N a multiple of 8
-    (gated: of 16) and K of `columns`. Raises TypeError or ValueError naming the argument."""
+    """T, N and K of x [T, K], weight [N, K] or its tiles (`kernels.tiles`) and out [T, N], or gated [T, N / 2],
+    of one 16-bit dtype; N a multiple of 8 (gated: of 16) and K of `columns`. Raises TypeError or ValueError naming the
+    argument."""
     operation, multiple = ("linear_swiglu", 16) if gated else ("linear", 8)
     half_name(operation, "x", x)
     count, depth = dimensions(operation, "x", x, "T, K")
-    rows, _ = dimensions(operation, "weight", weight, "N, K")
+    tile = () if weight.dim() == 2 else (4, 2, 64) if gated else (8, 64)
+    if tile and weight.shape[2:] != tile:
+        raise ValueError(f"{operation}: weight has shape {tuple(weight.shape)}: [N, K] or tiles of {list(tile)} needed")
+    rows = weight.shape[0] * (8 if tile else 1)
     if depth % columns or rows % multiple:
         raise ValueError(
             f"{operation}: weight is {tuple(weight.shape)}: rows of {multiple} and columns of {columns} needed"
         )
     tensor(operation, "x", x, (count, depth), x.dtype)
-    tensor(operation, "weight", weight, (rows, depth), x.dtype)
+    tensor(operation, "weight", weight, (rows // 8, depth // 64, *tile) if tile else (rows, depth), x.dtype)
     tensor(operation, "out", out, (count, rows // 2 if gated else rows), x.dtype)
     return count, rows, depth

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 if SIMULATED:
     import numpy as _scalars
 
+    from kernels.simulated_memory import Int32
     from kernels.simulator import cuda as _cuda
 
     cgutils: Any = None
@@ -38,7 +40,7 @@ else:
 cuda: Any = _cuda
 float32: Any = _scalars.float32
 float64: Any = _scalars.float64
-int32: Any = _scalars.int32
+int32: Any = Int32() if SIMULATED else _scalars.int32
 int64: Any = _scalars.int64
 uint8: Any = _scalars.uint8
 uint16: Any = _scalars.uint16
@@ -57,6 +59,7 @@ __all__ = [
     "int64",
     "intrinsic",
     "ir",
+    "said_of",
     "types",
     "uint8",
     "uint16",
@@ -124,6 +127,20 @@ def compile_ptx(fn: Callable[..., Any], signature: Any, arch: str, launch_bounds
     capability = (number // 10, number % 10, suffix) if suffix else (number // 10, number % 10)
     (ptx,) = _lowered(fn, signature, launch_bounds).get_asm_strs(cc=capability)
     return ptx
+
+
+def said_of(error: Exception, fn: Callable[..., Any]) -> str:
+    """What an error of `compile_ptx` says in plain text, behind the source line that it is about.
+
+    Numba names the line within several pages, and each line that called it; other errors, as of an intrinsic's typing,
+    name none: then it is the kernel's first.
+    """
+    text = re.sub(r"\x1b\[\d*m", "", str(error))
+    places = [f"{path}:{line}" for path, line in re.findall(r" at (\S+) \((\d+)\)", text)]
+    place, *callers = dict.fromkeys(places or [f"{fn.__code__.co_filename}:{fn.__code__.co_firstlineno}"])
+    cause = re.split(r'\nFile "|During: ', text)[0]
+    cause = " ".join(line for line in cause.splitlines() if line and not line.startswith("Failed in cuda mode"))
+    return f"{place}: {cause}" + "".join(f", called at {caller}" for caller in callers)
 
 
 @functools.lru_cache(maxsize=1)  # of one kernel after the other each architecture is asked for

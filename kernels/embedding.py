@@ -7,7 +7,7 @@
 
 Both may be launched while the kernel that writes the tokens still runs (programmatic dependent launch).
 
-Measured shares of the copy bandwidth: `reports/REPORT.md`.
+Measured shares of the limit: `reports/REPORT.md`.
 """
 
 from __future__ import annotations

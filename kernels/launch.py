@@ -13,6 +13,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import inspect
+import operator
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -60,8 +62,10 @@ class Kernel:
     name: unique, as "rms_norm_naive_bf16". fn: the Python function. args: the kinds of its arguments, pointers
     "bf16*", "f16*", "f32*", "i32*", "i64*", "u8*" and scalars "u64", "i64", "i32", "f32". threads: of a block.
     dynamic_shared: bytes of a block. blocks_per_sm: blocks an SM must be able to hold (bounds the registers; 0: the
-    assembler decides). options: of a launch that names none. architectures: what it can be built for. Raises ValueError
-    for an unknown argument kind or a block size no GPU takes.
+    assembler decides). options: of a launch that names none. architectures: what it can be built for. early: names of
+    the pointers that a programmatic launch reads before griddepcontrol.wait, as no kernel ahead writes there (the
+    simulator refuses others). Raises ValueError for an unknown argument kind, a block size no GPU takes, or a name in
+    `early` that is none of fn's.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Kernel:
         blocks_per_sm: int = 0,
         options: LaunchOptions | None = None,
         architectures: tuple[str, ...] = ARCHITECTURES,
+        early: tuple[str, ...] = (),
     ):
         if not re.fullmatch(r"[A-Za-z]\w*", name):
             raise ValueError(f"kernel name {name!r}: letters, digits and underscores needed, as it names the PTX entry")
@@ -83,6 +88,9 @@ class Kernel:
                 raise ValueError(f"{name}: argument kind {kind!r} is unknown: known are {known}")
         if not 1 <= threads <= 1024:
             raise ValueError(f"{name}: {threads} threads a block: a block has 1 to 1024")
+        self.parameters = tuple(inspect.signature(fn).parameters)
+        if unknown := set(early).difference(self.parameters):
+            raise ValueError(f"{name}: early names {sorted(unknown)}, and the parameters are {self.parameters}")
         self.name = name
         self.fn = fn
         self.args = args
@@ -91,6 +99,7 @@ class Kernel:
         self.blocks_per_sm = blocks_per_sm
         self.options = options or LaunchOptions()
         self.architectures = architectures
+        self.early = frozenset(self.parameters.index(parameter) for parameter in early)
         self.recipe: tuple[str, str, tuple[Any, ...]] | None = None
         self._plan = tuple((kind in _POINTERS, _POINTERS.get(kind), kind) for kind in args)
         self._loaded: dict[int, Any] = {}
@@ -107,7 +116,7 @@ class Kernel:
     def ptx(self, arch: str) -> str:
         """PTX for an architecture, its entry named as the kernel.
 
-        Raises BuildError with the compiler's words where `fn` does not compile.
+        Raises BuildError with the source line and the compiler's words where `fn` does not compile.
         """
         element = {
             "bf16*": "uint16", "f16*": "uint16", "f32*": "float32", "i32*": "int32", "i64*": "int64", "u8*": "uint8",
@@ -125,8 +134,11 @@ class Kernel:
             ptx = cuda.compile_ptx(self.fn, types.void(*kinds), arch, bounds)
         except Exception as error:
             # Numba and cuda.bindings each have an exception of their own for a missing library.
-            missing = "; libnvvm comes with pip install 'numba-cuda[cu13]'" if "nvvm" in str(error).lower() else ""
-            raise BuildError(f"{self.name}: does not compile for {arch}: {error}{missing}") from error
+            if "nvvm" in str(error).lower():
+                said = f"{error}; libnvvm comes with pip install 'numba-cuda[cu13]'"
+            else:  # a RuntimeError is about what is installed
+                said = str(error) if isinstance(error, RuntimeError) else cuda.said_of(error, self.fn)
+            raise BuildError(f"{self.name}: does not compile for {arch}: {said}") from error
         entry = re.search(r"\.entry\s+(\S+?)\(", ptx)
         if entry is None:
             raise BuildError(f"{self.name}: the PTX has no entry:\n{ptx}")
@@ -248,7 +260,7 @@ class Kernel:
             _thread.rehearsed[self.name] = self
             return
         if cuda.SIMULATED:
-            self._simulate(grid, args)
+            self._simulate(grid, args, options or self.options)
             return
         device, values = None, []
         for value, (pointer, dtypes, kind) in zip(args, self._plan, strict=True):
@@ -265,6 +277,8 @@ class Kernel:
             elif kind == "f32":
                 values.append(c_float(value))
             else:
+                if type(value) is not int:
+                    value = self._integer(len(values), value)
                 if kind == "i32" and not -0x80000000 <= value <= 0x7FFFFFFF:
                     raise ValueError(f"{self.name}: argument {len(values)} is {value}, which an int32 cannot hold")
                 values.append(value)
@@ -311,7 +325,14 @@ class Kernel:
             programmatic_stream_serialization=options.programmatic and torch.cuda.get_device_capability()[0] >= 9,
         )
 
-    def _simulate(self, grid: tuple[int, ...], args: Sequence[Any]) -> None:
+    def _integer(self, place: int, value: Any) -> int:
+        try:
+            return operator.index(value)
+        except TypeError:
+            kind = self.args[place]
+            raise TypeError(f"{self.name}: argument {place} is {value!r}, an integer needed for {kind}") from None
+
+    def _simulate(self, grid: tuple[int, ...], args: Sequence[Any], options: LaunchOptions) -> None:
         from kernels import simulator
 
         if not self._loaded:
@@ -321,26 +342,40 @@ class Kernel:
             if pointer:
                 if value.dtype not in dtypes:
                     raise TypeError(f"{self.name}: argument {len(values)} is {value.dtype}, {kind} needed")
-                values.append(simulated_pointer(value))
+                values.append(simulated_pointer(value, self.parameters[len(values)]))
+            elif kind == "f32":
+                values.append(cuda.float32(value))
             else:
-                values.append(cuda.float32(value) if kind == "f32" else int(value))
-        simulator.cuda.run(self.fn, grid, self.threads, values, self.dynamic_shared)
+                value = self._integer(len(values), value)
+                bits = 31 if kind == "i32" else 63
+                if not -(1 << bits) <= value < 1 << (64 if kind == "u64" else bits):
+                    raise ValueError(f"{self.name}: argument {len(values)} is {value}, which {kind} cannot hold")
+                values.append(value)
+        early = self.early if options.programmatic else None
+        simulator.cuda.run(self.fn, grid, self.threads, values, self.dynamic_shared, early)
 
 
-def simulated_pointer(tensor: torch.Tensor) -> Any:
-    """All elements of the tensor's storage from its first one on, as a kernel's pointer reaches them."""
-    from kernels import simulator
+def simulated_pointer(tensor: torch.Tensor, name: str = "") -> Any:
+    """The tensor's own elements, as a kernel's pointer reaches them; name: of the pointer, for messages."""
+    import numpy as np
+
+    from kernels.simulated_memory import Pointer, StridedPointer
 
     if tensor.device.type != "cpu":
         raise ValueError(f"a tensor is on {tensor.device}: the simulator reads CPU tensors")
-    whole = tensor.detach()
-    length = whole.untyped_storage().nbytes() // whole.element_size() - whole.storage_offset()
-    flat = whole.as_strided((length,), (1,))
+    shape, strides = tensor.shape, tensor.stride()
+    steps = zip(shape, strides, strict=True)
+    length = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
+    flat = tensor.detach().as_strided((length,), (1,))
     if flat.dtype in (torch.bfloat16, torch.float16):
-        return simulator.Pointer(flat.view(torch.int16).numpy().view("uint16"))
-    if flat.dtype == torch.bool:
-        return simulator.Pointer(flat.view(torch.uint8).numpy())
-    return simulator.Pointer(flat.numpy())
+        array = flat.view(torch.int16).numpy().view("uint16")
+    else:
+        array = flat.view(torch.uint8).numpy() if flat.dtype == torch.bool else flat.numpy()
+    if tensor.numel() == length:
+        return Pointer(array, name)
+    own = np.zeros(length, np.bool_)
+    np.lib.stride_tricks.as_strided(own, shape, strides)[...] = True
+    return StridedPointer(array, own, name)
 
 
 # --- what a launch needs of the machine and the thread ---------------------------------------------------------------

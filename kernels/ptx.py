@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from kernels.cuda import SIMULATED, cgutils, device_function, intrinsic, ir, types, uint32, uint64
-from kernels.simulator import SimulationError, current, shared_bytes, shared_span, simulated_tensor_map
-from kernels.simulator import shared_address as shared_address_of
+from kernels.simulated_memory import SharedMemory, SimulationError, simulated_tensor_map
+from kernels.simulator import current
 
 FULL_MASK = 0xFFFFFFFF
 
@@ -306,7 +306,7 @@ shfl_sync_idx_u32 = _shuffle("idx", "u32", lambda lane, by: by & 31)
 @instruction("{ .reg .u64 wide; cvta.to.shared.u64 wide, $1; cvt.u32.u64 $0, wide; }", "u32", "a")
 def shared_address(array: Any) -> Any:
     """32-bit address of a shared array's first element in the shared window, as the instructions below take it."""
-    return np.uint32(shared_address_of(array))
+    return np.uint32(current().block.shared.address(array))
 
 
 @instruction("ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];", ("u32", "u32", "u32", "u32"), "p")
@@ -319,8 +319,7 @@ def _cp_async(size: int, cache: str) -> Any:
     asm = f"cp.async.{cache}.shared.global [$0], [$1], {size};"
 
     def cp_async(target: Any, pointer: Any, index: Any) -> None:
-        source, place = pointer.bytes(index, size), shared_bytes(int(target), size)
-        current().copies[-1].append((place, source))
+        current().copy_async(int(target), size, pointer.bytes(index, size))
 
     cp_async.__name__ = f"cp_async_{cache}_{size}"
     return instruction(asm, None, "u32", "p", memory=True)(cp_async)
@@ -340,7 +339,7 @@ def cp_async_cg_16_zfill(target: Any, pointer: Any, index: Any, size: Any) -> No
     source = np.zeros(16, np.uint8)
     if size:
         source[:size] = pointer.bytes(index, 16)[:size]
-    current().copies[-1].append((shared_bytes(int(target), 16), source))
+    current().copy_async(int(target), 16, source)
 
 
 @instruction(
@@ -364,10 +363,9 @@ def cp_async_wait_group(pending: int) -> Any:
     """A function without arguments that waits until at most `pending` of this thread's newest groups are under way."""
 
     def wait() -> None:
-        copies = current().copies
-        while len(copies) - 1 > pending:
-            for place, source in copies.pop(0):
-                place[:] = source
+        worker = current()
+        while len(worker.copies) - 1 > pending:
+            worker.end_copies(worker.copies.pop(0))
 
     wait.__name__ = f"cp_async_wait_group_{pending}"
     return instruction(f"cp.async.wait_group {pending};", None, memory=True)(wait)
@@ -382,13 +380,13 @@ def ld_global_v4(pointer: Any, index: Any) -> Any:
 @instruction("st.global.v4.b32 [$0], {$1, $2, $3, $4};", None, "p", "u32", "u32", "u32", "u32", memory=True)
 def st_global_v4(pointer: Any, index: Any, a: Any, b: Any, c: Any, d: Any) -> None:
     """Four uint32 to the 16 bytes at pointer[index], at a multiple of 16."""
-    pointer.bytes(index, 16).view(np.uint32)[:] = (a, b, c, d)
+    pointer.written(index, 16).view(np.uint32)[:] = (a, b, c, d)
 
 
 @instruction("st.global.b32 [$0], $1;", None, "p", "u32", memory=True)
 def st_global_b32(pointer: Any, index: Any, value: Any) -> None:
     """A uint32, such as a pair of 16-bit floats, to the 4 bytes at pointer[index], at a multiple of 4."""
-    pointer.bytes(index, 4).view(np.uint32)[0] = value
+    pointer.written(index, 4).view(np.uint32)[0] = value
 
 
 @instruction("ld.global.b32 $0, [$1];", "u32", "p", memory=True)
@@ -400,19 +398,19 @@ def ld_global_b32(pointer: Any, index: Any) -> Any:
 @instruction("ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", ("u32", "u32", "u32", "u32"), "u32", memory=True)
 def ld_shared_v4(address: Any) -> Any:
     """The 16 bytes at a shared address, a multiple of 16, as four uint32."""
-    return tuple(shared_bytes(int(address), 16).view(np.uint32))
+    return tuple(current().read_shared(int(address), 16).view(np.uint32))
 
 
 @instruction("st.shared.v4.b32 [$0], {$1, $2, $3, $4};", None, "u32", "u32", "u32", "u32", "u32", memory=True)
 def st_shared_v4(address: Any, a: Any, b: Any, c: Any, d: Any) -> None:
     """Four uint32 to the 16 bytes at a shared address, a multiple of 16."""
-    shared_bytes(int(address), 16).view(np.uint32)[:] = (a, b, c, d)
+    current().write_shared(int(address), a, b, c, d)
 
 
 @instruction("st.shared.b32 [$0], $1;", None, "u32", "u32", memory=True)
 def st_shared_b32(address: Any, value: Any) -> None:
     """A uint32 to the 4 bytes at a shared address, a multiple of 4."""
-    shared_bytes(int(address), 4).view(np.uint32)[0] = value
+    current().write_shared(int(address), value)
 
 
 @instruction("atom.acq_rel.gpu.global.add.u32 $0, [$1], $2;", "u32", "p", "u32", memory=True)
@@ -436,6 +434,7 @@ def griddepcontrol_wait() -> None:
 
     Before sm_90, and in a launch that is not programmatic, nothing.
     """
+    current().block.launch.unlock()
 
 
 @instruction("griddepcontrol.launch_dependents;", None, memory=True)
@@ -455,6 +454,7 @@ def mbarrier_init(address: Any, count: Any) -> None:
 @instruction("fence.mbarrier_init.release.cluster;", None, memory=True)
 def fence_mbarrier_init() -> None:
     """Make initialised barriers visible to the copy engine (sm_90 and later)."""
+    current().block.phases.unfenced.clear()
 
 
 @instruction("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [$0]; }", None, "u32", memory=True)
@@ -495,9 +495,7 @@ def cp_async_mbarrier_arrive(address: Any) -> None:
     """One arrival, made when all cp.async that this thread has started are done."""
     worker = current()
     for group in worker.copies:
-        for place, source in group:
-            place[:] = source
-        group.clear()
+        worker.end_copies(group)
     worker.block.phases.arrive(int(address))
 
 
@@ -511,11 +509,12 @@ def _await_phase(address: Any, parity: Any) -> Any:
 
 
 def _phase_has_ended(address: Any, parity: Any) -> Any:
-    return int(current().block.phases.ended(int(address), int(parity)))
+    return int(current().block.phases.is_seen(int(address), int(parity)))
 
 
 # mbarrier_<test|try>_wait(address, parity): 1 once the phase of this parity has ended, else 0, to be asked again; try
-# (sm_90 and later) may first wait a while. The twins wait until it is 1; that of mbarrier_test does not.
+# (sm_90 and later) may first wait a while. The twins wait until it is 1; that of mbarrier_test does not, and says 0 for
+# a bulk copy that nobody has waited for.
 mbarrier_test_wait = _mbarrier_wait("test_wait", _await_phase)
 mbarrier_try_wait = _mbarrier_wait("try_wait", _await_phase)
 mbarrier_test = _mbarrier_wait("test_wait", _phase_has_ended)
@@ -538,16 +537,15 @@ def cp_async_bulk_tensor_2d(
 
 
 @instruction(
-    "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-    " [$0], [$1, {$3, $4}], [$2], $5, $6;",
-    None, "u32", "p", "u32", "s32", "s32", "u16", "u64", memory=True,
+    "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+    " [$0], [$1, {$3, $4, $5}], [$2], $6;",
+    None, "u32", "p", "u32", "s32", "s32", "s32", "u64", memory=True,
 )  # fmt: skip
-def cp_async_bulk_tensor_2d_multicast(
-    target: Any, tensor_map: Any, map_index: Any, barrier: Any, column: Any, row: Any, blocks: Any, policy: Any
+def cp_async_bulk_tensor_3d(
+    target: Any, tensor_map: Any, map_index: Any, barrier: Any, column: Any, row: Any, outer: Any, policy: Any
 ) -> None:
-    """As `cp_async_bulk_tensor_2d`, to the same place in each block of the cluster whose bit in `blocks` is set; the
-    bytes count towards each one's own barrier."""
-    raise SimulationError("a copy to several blocks: clusters are not simulated")
+    """As `cp_async_bulk_tensor_2d` of a tensor of three dimensions: the box's first element is [outer, row, column]."""
+    _copy_box(target, tensor_map, map_index, barrier, int(outer), int(row), int(column))
 
 
 @instruction(
@@ -564,26 +562,76 @@ def cp_async_bulk_tensor_4d(
     _copy_box(target, tensor_map, map_index, barrier, int(outer), int(inner), int(row), int(column))
 
 
+@instruction(
+    "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+    " [$0], [$1, {0, $3, 0, $4, $5}], [$2], $6;",
+    None, "u32", "p", "u32", "s32", "s32", "s32", "u64", memory=True,
+)  # fmt: skip
+def cp_async_bulk_weight(
+    target: Any, tensor_map: Any, map_index: Any, barrier: Any, part: Any, group: Any, box: Any, policy: Any
+) -> None:
+    """As `cp_async_bulk_tensor_2d` of a weight (`kernels.tiles.boxes_of`): the box's first element is
+    [box, group, 0, part, 0]."""
+    _copy_box(target, tensor_map, map_index, barrier, int(box), int(group), 0, int(part), 0)
+
+
+@instruction(
+    "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+    " [$0], [$1, {0, $3, 0, $4, $5}], [$2], $6, $7;",
+    None, "u32", "p", "u32", "s32", "s32", "s32", "u16", "u64", memory=True,
+)  # fmt: skip
+def cp_async_bulk_weight_multicast(
+    target: Any, tensor_map: Any, map_index: Any, barrier: Any, part: Any, group: Any, box: Any, blocks: Any,
+    policy: Any,
+) -> None:  # fmt: skip
+    """As `cp_async_bulk_weight`, to the same place in each block of the cluster whose bit in `blocks` is set; the bytes
+    count towards each one's own barrier."""
+    raise SimulationError("a copy to several blocks: clusters are not simulated")
+
+
+@instruction(
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
+    None, "u32", "p", "u32", "u32", memory=True,
+)  # fmt: skip
+def cp_async_bulk(target: Any, pointer: Any, index: Any, size: Any, barrier: Any) -> None:
+    """Start copying `size` bytes, a multiple of 16, from an element at a multiple of 16 to such a shared address; they
+    count towards `barrier`. From sm_90 on."""
+    step = 16 // pointer.array.itemsize
+    content = np.concatenate([pointer.bytes(int(index) + i * step, 16) for i in range(int(size) // 16)])
+    current().block.phases.copy(int(barrier), int(target), content)
+
+
 def _copy_box(target: Any, tensor_map: Any, map_index: Any, barrier: Any, *first: int) -> None:
     number = int.from_bytes(bytes(tensor_map.bytes(map_index, 16)[:8]), "little")
     box = simulated_tensor_map(number).box(*first)
     if int(target) % 1024:
         raise SimulationError(f"a box at shared address {target}, which is not a multiple of 1024")
-    for i, line in enumerate(box):
-        for j, chunk in enumerate(line.reshape(8, 16)):
-            shared_bytes(int(target) + i * 128 + (j ^ i & 7) * 16, 16)[:] = chunk
-    current().block.phases.complete(int(barrier), box.size)
+    # The 16-byte chunk j of row i lies at place j ^ (i % 8).
+    places = np.arange(8) ^ np.arange(len(box))[:, None] % 8
+    content = np.take_along_axis(box.reshape(-1, 8, 16), places[:, :, None], axis=1).ravel()
+    current().block.phases.copy(int(barrier), int(target), content)
 
 
 @instruction("fence.proxy.async.shared::cta;", None, memory=True)
 def fence_proxy_async_shared() -> None:
     """What this thread has written to shared memory is visible to wgmma and bulk copies that come after a barrier."""
+    races = current().block.races
+    if races:
+        races.fence_proxy()
 
 
 @instruction("bar.warp.sync 0xffffffff;", None, memory=True, collective=True)
 def bar_warp_sync() -> None:
     """Meet the other lanes of the warp; what they wrote before is visible after."""
-    current().collective("bar.warp.sync", FULL_MASK, None, lambda lanes: dict.fromkeys(lanes))
+    worker = current()
+
+    def meet(lanes: dict[int, Any]) -> dict[int, Any]:
+        if worker.block.races:
+            first = worker.thread_id & ~31
+            worker.block.races.join([first + lane for lane in lanes])
+        return dict.fromkeys(lanes)
+
+    worker.collective("bar.warp.sync", FULL_MASK, None, meet)
 
 
 EVICT_NORMAL = 0x1000000000000000
@@ -601,7 +649,9 @@ def _ldmatrix(count: int, transposed: bool) -> Any:
 
     def ldmatrix(address: Any) -> Any:
         def gather(lanes: dict[int, Any]) -> dict[int, Any]:
-            rows = [shared_bytes(int(lanes[lane]), 16).view(np.uint16) for lane in range(8 * count)]
+            worker = current()
+            first = worker.thread_id & ~31
+            rows = [worker.read_shared(int(lanes[i]), 16, first + i).view(np.uint16) for i in range(8 * count)]
             matrices = np.array(rows).reshape(count, 8, 8)
             if transposed:
                 matrices = matrices.transpose(0, 2, 1)
@@ -682,11 +732,13 @@ def wgmma_descriptor(address: Any, leading: Any, stride: Any) -> Any:
 @instruction("wgmma.fence.sync.aligned;", None, memory=True, collective=True)
 def wgmma_fence() -> None:
     """Order what the warpgroup has done to its registers before the wgmma that follow. Needed before the first one."""
+    current().products.fenced = True
 
 
 @instruction("wgmma.commit_group.sync.aligned;", None, memory=True, collective=True)
 def wgmma_commit_group() -> None:
     """The wgmma issued since the last commit are a group."""
+    current().products.committed += 1
 
 
 @functools.cache
@@ -694,13 +746,13 @@ def wgmma_wait_group(pending: int) -> Any:
     """The instruction, without arguments, that waits until at most `pending` of the latest groups are unfinished."""
 
     def wgmma_wait() -> None:
-        """The twins compute at once."""
+        current().wait_for_products(pending)
 
     return instruction(f"wgmma.wait_group.sync.aligned {pending};", None, memory=True, collective=True)(wgmma_wait)
 
 
-def _operand(dtype: str, descriptor: Any, rows: int, major: str) -> np.ndarray:
-    """The matrix [rows, 16] of `dtype` that a descriptor tells of, as float64."""
+def _operand(dtype: str, descriptor: Any, rows: int, major: str, readers: list[Any]) -> np.ndarray:
+    """The matrix [rows, 16] of `dtype` that a descriptor tells of, as float64. readers: each warp's first thread."""
     bits = int(descriptor)
     start, leading, stride = ((bits >> place & 0x3FFF) << 4 for place in (0, 16, 32))
     row, k = np.meshgrid(np.arange(rows), np.arange(16), indexing="ij")
@@ -710,7 +762,14 @@ def _operand(dtype: str, descriptor: Any, rows: int, major: str) -> np.ndarray:
         place = start + row // 64 * leading + k // 8 * stride + k % 8 * 128 + row % 64 * 2
     place ^= (place >> 7 & 7) << 4
     begin, end = int(place.min()) & ~15, (int(place.max()) | 15) + 1
-    return _values(dtype, shared_span(begin, end).view(np.uint16)[place - begin >> 1])
+    worker = current()
+    races, group = worker.block.races, worker.thread_id // WARPGROUP * WARPGROUP
+    if races:
+        words = np.unique(place - SharedMemory.BASE >> 2)
+        races.begin_operand(words, range(group, group + WARPGROUP, 32))
+        for reader in readers:
+            reader.products.read(words)
+    return _values(dtype, worker.block.shared.span(begin, end).view(np.uint16)[place - begin >> 1])
 
 
 @functools.cache
@@ -731,20 +790,21 @@ def _wgmma_m64k16(dtype: str, n: int, a: str = "shared", b_major: str = "k") -> 
 
     def multiply(acc: np.ndarray, fragments: list[Any] | Any, b_descriptor: Any, scale: Any) -> None:
         def compute(lanes: dict[int, Any]) -> dict[int, Any]:
-            b = _operand(dtype, b_descriptor, n, b_major)
+            readers = [lanes[lane][2] for lane in range(0, WARPGROUP, 32)]
+            b = _operand(dtype, b_descriptor, n, b_major, readers)
             if a == "shared":
-                left = _operand(dtype, fragments, 64, "k")
+                left = _operand(dtype, fragments, 64, "k", readers)
             else:
-                words = np.array([held for _, held in lanes.values()], np.uint32)
+                words = np.array([held for _, held, _ in lanes.values()], np.uint32)
                 left = _values(dtype, words.view(np.uint16)).reshape(4, 8, 4, 2, 2, 2)
                 left = left.transpose(0, 4, 1, 3, 2, 5).reshape(64, 16)
             added = (left @ b.T).reshape(4, 2, 8, n // 8, 4, 2).transpose(0, 2, 4, 3, 1, 5).reshape(WARPGROUP, count)
-            for row, (sums, _) in zip(added, lanes.values(), strict=True):
-                sums[:] = row + sums if scale else row
+            for row, (sums, _, worker) in zip(added, lanes.values(), strict=True):
+                worker.products.add(sums, row, bool(scale))
             return dict.fromkeys(lanes)
 
-        every = (1 << WARPGROUP) - 1
-        current().collective(name, every, (acc, fragments), compute, WARPGROUP)
+        every, worker = (1 << WARPGROUP) - 1, current()
+        worker.collective(name, every, (acc, fragments, worker), compute, WARPGROUP)
 
     def from_shared(acc: Any, a_descriptor: Any, b_descriptor: Any, scale: Any) -> None:
         multiply(acc, a_descriptor, b_descriptor, scale)

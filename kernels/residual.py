@@ -4,7 +4,7 @@
 |---|---|
 | naive | one thread an element |
 
-Measured shares of the copy bandwidth: `reports/REPORT.md`.
+Measured shares of the limit: `reports/REPORT.md`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 |---|---|
 | naive | one block a row; a fixed tree over the block's threads |
 
-Measured shares of the copy bandwidth: `reports/REPORT.md`.
+Measured shares of the limit: `reports/REPORT.md`.
 
 Order of summation, for every version: thread i of 128 sums the squares of elements i, i + 128, i + 256, … with fp32
 fused multiply-adds in that order; the 128 sums are added by a tree, the upper half onto the lower (64, 32, … 1). It

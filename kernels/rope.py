@@ -6,7 +6,7 @@
 |---|---|
 | naive | one block a head of a token, one thread a pair of elements |
 
-Measured shares of the copy bandwidth: `reports/REPORT.md`.
+Measured shares of the limit: `reports/REPORT.md`.
 
 Arithmetic, for every version: both products and their sum are rounded to fp32 one by one (no fused multiply-add), as
 torch does, and the result once to the dtype; the bits are torch's.

@@ -5,19 +5,29 @@ kernel with ten barriers. Here one CUDA thread runs at a time, in order, and giv
 instruction: hundreds of times cheaper, the same every time, and a barrier that not all threads reach is an error, not a
 hang. A block's threads share workers, which are greenlets: a worker runs one CUDA thread after another until one of
 them has to wait.
+
+What is asynchronous on a GPU comes late here too: cp.async, bulk copies and wgmma have their results where a kernel
+waits for them, and not before. What a kernel programmatically launched may not touch before griddepcontrol.wait is
+locked until then. Within `detecting_races()` races in shared memory are errors.
+
+It does not see: another order of blocks, races in global memory, clusters, how much a warp's lanes diverge, registers
+that wgmma reads changed before it is waited for, and what differs by the compiler, as float32 with a Python float.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 from greenlet import getcurrent, greenlet
+
+from kernels.races import Races
+from kernels.simulated_memory import LocalMemory, Pointer, SharedMemory, SimulationError
 
 WARP = 32
 
@@ -30,87 +40,56 @@ class Dim3(NamedTuple):
     z: int
 
 
-class SimulationError(RuntimeError):
-    """A kernel did what a GPU does not allow, as waiting at a barrier that some threads never reach."""
-
-
-class Pointer:
-    """What a kernel sees of a pointer argument: elements by index from the first one, bounds checked.
-
-    array: flat NumPy array from the pointed-to element to the end of its storage (bf16 and f16 as uint16).
-    """
-
-    __slots__ = ("array",)
-
-    def __init__(self, array: np.ndarray):
-        self.array = array
-
-    def __getitem__(self, index: int) -> Any:
-        if index < 0:
-            raise IndexError(f"pointer index {index} is before the tensor")
-        return self.array[index]
-
-    def bytes(self, index: int, size: int) -> np.ndarray:
-        """The `size` bytes at an element, which must lie at a multiple of `size`, as a view."""
-        flat = self.array.view(np.uint8)
-        begin = int(index) * self.array.itemsize
-        if index < 0 or begin + size > len(flat):
-            raise IndexError(f"{size} bytes at index {index} are outside the tensor of {len(self.array)} elements")
-        if (flat.ctypes.data + begin) % size:
-            raise SimulationError(f"{size} bytes at index {index} do not begin at a multiple of {size}")
-        return flat[begin : begin + size]
-
-    def __setitem__(self, index: int, value: Any) -> None:
-        if index < 0:
-            raise IndexError(f"pointer index {index} is before the tensor")
-        self.array[index] = value
-
-
 class _Abandoned(BaseException):
     """Unwinds the threads of a block in which another thread failed."""
 
 
-class _Shared:
-    """`cuda.shared`: one array for each place in the source that asks, all threads of a block the same one.
+class Copy(NamedTuple):
+    """A cp.async under way: `size` bytes to a shared address."""
 
-    The arrays lie in one window, dynamic shared memory first, so that each has a 32-bit address. Memory nobody wrote is
-    all ones (NaN as a float).
-    """
-
-    # What the system keeps for itself of each block's window since sm_80.
-    BASE = 1024
-
-    def __init__(self, dynamic_bytes: int):
-        self.arrays: dict[Any, np.ndarray] = {}
-        buffer = np.full(dynamic_bytes + (48 << 10) + 1024, 0xFF, np.uint8)
-        start = -buffer.ctypes.data % 1024
-        self.window = buffer[start:]
-        self.start = self.window.ctypes.data
-        self.dynamic_bytes = dynamic_bytes
-        self.used = dynamic_bytes
-
-    def array(self, shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
-        size = np.dtype(dtype).itemsize
-        if shape == 0:
-            return self.window[: self.dynamic_bytes // size * size].view(dtype)
-        frame = sys._getframe(1)
-        place = (frame.f_code, frame.f_lasti)
-        if place not in self.arrays:
-            count = math.prod(shape) if isinstance(shape, tuple) else shape
-            begin = -(-self.used // 16) * 16
-            self.used = begin + count * size
-            if self.used > len(self.window):
-                raise SimulationError(f"{self.used - self.dynamic_bytes} bytes of shared arrays: 48 KiB is the most")
-            self.arrays[place] = self.window[begin : self.used].view(dtype).reshape(shape)
-        return self.arrays[place]
+    address: int
+    target: np.ndarray
+    source: np.ndarray
 
 
-class _Local:
-    """`cuda.local`: an array of the thread's own."""
+class Products:
+    """What wgmma has under way for a thread: its accumulators are NaN until they are waited for."""
 
-    @staticmethod
-    def array(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
-        return np.empty(shape, dtype)
+    def __init__(self) -> None:
+        self.committed = 0  # groups
+        self.fenced = False  # wgmma.fence since registers may have changed
+        # By accumulators: they, what they will be, and the group that changed them last.
+        self._sums: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
+        self._operands: list[tuple[np.ndarray, int]] = []  # words of shared memory, and their group
+
+    def add(self, sums: np.ndarray, added: np.ndarray, keeps: bool) -> None:
+        """`sums` become `added`, plus what they were where it `keeps` that."""
+        if not self.fenced:
+            raise SimulationError("wgmma with no wgmma.fence before it, or none since the last wait")
+        if keeps:
+            held = self._sums.get(id(sums))
+            added = added + (sums if held is None else held[1])
+        self._sums[id(sums)] = sums, added.astype(np.float32), self.committed
+        sums.fill(np.nan)
+
+    def read(self, words: np.ndarray) -> None:
+        self._operands.append((words, self.committed))
+
+    def wait(self, pending: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """At most `pending` groups are unfinished from here on; what the others have read of shared memory, and what
+        these read."""
+        self.fenced = False
+        first = self.committed - pending  # of the unfinished ones
+        for key, (sums, values, group) in list(self._sums.items()):
+            if group < first:
+                sums[:] = values
+                del self._sums[key]
+        done = [words for words, group in self._operands if group < first]
+        self._operands = [(words, group) for words, group in self._operands if group >= first]
+        return done, [words for words, _ in self._operands]
+
+    def __bool__(self) -> bool:
+        return bool(self._sums)
 
 
 class _Worker(greenlet):
@@ -124,7 +103,8 @@ class _Worker(greenlet):
 
     def __init__(self) -> None:
         super().__init__()
-        self.copies: list[list[tuple[np.ndarray, np.ndarray]]] = []
+        self.copies: list[list[Copy]] = []
+        self.products = Products()
 
     def run(self) -> None:
         with np.errstate(all="ignore"):
@@ -141,9 +121,14 @@ class _Worker(greenlet):
         self.threadIdx = Dim3(index % dim[0], index // dim[0] % dim[1], index // (dim[0] * dim[1]))
         self.blockIdx = block.index
         self.copies = [[]]
+        self.products = Products()
         block.live += 1
         try:
             block.launch.kernel(*block.launch.args)
+            if any(self.copies):
+                raise SimulationError("cp.async is under way at the end, with no wait for it")
+            if self.products:
+                raise SimulationError("wgmma is under way at the end, with no wait for it")
         except _Abandoned:
             pass
         except Exception as error:
@@ -168,6 +153,7 @@ class _Worker(greenlet):
         if not phases.ended(address, parity):
             phases.waiting.setdefault((address, parity), []).append(self)
             self._park()
+            phases.seen(address)
         return 1
 
     def collective(
@@ -200,32 +186,83 @@ class _Worker(greenlet):
 
     def named_barrier(self, number: int, threads: int, wait: bool) -> None:
         """Arrive at barrier `number` of `threads` threads, and with `wait` give way until all have."""
-        met = self.block.named.setdefault((number, threads), [0, []])
+        block, key = self.block, (number, threads)
+        met = block.named.setdefault(key, [0, []])
         met[0] += 1
+        if block.races:
+            block.races.arrive(key)
         if met[0] == threads:
-            self.block.ready.extend(met[1])
-            del self.block.named[number, threads]
+            if block.races:
+                clock = block.races.end_phase(key)
+                for thread in [w.thread_id for w in met[1]] + [self.thread_id] * wait:
+                    block.races.take(thread, clock)
+            block.ready.extend(met[1])
+            del block.named[key]
         elif wait:
             met[1].append(self)
             self._park()
+
+    # --- shared memory, by address ---------------------------------------------------------------------------------
+
+    def read_shared(self, address: int, size: int, thread: int | None = None) -> np.ndarray:
+        """A view of the `size` bytes at a shared address, a multiple of `size`, for this thread or another to read."""
+        block = self.block
+        if block.races:
+            block.races.read(address - SharedMemory.BASE, size, thread)
+        return block.shared.bytes(address, size)
+
+    def write_shared(self, address: int, *words: Any) -> None:
+        """These uint32 to a shared address, a multiple of their bytes."""
+        block = self.block
+        target = block.shared.bytes(address, 4 * len(words)).view(np.uint32)
+        if block.races:
+            block.races.write(address - SharedMemory.BASE, 4 * len(words), tuple(target) != words)
+        target[:] = words
+
+    def copy_async(self, address: int, size: int, source: np.ndarray) -> None:
+        """Begin a cp.async."""
+        block = self.block
+        target = block.shared.bytes(address, size)
+        if block.races:
+            block.races.begin_copy(address - SharedMemory.BASE, size)
+        self.copies[-1].append(Copy(address, target, source))
+
+    def end_copies(self, group: list[Copy]) -> None:
+        """The copies of a group have arrived."""
+        for copy in group:
+            copy.target[:] = copy.source
+            if self.block.races:
+                self.block.races.end_copy(copy.address - SharedMemory.BASE, len(copy.target))
+        group.clear()
+
+    def wait_for_products(self, pending: int) -> None:
+        """At most `pending` groups of wgmma are unfinished from here on."""
+        done, under_way = self.products.wait(pending)
+        if self.block.races:
+            self.block.races.end_operands(done, under_way, self.thread_id)
 
 
 class _Phases:
     """The memory barriers of a block: by shared address how many arrivals and bytes the running phase still waits for.
 
-    A phase ends when both are 0; whoever waited for it runs again.
+    A phase ends when both are 0; whoever waited for it runs again. What bulk copies bring is there once somebody has
+    seen their phase end.
     """
 
-    def __init__(self, ready: deque[_Worker]) -> None:
-        self.ready = ready
+    def __init__(self, block: _Block) -> None:
+        self.block = block
         self.barriers: dict[int, list[int]] = {}  # address: [arrivals of a phase, arrivals pending, bytes, phase]
         self.waiting: dict[tuple[int, int], list[_Worker]] = {}  # by address and parity
+        self.landing: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}  # by address: phase, target, content
+        self.clocks: dict[int, np.ndarray] = {}  # by address, of the phase that ended last
+        self.unfenced: set[int] = set()  # addresses of those that the copy engine may not see yet
 
     def init(self, address: int, count: int) -> None:
-        shared_bytes(address, 8)
+        self.block.shared.bytes(address, 8)
         if count < 1:
             raise SimulationError(f"mbarrier.init at {address} for {count} arrivals: at least 1 needed")
         self.barriers[address] = [count, count, 0, 0]
+        self.unfenced.add(address)
 
     def _at(self, address: int) -> list[int]:
         if address not in self.barriers:
@@ -238,25 +275,56 @@ class _Phases:
             raise SimulationError(f"more than {barrier[0]} arrivals at the memory barrier {address} in one phase")
         barrier[1] -= 1
         barrier[2] += expected
+        if self.block.races:
+            self.block.races.arrive(address)
         self._end_phase(address, barrier)
 
-    def complete(self, address: int, size: int) -> None:
-        barrier = self._at(address)
-        barrier[2] -= size
+    def copy(self, address: int, target: int, content: np.ndarray) -> None:
+        """A bulk copy to a shared address, of which the barrier's phase is told."""
+        barrier, races = self._at(address), self.block.races
+        if address in self.unfenced:
+            raise SimulationError(
+                f"a bulk copy for the memory barrier {address}: no fence.mbarrier_init since it was made"
+            )
+        place = self.block.shared.span(target, target + len(content))
+        if races:
+            races.bulk_copy(target - SharedMemory.BASE, len(content), address)
+        self.landing.setdefault(address, []).append((barrier[3], place, content))
+        barrier[2] -= len(content)
         self._end_phase(address, barrier)
 
     def ended(self, address: int, parity: int) -> bool:
         """Whether the newest phase of this parity has ended; before phase 0 that of parity 1 has."""
-        return self._at(address)[3] & 1 != parity
+        if self._at(address)[3] & 1 == parity:
+            return False
+        self.seen(address)
+        return True
+
+    def is_seen(self, address: int, parity: int) -> bool:
+        """As `ended`, but not where that would be the first to see what a bulk copy brings: it may be on its way."""
+        barrier, landing = self._at(address), self.landing.get(address)
+        return not (landing and landing[0][0] < barrier[3]) and self.ended(address, parity)
+
+    def seen(self, address: int) -> None:
+        """The running thread has seen the phase before this one end."""
+        if address in self.landing:
+            phase, landing = self.barriers[address][3], self.landing[address]
+            while landing and landing[0][0] < phase:
+                _, place, content = landing.pop(0)
+                place[:] = content
+        if self.block.races and address in self.clocks:
+            self.block.races.take(current().thread_id, self.clocks[address])
 
     def _end_phase(self, address: int, barrier: list[int]) -> None:
         if barrier[1] or barrier[2]:
             return
         parity = barrier[3] & 1
         barrier[1], barrier[3] = barrier[0], barrier[3] + 1
+        if self.block.races:
+            self.clocks[address] = self.block.races.end_phase(address)
         for worker in self.waiting.pop((address, parity), ()):
             worker.result = 1
-            self.ready.append(worker)
+            self.block.ready.append(worker)
 
 
 class _Block:
@@ -265,22 +333,35 @@ class _Block:
     def __init__(self, launch: _Launch, index: Dim3):
         self.launch = launch
         self.index = index
+        self.shared = SharedMemory(launch.dynamic_shared)
+        self.races: Races | None = None
+        if _watched:
+            self.races = Races(math.prod(launch.block_dim), self.shared, lambda: current().thread_id)
+            self.shared.watch = self.races
         self.unstarted = deque(range(math.prod(launch.block_dim)))
         self.live = 0
         self.ready: deque[_Worker] = deque()
         self.at_barrier: list[tuple[_Worker, bool]] = []
         self.meetings: dict[tuple[int, int], dict[int, tuple[_Worker, str, Any]]] = {}
         self.named: dict[tuple[int, int], list[Any]] = {}  # barrier and its threads: how many came, who waits
-        self.phases = _Phases(self.ready)
+        self.phases = _Phases(self)
         self.failure: BaseException | None = None
         self.control = getcurrent()
 
     def run(self) -> None:
         # All workers are switched to from here: one that another starts would begin at that one's depth of calls.
+        self.launch.lock()
         while (worker := self.following()) is not None:
             worker.switch()
         if self.failure is not None:
             self._abandon()
+        if self.launch.locked:
+            raise SimulationError(
+                f"block {tuple(self.index)} ends without griddepcontrol.wait: the kernel behind this one could start "
+                "before the one ahead is done"
+            )
+        if any(self.phases.landing.values()):
+            raise SimulationError(f"block {tuple(self.index)} ends with a bulk copy that nobody has waited for")
 
     def following(self) -> _Worker | None:
         """The worker to run next; None when the block is finished or has failed."""
@@ -309,6 +390,8 @@ class _Block:
             self.failure = SimulationError(f"block {tuple(self.index)} is stuck: " + "; ".join(parts))
             return
         count = sum(value for _, value in self.at_barrier)
+        if self.races:
+            self.races.join([worker.thread_id for worker, _ in self.at_barrier])
         for worker, _ in self.at_barrier:
             worker.result = count
             self.ready.append(worker)
@@ -327,22 +410,48 @@ class _Block:
 
 
 class _Launch:
-    """One kernel launch: what its blocks have in common."""
+    """One kernel launch: what its blocks have in common. early: of a programmatic one the places of the pointers that
+    may be read before griddepcontrol.wait; else None."""
 
-    def __init__(self, kernel: Callable[..., None], args: Sequence[Any], block_dim: tuple[int, int, int]):
+    def __init__(
+        self,
+        kernel: Callable[..., None],
+        args: Sequence[Any],
+        block_dim: tuple[int, int, int],
+        dynamic_shared: int,
+        early: frozenset[int] | None,
+    ):
         self.kernel = kernel
         self.args = args
         self.block_dim = block_dim
+        self.dynamic_shared = dynamic_shared
+        self.early = early
+        self.locked = False
         self.idle: list[_Worker] = []
+
+    def lock(self) -> None:
+        """A block begins."""
+        if self.early is not None:
+            self.locked = True
+            for place, pointer in enumerate(self.args):
+                if isinstance(pointer, Pointer):
+                    pointer.lock(place in self.early)
+
+    def unlock(self) -> None:
+        """A thread of the block has waited for the kernels ahead."""
+        if self.locked:
+            self.locked = False
+            for pointer in self.args:
+                if isinstance(pointer, Pointer):
+                    pointer.unlock()
 
 
 class _SimulatedCuda:
     """The part of `numba.cuda` that kernels use. One launch runs at a time, so its shape lives here."""
 
-    local = _Local
+    local = LocalMemory
     gridDim: Dim3
     blockDim: Dim3
-    shared: _Shared
 
     def __init__(self) -> None:
         self.launching = threading.Lock()
@@ -354,6 +463,10 @@ class _SimulatedCuda:
     @property
     def blockIdx(self) -> Dim3:
         return current().blockIdx
+
+    @property
+    def shared(self) -> SharedMemory:
+        return current().block.shared
 
     def syncthreads(self) -> None:
         current().syncthreads_count(0)
@@ -371,15 +484,23 @@ class _SimulatedCuda:
         return int(current().syncthreads_count(value) > 0)
 
     def run(
-        self, kernel: Callable[..., None], grid: tuple[int, ...], threads: int, args: Sequence[Any], dynamic_shared: int
+        self,
+        kernel: Callable[..., None],
+        grid: tuple[int, ...],
+        threads: int,
+        args: Sequence[Any],
+        dynamic_shared: int,
+        early: frozenset[int] | None = None,
     ) -> None:
-        """Run `kernel(*args)` for every thread of every block, block after block. Raises what the kernel raises."""
+        """Run `kernel(*args)` for every thread of every block, block after block. Raises what the kernel raises.
+
+        early: of a programmatic launch the places of the pointers that may be read before griddepcontrol.wait.
+        """
         with self.launching:
             extent = (*grid, 1, 1)[:3]
             self.gridDim, self.blockDim = Dim3(*extent), Dim3(threads, 1, 1)
-            launch = _Launch(kernel, args, self.blockDim)
+            launch = _Launch(kernel, args, self.blockDim, dynamic_shared, early)
             for z, y, x in np.ndindex(extent[2], extent[1], extent[0]):
-                self.shared = _Shared(dynamic_shared)
                 _Block(launch, Dim3(x, y, z)).run()
 
 
@@ -394,56 +515,15 @@ def current() -> _Worker:
     return worker
 
 
-def shared_address(array: np.ndarray) -> int:
-    """Address in the running block's shared window of a shared array's first element."""
-    offset = array.__array_interface__["data"][0] - cuda.shared.start
-    if not 0 <= offset < len(cuda.shared.window):
-        raise SimulationError("shared_address of an array that is not in shared memory")
-    return offset + _Shared.BASE
+_watched = False
 
 
-def shared_bytes(address: int, size: int) -> np.ndarray:
-    """A view of the `size` bytes at an address, a multiple of `size`, of the running block's shared window."""
-    begin = address - _Shared.BASE
-    if begin < 0 or begin + size > cuda.shared.used:
-        raise SimulationError(f"{size} bytes at shared address {address} are outside the block's shared memory")
-    if address % size:
-        raise SimulationError(f"{size} bytes at shared address {address} do not begin at a multiple of {size}")
-    return cuda.shared.window[begin : begin + size]
-
-
-def shared_span(begin: int, end: int) -> np.ndarray:
-    """A view of the running block's shared window from address `begin` up to `end`."""
-    if begin < _Shared.BASE or end - _Shared.BASE > cuda.shared.used:
-        raise SimulationError(f"addresses {begin} to {end} are outside the block's shared memory")
-    return cuda.shared.window[begin - _Shared.BASE : end - _Shared.BASE]
-
-
-class TensorMap:
-    """What the bulk tensor copy sees of a tensor: boxes of `rows` rows and 128 bytes, zeros beyond its edges."""
-
-    def __init__(self, tensor: np.ndarray, rows: int) -> None:
-        self.tensor = tensor  # […, R, C] of 2-byte elements
-        self.rows = rows
-
-    def box(self, *first: int) -> np.ndarray:
-        """uint8 [rows, 128]: the box whose first element is at [*first]."""
-        *outer, row, column = first
-        found = np.zeros((self.rows, 64), np.uint16)
-        if all(0 <= place < size for place, size in zip(outer, self.tensor.shape, strict=False)):
-            inside = self.tensor[tuple(outer)][max(row, 0) : row + self.rows, max(column, 0) : column + 64]
-            found[max(-row, 0) :, max(-column, 0) :][: inside.shape[0], : inside.shape[1]] = inside
-        return found.view(np.uint8)
-
-
-_tensor_maps: list[TensorMap] = []
-
-
-def add_tensor_map(tensor_map: TensorMap) -> int:
-    """A number that stands for the map in the 128 bytes a kernel is given; it is kept as long as the process."""
-    _tensor_maps.append(tensor_map)
-    return len(_tensor_maps) - 1
-
-
-def simulated_tensor_map(number: int) -> TensorMap:
-    return _tensor_maps[number]
+@contextmanager
+def detecting_races() -> Iterator[None]:
+    """Within, a race in a block's shared memory is a SimulationError: kernels take about twice as long."""
+    global _watched
+    before, _watched = _watched, True
+    try:
+        yield
+    finally:
+        _watched = before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,13 +10,17 @@ import torch
 from kernels import cuda
 from kernels.launch import is_rehearsal, simulated_pointer
 
+BOX = 64  # columns of a box: 128 bytes
 
-def tensor_map(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """uint8 [128] on the tensor's device: how the bulk tensor copy reads boxes of `rows` rows and 64 columns of it.
+
+def tensor_map(tensor: torch.Tensor, box: Sequence[int], ahead: bool = True) -> torch.Tensor:
+    """uint8 [128] on the tensor's device: how the bulk tensor copy reads boxes of it.
 
     tensor […, R, C] bf16 or fp16 of two to five dimensions with any strides that are multiples of 16 bytes, columns
-    contiguous. A box lies in shared memory row after row of 128 bytes, the 16-byte chunk j of row i at place j ^ (i %
-    8) (CUDA's 128-byte swizzle). The map is valid as long as the tensor is where it was.
+    contiguous. box: its size in the tensor's last dimensions but columns, of which it has 64; 1 in those before. It
+    lies in shared memory row after row of 128 bytes, the 16-byte chunk j of row i at place j ^ (i % 8) (CUDA's 128-byte
+    swizzle). ahead: whether L2 fetches 256 bytes where 128 are asked for, which is of no use where each byte is read
+    once (7B decode on an H200: 4 % slower with it). The map is valid as long as the tensor is where it was.
     Raises ValueError for a tensor or a box that the copy engine cannot read.
     """
     shape, strides = tuple(tensor.shape), tensor.stride()
@@ -23,33 +28,39 @@ def tensor_map(tensor: torch.Tensor, rows: int) -> torch.Tensor:
         raise ValueError(f"tensor_map: a {tensor.dtype} tensor of shape {shape}: bf16 or fp16 [R, C] needed")
     if tensor.data_ptr() % 16 or any(stride % 8 for stride in strides[:-1]):
         raise ValueError(f"tensor_map: rows {strides[:-1]} elements apart: multiples of 16 bytes needed")
-    if not 1 <= rows <= 256:
-        raise ValueError(f"tensor_map: boxes of {rows} rows: 1 to 256 needed")
+    if not 1 <= len(box) < len(shape) or not all(1 <= size <= 256 for size in box):
+        raise ValueError(
+            f"tensor_map: boxes of {tuple(box)} rows: 1 to 256 in up to {len(shape) - 1} dimensions needed"
+        )
+    sizes = (*(1,) * (len(shape) - 1 - len(box)), *box, BOX)
     if cuda.SIMULATED:
-        from kernels import simulator
+        import numpy as np
+
+        from kernels.simulated_memory import TensorMap, add_tensor_map
 
         elements = simulated_pointer(tensor).array
-        view = simulator.np.lib.stride_tricks.as_strided(elements, shape, [2 * stride for stride in strides])
-        words = [simulator.add_tensor_map(simulator.TensorMap(view, rows))] + [0] * 15
+        view = np.lib.stride_tricks.as_strided(elements, shape, [2 * stride for stride in strides])
+        words = [add_tensor_map(TensorMap(view, sizes))] + [0] * 15
     else:
         from cuda.bindings import driver  # pyright: ignore[reportAttributeAccessIssue]
 
         kinds, half = driver.CUtensorMapDataType, tensor.dtype == torch.float16
+        promotion = driver.CUtensorMapL2promotion
         status, encoded = driver.cuTensorMapEncodeTiled(
             kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if half else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             len(shape),
             tensor.data_ptr(),
             [driver.cuuint64_t(size) for size in reversed(shape)],
             [driver.cuuint64_t(stride * 2) for stride in reversed(strides[:-1])],
-            [driver.cuuint32_t(size) for size in (64, rows, 1, 1, 1)[: len(shape)]],
+            [driver.cuuint32_t(size) for size in reversed(sizes)],
             [driver.cuuint32_t(1)] * len(shape),
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B if ahead else promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )
         if status != driver.CUresult.CUDA_SUCCESS:
-            raise ValueError(f"tensor_map: {shape} in boxes of {rows} rows: {status.name}")
+            raise ValueError(f"tensor_map: {shape} in boxes of {sizes}: {status.name}")
         words = [int(word) for word in encoded.opaque]
     content = b"".join(word.to_bytes(8, "little") for word in words)
     return _keep_map(torch.frombuffer(bytearray(content), dtype=torch.uint8), tensor.device)
@@ -58,15 +69,15 @@ def tensor_map(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 _kept_maps: dict[tuple[Any, ...], torch.Tensor] = {}
 
 
-def kept_tensor_map(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+def kept_tensor_map(tensor: torch.Tensor, box: tuple[int, ...], ahead: bool = True) -> torch.Tensor:
     """`tensor_map`, made once for each place, shape, strides and dtype: a map says where and how large, not what is
     there, so that one serves every tensor that comes to lie at the same place in the same shape."""
     if is_rehearsal():
         return tensor.new_empty(128, dtype=torch.uint8)
-    key = (tensor.dtype, tensor.get_device(), tensor.data_ptr(), *tensor.shape, *tensor.stride(), rows)
+    key = (tensor.dtype, tensor.get_device(), tensor.data_ptr(), *tensor.shape, *tensor.stride(), box, ahead)
     found = _kept_maps.get(key)
     if found is None:
-        found = _kept_maps[key] = tensor_map(tensor, rows)
+        found = _kept_maps[key] = tensor_map(tensor, box, ahead)
     return found
 
 

@@ -12,6 +12,7 @@ from stages.stage import Run
 
 if TYPE_CHECKING:
     from engine.model.config import ModelConfig
+    from engine.ops.protocol import Ops
 
 
 @dataclass
@@ -36,6 +37,13 @@ class WeekContext:
         from engine.model.config import ModelConfig
 
         return ModelConfig.from_file(self.path)
+
+    @cached_property
+    def ops(self) -> Ops | None:
+        """The operations of the week's engine, whose form of storing weights loading takes; None without an engine."""
+        from engine.config import EngineConfig, make_ops
+
+        return None if self.week.engine is None else make_ops(EngineConfig(**self.settings))
 
     @cached_property
     def settings(self) -> dict[str, Any]:

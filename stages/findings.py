@@ -67,7 +67,8 @@ def load_engine(path: Path, engine: EngineConfig) -> Model:
     from engine.model.weights import load_weights
 
     config = ModelConfig.from_file(path)
-    return Model(config, load_weights(path, config, engine.device, engine.torch_dtype), make_ops(engine))
+    ops = make_ops(engine)
+    return Model(config, load_weights(path, config, engine.device, engine.torch_dtype, ops), ops)
 
 
 def new_cache(model: Model, slots: int, capacity: int, paged: bool) -> KVCache:

@@ -127,7 +127,11 @@ def list_provision(rows: Sequence[Row]) -> Figures:
     ceilings = measured(rows, "ceilings")
     case = "gpu" if any(row["case"] == "gpu" for row in ceilings) else "cpu"
     found = {row["metric"]: row["value"] for row in ceilings if row["case"] == case}
-    scaled = (("copy_bandwidth", "copy_gb_per_s", 1e9), ("matrix_rate", "matrix_tflops", 1e12))
+    scaled = (
+        ("read_bandwidth", "read_gb_per_s", 1e9),
+        ("copy_bandwidth", "copy_gb_per_s", 1e9),
+        ("matrix_rate", "matrix_tflops", 1e12),
+    )
     return {f"host.{name}": found[metric] / unit for metric, name, unit in scaled if metric in found}
 
 

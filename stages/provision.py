@@ -4,13 +4,19 @@ It runs before all other stages, and refuses here what they would find wrong lat
 gone: a wrong value in any section, and a model that does not fit this machine.
 
 `data/host.json` is the host's stable identity, on which all that is measured depends. `data/ceilings.parquet` holds
-what was measured once for that identity: rows of suite `ceilings`, case `gpu` or `cpu`, metrics `read_bandwidth` and
-`copy_bandwidth` (B/s; a copy counts what it reads and what it writes) and `matrix_rate` (FLOP/s, knob `dtype`: bfloat16
-on a GPU, float32 on a CPU). They are kept under `~/.cache/afs` (or `AFS_CACHE`), so that running again is quick and
-gives the same bytes; `AFS_REMEASURE=1` measures them anew. `reports/metrics/provision.parquet` adds the check of the
-`gpu` group and of a first kernel. Stable bytes matter: whatever depends on these files is measured again when they
-change.
+what was measured once for that identity: rows of suite `ceilings`, case `gpu` or `cpu`, metrics
+
+- `read_bandwidth` (B/s), by which limits are: of our own kernel (knob `backend`: cuda), or of torch's sum (reference)
+  on a CPU and on a GPU that our kernels are not for; the note says which,
+- `copy_bandwidth` (B/s), of what a copy reads and what it writes together,
+- `matrix_rate` (FLOP/s, knob `dtype`: bfloat16 on a GPU, float32 on a CPU).
+
+They are kept under `~/.cache/afs` (or `AFS_CACHE`), so that running again is quick and gives the same bytes;
+`AFS_REMEASURE=1` measures them anew. `reports/metrics/provision.parquet` adds the check of the `gpu` group and of a
+first kernel. Stable bytes matter: whatever depends on these files is measured again when they change.
 """
+
+from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -18,7 +24,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -32,9 +38,14 @@ from stages.sources import make_source
 from stages.stage import HF, Run, cache_folder, stage, write_whole
 from stages.validate import check
 
+if TYPE_CHECKING:
+    import torch
+
 CEILINGS = Path("data/ceilings.parquet")
 METRICS = Path("reports/metrics/provision.parquet")
 UNITS = {"read_bandwidth": "B/s", "copy_bandwidth": "B/s", "matrix_rate": "FLOP/s"}
+RULER = "kernels.read"
+"""What kept ceilings are found by, beside the host: another word here measures every host anew."""
 NO_GPU = "no usable GPU on this host"
 MEMORY_TOLERANCE = 0.12
 """Datasheets count GB of 10^9 bytes, drivers what is left of 2^30 ones."""
@@ -58,7 +69,7 @@ def main(run: Run, gpu: Gpu, model: Model, weeks: Weeks, workload: Workload) -> 
 
 def recall_ceilings(host: Host, folder: Path) -> bytes:
     """The Parquet bytes of this host's ceilings, measured on the first call for such a host and kept in `folder`."""
-    kept = folder / f"{hashlib.sha256(host.as_json().encode()).hexdigest()[:32]}.parquet"
+    kept = folder / f"{hashlib.sha256((host.as_json() + RULER).encode()).hexdigest()[:32]}.parquet"
     if os.environ.get("AFS_REMEASURE", "0") == "0":
         with contextlib.suppress(OSError, metrics.MetricsError):
             metrics.read_table(kept)
@@ -74,11 +85,11 @@ def measure_ceilings(rows: Rows) -> None:
     from stages.timing import measurement_lock
 
     with measurement_lock():
-        for metric, dtype, samples in measure_device("cpu", megabytes=256, size=2048, repeats=5):
-            add_ceiling(rows, "cpu", metric, dtype, samples)
+        for metric, found in measure_device("cpu", megabytes=256, size=2048, repeats=5):
+            add_ceiling(rows, "cpu", metric, found)
         if gpu_available():
-            for metric, dtype, samples in measure_device("cuda", megabytes=4096, size=8192, repeats=20):
-                add_ceiling(rows, "gpu", metric, dtype, samples)
+            for metric, found in measure_device("cuda", megabytes=4096, size=8192, repeats=20):
+                add_ceiling(rows, "gpu", metric, found)
             rows.add(
                 suite="check", case="first_kernel", metric="max_abs_error", unit="1", better="lower",
                 **check_kernel(),
@@ -92,37 +103,50 @@ def measure_ceilings(rows: Rows) -> None:
     rows.missing(suite="check", case="first_kernel", metric="max_abs_error", unit="1", better="lower", reason=NO_GPU)
 
 
-def add_ceiling(rows: Rows, case: str, metric: str, dtype: str | None, samples: list[float]) -> None:
+def add_ceiling(rows: Rows, case: str, metric: str, found: dict[str, Any]) -> None:
     """Adds a ceiling; its value is the samples' median."""
-    rows.add(
-        suite="ceilings", case=case, metric=metric, value=None, unit=UNITS[metric], better="higher", samples=samples,
-        dtype=dtype,
-    )  # fmt: skip
+    rows.add(suite="ceilings", case=case, metric=metric, value=None, unit=UNITS[metric], better="higher", **found)
 
 
-def measure_device(
-    device: str, megabytes: int, size: int, repeats: int
-) -> Iterable[tuple[str, str | None, list[float]]]:
-    """Yields (metric, dtype, samples) of read and copy bandwidth [B/s] over buffers far larger than any cache, and of a
-    matrix product of random [size, size] operands [FLOP/s]: bf16 through cuBLAS on a GPU, fp32 on a CPU.
+def measure_device(device: str, megabytes: int, size: int, repeats: int) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Yields (metric, samples and knobs) of read and copy bandwidth [B/s] over buffers far larger than any cache, and
+    of a matrix product of random [size, size] operands [FLOP/s]: bf16 through cuBLAS on a GPU, fp32 on a CPU.
     """
     import torch
 
     from stages.timing import measure
 
-    def rates(work: float, fn: Callable[[], Any]) -> list[float]:
-        return [work / (milliseconds * 1e-3) for milliseconds in measure(fn, max(2, repeats // 4), repeats, device)]
+    def rates(work: float, fn: Callable[[], Any]) -> dict[str, Any]:
+        took = measure(fn, max(2, repeats // 4), repeats, device)
+        return {"samples": [work / (milliseconds * 1e-3) for milliseconds in took]}
 
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else megabytes * 2**20 * 4
-    elements = min(megabytes * 2**20, free // 4) // 4
+    elements = min(megabytes * 2**20, free // 4) // 2**14 * 2**12
     source = torch.randn(elements, device=device)
+    yield "read_bandwidth", read_memory(source, repeats)
     target = torch.empty_like(source)
-    yield "read_bandwidth", None, rates(4 * elements, source.sum)
-    yield "copy_bandwidth", None, rates(8 * elements, lambda: target.copy_(source))
+    yield "copy_bandwidth", rates(8 * elements, lambda: target.copy_(source))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = torch.empty(size, size, device=device, dtype=dtype)
-    yield "matrix_rate", str(dtype).removeprefix("torch."), rates(2 * size**3, lambda: torch.mm(a, b, out=product))
+    found = rates(2 * size**3, lambda: torch.mm(a, b, out=product))
+    yield "matrix_rate", found | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def read_memory(source: torch.Tensor, repeats: int) -> dict[str, Any]:
+    """Samples of reading source [B/s], and by what; a failure of our kernel is a failed row, as `check_kernel`'s."""
+    from engine.bench.ceilings import measure_read
+
+    try:
+        read = measure_read(source, repeats)
+    except Exception as error:
+        return describe_failure(error)
+    return {"samples": read.samples, "backend": read.backend, "note": read.note}
+
+
+def describe_failure(error: Exception) -> dict[str, Any]:
+    """The fields of a row that could not be measured for this."""
+    return {"status": "failed", "note": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
 def check_kernel() -> dict[str, Any]:
@@ -140,7 +164,7 @@ def check_kernel() -> dict[str, Any]:
         residual.add(x, y, out)
         worst = float((out.float() - (x + y).float()).abs().nan_to_num(float("inf")).max())
     except Exception as error:
-        return {"value": None, "status": "failed", "note": f"{type(error).__name__}: {error}".splitlines()[0]}
+        return {"value": None} | describe_failure(error)
     if worst > 0:
         return {"value": None, "status": "failed", "note": f"differs from torch's sum by {worst}"}
     return {"value": worst, "status": "ok"}

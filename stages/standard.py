@@ -205,7 +205,7 @@ def read_ceilings(run: Run, gpu: bool) -> Ceilings:
         (frame["suite"] == "ceilings") & (frame["case"] == ("gpu" if gpu else "cpu")) & (frame["status"] == "ok")
     ]
     values = {row.metric: row for row in frame.itertuples()}
-    bandwidth, rate = values.get("copy_bandwidth"), values.get("matrix_rate")
+    bandwidth, rate = values.get("read_bandwidth"), values.get("matrix_rate")
     if bandwidth is None or rate is None:
         return Ceilings()
     return Ceilings(float(bandwidth.value), float(rate.value), str(rate.dtype))

@@ -38,7 +38,8 @@ def latency(
     cuda_graph: Annotated[bool, typer.Option(help="Capture decode steps, on a GPU.")] = True,
 ) -> None:  # fmt: skip
     """Time prompts (pp) and decode steps (tg) in llama-bench's columns, each beside what the machine allows at best."""
-    from engine.bench.latency import COLUMNS, Case, TooLarge, lines, measure, measure_ceilings, records, render
+    from engine.bench.ceilings import measure_ceilings
+    from engine.bench.latency import COLUMNS, Case, TooLarge, lines, measure, records, render
 
     check_format(form)
     if repetitions < 1 or new_tokens < 1:
@@ -67,7 +68,7 @@ def latency(
         **described,
         n_batch=chunk,
         cuda_graph=engine.captures,
-        copy_bandwidth=ceilings.bandwidth,
+        read_bandwidth=ceilings.bandwidth,
         matrix_rate=ceilings.matrix_rate,
     )
     if form != "table":
@@ -78,7 +79,7 @@ def latency(
 
     assert ceilings.bandwidth is not None and ceilings.matrix_rate is not None
     table = Table(
-        title=f"{device}: copy {ceilings.bandwidth / 1e12:.3g} TB/s, matrix {ceilings.matrix_rate / 1e12:.3g} TFLOP/s"
+        title=f"{device}: read {ceilings.bandwidth / 1e12:.3g} TB/s, matrix {ceilings.matrix_rate / 1e12:.3g} TFLOP/s"
     )
     for heading in COLUMNS:
         table.add_column(heading, justify="left" if heading in COLUMNS[:4] else "right", no_wrap=True)

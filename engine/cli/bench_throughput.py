@@ -49,7 +49,7 @@ def throughput(
     cuda_graph: Annotated[bool, typer.Option(help="Capture decode steps, on a GPU.")] = True,
 ) -> None:  # fmt: skip
     """Requests a second and tokens a second, with latencies, beside the floor of what the machine allows."""
-    from engine.bench.latency import measure_ceilings
+    from engine.bench.ceilings import measure_ceilings
     from engine.bench.throughput import bench
     from engine.bench.workloads import Mix, make_source, parse_range, parse_schedules, print_tables, render
 
@@ -76,7 +76,7 @@ def throughput(
         n_batch=engine.step_tokens,
         cuda_graph=engine.captures,
         detokenized=llm.tokenizer is not None,
-        copy_bandwidth=ceilings.bandwidth,
+        read_bandwidth=ceilings.bandwidth,
         matrix_rate=ceilings.matrix_rate,
     )
     for record in records:
@@ -90,7 +90,7 @@ def throughput(
         return
     assert ceilings.bandwidth is not None and ceilings.matrix_rate is not None
     title = (
-        f"{name} ({engine.dtype}, {engine.backend}) on {device}: copy {ceilings.bandwidth / 1e12:.3g} TB/s, "
+        f"{name} ({engine.dtype}, {engine.backend}) on {device}: read {ceilings.bandwidth / 1e12:.3g} TB/s, "
         f"matrix {ceilings.matrix_rate / 1e12:.3g} TFLOP/s"
     )
     print_tables(records, title, None if sys.stdout.isatty() else 160)

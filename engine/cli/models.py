@@ -29,6 +29,7 @@ def load_shaped(model: str, weights: str, backend: str, dtype: str, cuda_graph: 
 
 
 def make(model: str, weights: str, engine: "EngineConfig") -> "LLM":
+    from engine.config import make_ops
     from engine.llm import LLM
     from engine.model.weights import random_weights
 
@@ -40,7 +41,8 @@ def make(model: str, weights: str, engine: "EngineConfig") -> "LLM":
         return LLM(model, engine)
     config = read_config(model)
     engine = engine.for_dtype(dtype_of(config))
-    return LLM((config, random_weights(config, engine.device, engine.torch_dtype, seed=0)), engine)
+    made = random_weights(config, engine.device, engine.torch_dtype, 0, make_ops(engine))
+    return LLM((config, made), engine)
 
 
 def read_config(model: str) -> "ModelConfig":

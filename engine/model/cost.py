@@ -45,7 +45,7 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a machine did at most: B/s of a copy (read and written both count), FLOP/s of a matrix product."""
+    """What a machine did at most: B/s of a read, FLOP/s of a matrix product."""
 
     bandwidth: float | None = None
     matrix_rate: float | None = None
@@ -58,7 +58,7 @@ class Ceilings:
         by_memory = cost.bytes / self.bandwidth * 1e3
         by_matrix = cost.flops / self.matrix_rate * 1e3
         if by_memory >= by_matrix:
-            return by_memory, "copy bandwidth over weight + KV bytes"
+            return by_memory, "read bandwidth over weight + KV bytes"
         return by_matrix, f"{self.matrix_dtype} matrix rate over the step's FLOPs"
 
 

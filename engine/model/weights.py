@@ -4,11 +4,13 @@ Q, K and V are one matrix, and so are gate and up: one matmul reads each. Every 
 exactly once, with the expected shape, or loading fails and names it.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ from engine.model.pages import Pages
 from engine.model.quant.formats.fields import Stored
 from engine.model.quant.loading import Field, quantised_layers, read_matrices, stored_tensors
 from engine.model.safetensors import CheckpointError, TensorEntry, read_index
+
+if TYPE_CHECKING:
+    from engine.ops.protocol import Ops
 
 # How names of tensors of 4-bit weights end.
 CODES = ("packed", "qweight", "qzeros", "absmax", "scale", "scales", "g_idx", "_point", "_shape", "_map", "__nf4")
@@ -112,9 +117,11 @@ def _named(name: str, held: Linear | Tensor | None) -> Iterator[tuple[str, Tenso
 
 
 def empty_weights(
-    config: ModelConfig, device: torch.device | str, dtype: torch.dtype, made: Mapping[Field, Linear] | None = None
-) -> Weights:
-    """Weights of `config`'s shapes that hold anything, but for matrices that are `made` already."""
+    config: ModelConfig, device: torch.device | str, dtype: torch.dtype, ops: Ops | None = None,
+    made: Mapping[Field, Linear] | None = None,
+) -> Weights:  # fmt: skip
+    """Weights of `config`'s shapes that hold anything, matrices in the form that `ops` wants (default: dense), but for
+    those that are `made` already."""
     given = made or {}
     fields: dict[int | None, dict[str, tuple[int, ...]]] = {}
     for tensor in checkpoint_tensors(config):
@@ -124,6 +131,8 @@ def empty_weights(
     def new(layer: int | None, name: str, shape: tuple[int, ...]) -> Any:
         if (layer, name) in given:
             return given[layer, name]
+        if ops is not None and len(shape) == 2 and name != "embedding":
+            return ops.new_linear(*shape, name == "gate_up", dtype)
         tensor = torch.empty(shape, dtype=dtype, device=device)
         return tensor if tensor.ndim == 1 or name == "embedding" else DenseLinear(tensor)
 
@@ -149,8 +158,15 @@ def stored_dtype(directory: str | Path, config: ModelConfig) -> str:
     return "float16" if config.dtype == "float16" else "bfloat16"
 
 
-def load_weights(directory: str | Path, config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> Weights:
-    """Load the safetensors checkpoint in `directory` onto `device`, cast to `dtype` (rounded to nearest).
+def load_weights(
+    directory: str | Path,
+    config: ModelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    ops: Ops | None = None,
+) -> Weights:
+    """Load the safetensors checkpoint in `directory` onto `device`, cast to `dtype` (rounded to nearest), in the form
+    that `ops` wants.
 
     Matrices of 4 bits stay so: what their codes stand for is what is rounded to `dtype`, when it is multiplied with.
 
@@ -165,7 +181,7 @@ def load_weights(directory: str | Path, config: ModelConfig, device: torch.devic
     _check_entries(directory, entries, stored_tensors(config, layers), config)
     pages = Pages(directory)
     made = read_matrices(config, layers, entries, pages, (device, dtype))
-    weights = empty_weights(config, device, dtype, made)
+    weights = empty_weights(config, device, dtype, ops, made)
     whole = {tensor.name: tensor for tensor in checkpoint_tensors(config) if (tensor.layer, tensor.field) not in made}
     for entry in sorted(entries.values(), key=lambda entry: (entry.shard, entry.begin)):
         if entry.name in whole:
@@ -210,12 +226,14 @@ def _announced(config: ModelConfig) -> str:
     return f"quantization_config ({config.quantization.method!r}) says that its layer has 16 bits, or another form"
 
 
-def random_weights(config: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int) -> Weights:
+def random_weights(
+    config: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int, ops: Ops | None = None
+) -> Weights:
     """Weights of `config`'s shapes made on the device with no files: matrices N(0, 0.02²), norms N(1, 0.02²).
 
-    The same (seed, device type, dtype) gives the same weights.
+    The same (seed, device type, dtype) gives the same weights, in the form that `ops` wants.
     """
-    weights = empty_weights(config, device, dtype)
+    weights = empty_weights(config, device, dtype, ops)
     generator = torch.Generator(device=device).manual_seed(seed)
     # In an order that no seed's weights change with: what is outside of the layers first.
     for tensor in sorted(checkpoint_tensors(config), key=lambda tensor: tensor.layer is not None):

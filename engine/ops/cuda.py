@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from engine.model.linear import DenseLinear, Linear
+from engine.model.linear import DenseLinear, Linear, TiledLinear
 from engine.ops.batch import AttentionLayer, Batch, LayerCache, Rounding, TokenSpan
 from engine.ops.protocol import Placement
 from engine.ops.reference import Composed, of_rows
@@ -17,6 +17,7 @@ from kernels.cuda import SIMULATED
 from kernels.launch import is_rehearsal, machine_of
 from kernels.linear import naive as naive_linear
 from kernels.linear import streamed, tiled
+from kernels.tiles import BOX, empty_tiles, shape_of
 
 FLASH_WIDTHS = (64, 128)  # elements of a head
 FLASH_GROUP = 16  # query heads that share a KV head, at most
@@ -104,6 +105,16 @@ class CudaOps(Composed):
         shape = (heads, width, capacity)
         return self._workspace("attention", min(tokens, flash.TOKENS), size, *shape).view(torch.float32)
 
+    def new_linear(self, rows: int, depth: int, gated: bool, dtype: torch.dtype) -> DenseLinear | TiledLinear:
+        # On other architectures tiles have not been measured, and `tiled` reads rows.
+        if self._machine[0] != "sm_90a" or not self._streams(rows, depth, gated, dtype):
+            return super().new_linear(rows, depth, gated, dtype)
+        return TiledLinear(empty_tiles(rows, depth, gated, dtype, self.device))
+
+    def _streams(self, rows: int, depth: int, gated: bool, dtype: torch.dtype) -> bool:
+        """Whether the streamed version multiplies with such a weight: rows in groups, 64 columns at a time."""
+        return self._streamed and dtype in HALVES and rows % (16 if gated else 8) == 0 and depth % BOX == 0
+
     def embedding(self, tokens: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
         out = table.new_empty((tokens.shape[0], table.shape[1])) if out is None else out
         embedding.embedding(tokens, table, out)
@@ -129,15 +140,16 @@ class CudaOps(Composed):
         """The product with a matrix in the form in which it is stored; gated: with gate and up, and SwiGLU of both."""
         if isinstance(matrix, DenseLinear):
             return self._multiply_dense(x, matrix.weight, gated, out)
+        if isinstance(matrix, TiledLinear):  # the naive version reads rows
+            return self._multiply_dense(x, matrix.weight if self._streamed else matrix.rows(), gated, out)
         raise ValueError(
             f"the weights are stored as {matrix.form!r}, and backend = 'cuda' multiplies with {DenseLinear.form!r} "
             "ones; choose backend = 'reference'"
         )
 
     def _multiply_dense(self, x: Tensor, weight: Tensor, gated: bool, out: Tensor | None) -> Tensor:
-        rows, depth = weight.shape
-        fits = rows % (16 if gated else 8) == 0 and depth % streamed.BOX == 0
-        fast = self._streamed and weight.dtype in HALVES and fits
+        rows, depth = shape_of(weight)
+        fast = self._streams(rows, depth, gated, weight.dtype)
         if gated and not fast:
             return self.swiglu(self._multiply_dense(x, weight, False, None), out)
         out = x.new_empty((x.shape[0], rows // 2 if gated else rows)) if out is None else out

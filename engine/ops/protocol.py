@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
-from engine.model.linear import Linear
+from engine.model.linear import DenseLinear, Linear, TiledLinear
 from engine.ops.batch import AttentionLayer, Batch, LayerCache, Rounding, TokenSpan
 
 if TYPE_CHECKING:
@@ -34,6 +34,13 @@ class Ops(Protocol):
 
     def why_not_paged(self, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> str | None:
         """Why the cache of such heads cannot have a table, and what would be needed; None where it can."""
+        ...
+
+    def new_linear(self, rows: int, depth: int, gated: bool, dtype: torch.dtype) -> DenseLinear | TiledLinear:
+        """A matrix [rows, depth] that holds anything, in the form that is multiplied with fastest.
+
+        gated: the first half of the rows are gates, the other half ups.
+        """
         ...
 
     def embedding(self, tokens: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from engine.model.linear import Linear
+from engine.model.linear import DenseLinear, Linear, TiledLinear
 from engine.ops.batch import AttentionLayer, Batch, LayerCache, Rounding, TokenSpan
 from engine.ops.protocol import Ops, Placement
 
@@ -22,6 +22,11 @@ _WEIGHT_ROWS = 8192  # rows of a matrix held in fp32 at a time
 
 class Composed:
     """The composite operations, as the single ones one after another."""
+
+    device: torch.device
+
+    def new_linear(self, rows: int, depth: int, gated: bool, dtype: torch.dtype) -> DenseLinear | TiledLinear:
+        return DenseLinear(torch.empty((rows, depth), dtype=dtype, device=self.device))
 
     def linear_swiglu(self: Ops, x: Tensor, gate_up: Linear, out: Tensor | None = None) -> Tensor:
         return self.swiglu(self.linear(x, gate_up), out)

@@ -1,6 +1,6 @@
 """Decode steps in a week's engine, on a cache of random numbers, one token a sequence and step, chosen greedily.
 
-What a step moves at least, its weights and its keys and values, over the copy bandwidth of that machine is its limit.
+What a step moves at least, its weights and its keys and values, over the read bandwidth of that machine is its limit.
 Its kernels one by one, and what a CUDA graph of it costs, are suites of their own (`kernels`, `graphs`).
 """
 

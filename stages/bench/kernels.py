@@ -27,7 +27,7 @@ UNITS: dict[str, tuple[str, str | None]] = {
     "step_share": ("1", None),
     "bytes": ("B", None),
 }
-BY_COPY = "copy bandwidth over the bytes moved"
+BY_READ = "read bandwidth over the bytes moved"
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def time_calls(
     samples = [sample / calls * 1e3 for sample in time_part(part, repeats, device)]
     if ceilings.bandwidth is None:
         return samples, None, None
-    return samples, part.bytes / ceilings.bandwidth / calls * 1e6, BY_COPY
+    return samples, part.bytes / ceilings.bandwidth / calls * 1e6, BY_READ
 
 
 def bench_kernels(model: Model, workload: Workload, ceilings: Ceilings, graph: bool, batch: int, context: int) -> Found:

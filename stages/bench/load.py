@@ -55,7 +55,9 @@ def measure(context: Context) -> None:
                 if spent is plain_seconds:
                     plain_seconds.append(read_through(files))
                 else:
-                    weights = load_weights(context.path, context.config, context.device, getattr(torch, dtype))
+                    weights = load_weights(
+                        context.path, context.config, context.device, getattr(torch, dtype), context.ops
+                    )
                     assert weights.statistics is not None
                     seconds.append(weights.statistics.seconds)
                     del weights

@@ -31,7 +31,7 @@ def check_tensors(context: Context) -> None:
 
     device = "cuda" if context.gpu else "cpu"
     dtype = getattr(torch, context.config.dtype or "bfloat16")
-    ours = engine_tensors(context.config, load_weights(context.path, context.config, device, dtype))
+    ours = engine_tensors(context.config, load_weights(context.path, context.config, device, dtype, context.ops))
     theirs = load_model(context.path, dtype, device).state_dict()
     names = sorted(ours.keys() | theirs.keys())
     for name in names:

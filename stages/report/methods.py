@@ -22,7 +22,7 @@ METHODS = (
     "ignored. Tokenisation is outside the time, greedy sampling inside. TTFT: from the call to the first token. TPOT: "
     "(end to end − TTFT) / (N − 1). ITL: between two tokens. Output: B × N tokens over the end-to-end time; prompt + "
     "output: B × (P + N) over the same.",
-    "The limit of a step is the larger of its weight and KV bytes over the copy bandwidth and its FLOPs over the "
+    "The limit of a step is the larger of its weight and KV bytes over the read bandwidth and its FLOPs over the "
     "matrix rate, both measured on that machine by the provision stage. The share of the limit is limit / value where "
     "lower is better, value / limit where higher is.",
     "A roofline's bytes are those that a kernel must move at least: each weight, key, value, input and output once. "

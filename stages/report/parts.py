@@ -199,6 +199,11 @@ def share_of_limit(row: Row) -> float | None:
     return row.value / row.limit if row.better == "higher" else row.limit / row.value
 
 
+def limited_by_copy(row: Row) -> bool:
+    """Whether the row's limit is of the copy bandwidth, as limits were before they were of the read bandwidth."""
+    return "copy bandwidth" in (row.limit_kind or "")
+
+
 def value_cell(row: Row) -> Cell:
     """The value with its share of the limit, or why there is none: never a zero in its place."""
     if row.status == "not_measured":

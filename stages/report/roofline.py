@@ -15,6 +15,7 @@ from stages.report.parts import (
     Row,
     Section,
     Table,
+    limited_by_copy,
     measured_section,
     number,
     percent,
@@ -122,35 +123,41 @@ def place_prompts(rows: Sequence[Row], shape: Shape | None) -> list[Place]:
     return places
 
 
-def find_ceilings(inputs: Inputs, run: str) -> tuple[Row, Row] | None:
-    """The GPU's copy bandwidth and bfloat16 matrix rate, where the run measured both."""
+def find_ceilings(inputs: Inputs, run: str, rows: Sequence[Row]) -> tuple[Row, Row] | None:
+    """The GPU's bandwidth that the limits of `rows` are of and its bfloat16 matrix rate, where the run measured both.
+
+    Limits are of a read bandwidth that says by which backend it was read; one of before, torch's sum's, does not.
+    """
     found = {
         row.metric: row
         for row in inputs.of(run, "provision")
         if (row.suite, row.case, row.status) == ("ceilings", "gpu", "ok") and row.dtype in (None, "bfloat16")
     }
-    if not {"copy_bandwidth", "matrix_rate"} <= set(found):
+    by_copy = any(limited_by_copy(row) for row in rows)
+    bandwidth, matrix = found.get("copy_bandwidth" if by_copy else "read_bandwidth"), found.get("matrix_rate")
+    if bandwidth is None or matrix is None or not (by_copy or bandwidth.backend):
         return None
-    return found["copy_bandwidth"], found["matrix_rate"]
+    return bandwidth, matrix
 
 
 def roofline_section(inputs: Inputs) -> Section:
     said = (
         "Each kernel of the engine by itself, at the FLOPs it does for each byte that it must move at least (across) "
-        "and the FLOP/s it reaches (up), under what that machine was measured to allow: its copy bandwidth, the slope, "
-        "and its bfloat16 matrix rate, the flat line. A point on the line is at the limit. FLOPs are those of products "
-        "and attention; a kernel of other operations stands at the left edge, where its distance from the slope is its "
-        "share of the copy bandwidth."
+        "and the FLOP/s it reaches (up), under what that machine was measured to allow: its read bandwidth, the slope "
+        "(where limits are of the copy bandwidth, that one), and its bfloat16 matrix rate, the flat line. A point on "
+        "the line is at the limit. FLOPs are those of products and attention; a kernel of other operations stands at "
+        "the left edge, where its distance from the slope is its share of that bandwidth."
     )
     blocks: list[Block] = []
     for run in inputs.runs:
-        ceilings, shape = find_ceilings(inputs, run), find_shape(inputs, run)
         rows = [row for row in inputs.of(run, "bench") if row.backend == "cuda" and row.status == "ok"]
+        kernels, shape = latest(rows, "kernels"), find_shape(inputs, run)
+        ceilings = find_ceilings(inputs, run, kernels)
         if ceilings is None:
             continue
         bandwidth, matrix = (row.value for row in ceilings)
         places = [
-            *place_decode(latest(rows, "kernels"), shape, bandwidth),
+            *place_decode(kernels, shape, bandwidth),
             *place_prompts(latest(rows, "prompt_products") + latest(rows, "prompt_attention"), shape),
         ]
         if not places:

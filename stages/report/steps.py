@@ -64,7 +64,7 @@ def decode_section(inputs: Inputs) -> Section:
     """What a decode step takes, kernel by kernel, and what the host does meanwhile."""
     said = (
         "One token a sequence and step, chosen greedily, on a cache of random numbers. Under a figure: its share of "
-        "the limit, which for a step is its weight and KV bytes over the copy bandwidth, and for a kernel the bytes "
+        "the limit, which for a step is its weight and KV bytes over the read bandwidth, and for a kernel the bytes "
         "that it moves. Kernels are timed over all layers in a row, so that no weight is still in the L2 cache; the "
         "share of the step is of their sum. Host time, single steps (graph): to enqueue a step and to take over its "
         "tokens once they are there, a token; many steps: to enqueue a run of them, a token."
@@ -89,7 +89,7 @@ def prefill_section(inputs: Inputs) -> Section:
     """What prompts of several lengths take."""
     said = (
         "One prompt of random tokens at a time, until the logits of its last token are there. Under a figure: its "
-        "share of the limit, the larger of the bytes over the copy bandwidth and the operations over the rate of a "
+        "share of the limit, the larger of the bytes over the read bandwidth and the operations over the rate of a "
         "large matrix product of that machine, for products and attention the latter. Of gate and up the engine's "
         "kernel computes SwiGLU too. Causal attention counts the half of the scores that is used. Activations: the "
         "memory in use at most, without weights and cache."

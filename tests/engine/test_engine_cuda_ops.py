@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from engine.llm import LLM, EngineConfig
+from engine.model.architectures import checkpoint_tensors
 from engine.model.config import ModelConfig
-from engine.model.linear import DenseLinear
+from engine.model.linear import DenseLinear, TiledLinear
 from engine.model.transformer import Model
 from engine.model.weights import LayerWeights, Weights, random_weights
 from engine.ops.batch import AttentionLayer, Batch, LayerCache, TokenSpan
 from engine.ops.protocol import Ops
 from engine.ops.reference import ReferenceOps, gumbel
 from engine.sampling_params import SamplingParams
+from kernels.launch import machine_of
+from kernels.tiles import to_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MICRO = {
@@ -282,3 +285,30 @@ def test_device_must_fit_the_simulator(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "SIMULATED", False)
     with pytest.raises(ValueError, match=r"device = 'cpu' .* NUMBA_ENABLE_CUDASIM=0"):
         module.CudaOps("cpu")
+
+
+def test_weights_are_tiles_where_these_arrive_faster():
+    config, ops = ModelConfig.from_dict(MICRO), cuda_ops(**FAST)
+    rows, tiles = (random_weights(config, DEVICE, torch.bfloat16, 0, given) for given in (None, ops))
+    arch, _ = machine_of(0)
+    assert isinstance(tiles.layers[0].gate_up, TiledLinear if arch == "sm_90a" else DenseLinear)
+    assert (rows.nbytes, rows.step_bytes) == (tiles.nbytes, tiles.step_bytes)
+    for tensor in checkpoint_tensors(config):
+        assert torch.equal(rows.read(tensor), tiles.read(tensor)), tensor.name
+    assert torch.equal(rows.layers[0].gate_up.rows(), tiles.layers[0].gate_up.rows())
+    batch = Batch(
+        *(torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in ([5, 9, 2], [0, 0, 0], [0, 1, 2]))
+    )
+    for versions in (FAST, FAST | {"linear": "naive"}):
+        given, expected = (Model(config, weights, cuda_ops(**versions)) for weights in (tiles, rows))
+        logits = given.forward(batch, given.new_cache(1, 64))
+        assert torch.equal(logits, expected.forward(batch, expected.new_cache(1, 64)))
+
+
+def test_tiles_take_whole_tiles_of_rows():
+    gated = TiledLinear(to_tiles(torch.zeros(32, 64, dtype=torch.bfloat16), True))
+    gated.write(16, torch.ones(16, 64))
+    assert gated.rows(16).all() and not gated.rows(0, 16).any()
+    for row, count in ((2, 4), (4, 6), (12, 8)):
+        with pytest.raises(ValueError, match=f"rows {row} to {row + count - 1} of 32 as tiles: whole tiles needed"):
+            gated.write(row, torch.ones(count, 64))

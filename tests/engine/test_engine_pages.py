@@ -90,6 +90,18 @@ def test_beginnings_outlive_their_ends_and_the_recently_used_the_others():
     assert pool.find(keys_of([1, 2])) == []
 
 
+def test_a_page_is_found_behind_all_before_it_alone():
+    pool, keys = PagePool(3, SIZE), keys_of([1, 2, 3, 4])
+    pages = pool.take(2)
+    for page, key in zip(pages, keys, strict=True):
+        pool.register(page, key)
+    pool.release(pages[:1], "older")
+    pool.release(pages[1:], "newer")
+    assert pool.find(keys) == pages
+    pool.take(2)
+    assert pool.cached == 1 and pool.find(keys) == []
+
+
 def test_out_of_pages_changes_nothing():
     pool = PagePool(3, SIZE)
     pages = held(pool, [1, 2, 3, 4])

@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-from kernels.cuda import intrinsic, types
+from kernels.cuda import device_function, intrinsic, types
 from kernels.launch import Kernel, kernel_factory
 
 
@@ -15,6 +15,19 @@ def broken():
         x[0] = x.nothing
 
     return Kernel("broken", kernel, ("f32*",), 32)
+
+
+@device_function
+def _nothing_of(x):
+    return x.nothing
+
+
+@kernel_factory
+def broken_within():
+    def kernel(x):
+        x[0] = _nothing_of(x[0])
+
+    return Kernel("broken_within", kernel, ("f32*",), 32)
 
 
 @kernel_factory

@@ -30,6 +30,18 @@ def half(request):
     return HALVES[request.param]
 
 
+@pytest.fixture
+def races():
+    """Races in shared memory are errors, where the simulator runs."""
+    if torch.cuda.is_available():
+        yield
+    else:
+        from kernels.simulator import detecting_races
+
+        with detecting_races():
+            yield
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -30,14 +30,60 @@ def floats(*values):
     return torch.tensor(values, dtype=torch.float32, device=DEVICE)
 
 
+def _largest(where):
+    """Place of the largest element, as in a subscript."""
+    return tuple(int(index) for index in torch.unravel_index(where.flatten().argmax(), where.shape))
+
+
+def assert_finite(ours):
+    __tracebackhide__ = True
+    bad = ~torch.isfinite(ours)
+    if bad.any():
+        place = _largest(bad.int())
+        raise AssertionError(
+            f"{bad.sum()} of {bad.numel()} elements are not written or not finite: {ours[place]} at {place}"
+        )
+
+
+def assert_equal(ours, expected):
+    """Of one shape and dtype, and equal in every element; a NaN is equal to nothing."""
+    __tracebackhide__ = True
+    assert (ours.shape, ours.dtype) == (expected.shape, expected.dtype)
+    other = ours != expected
+    if other.any():
+        place = _largest(other.int())
+        raise AssertionError(
+            f"{other.sum()} of {other.numel()} elements differ, first that at {place}: {ours[place].item()}, not "
+            f"{expected[place].item()}"
+        )
+
+
+def assert_within(ours, exact, bound):
+    """No element further from float64's than its bound."""
+    __tracebackhide__ = True
+    assert_finite(ours)
+    error = (ours.double() - exact).abs() / bound
+    if (error > 1).any():
+        place = _largest(error)
+        raise AssertionError(
+            f"{(error > 1).sum()} of {error.numel()} elements are wrong, most of all that at {place}: "
+            f"{ours[place]:.6g} for {exact[place]:.6g}, {error[place]:.3g} times as far off as it may be"
+        )
+
+
 def assert_as_good_as_torch(ours, torchs, exact):
     """Error against float64 at most twice torch's own, at the worst element and in the mean square."""
+    __tracebackhide__ = True
     assert ours.dtype == torchs.dtype and exact.dtype == torch.float64
-    assert torch.isfinite(ours).all(), "an element was not written or is not finite"
+    assert_finite(ours)
     mine, theirs = (ours.double() - exact).abs(), (torchs.double() - exact).abs()
     # One unit in the last place of the largest value, for where torch is exact by chance.
     unit = exact.abs().max() * torch.finfo(ours.dtype).eps / 2
-    assert mine.max() <= 2 * theirs.max() + unit, f"worst error {mine.max():.3g}, torch's {theirs.max():.3g}"
+    place = _largest(mine)
+    assert mine[place] <= 2 * theirs.max() + unit, (
+        f"worst error {mine[place]:.3g}, at {place}: {ours[place]:.6g} for {exact[place]:.6g}; "
+        f"torch's worst {theirs.max():.3g}"
+    )
     rms, their_rms = mine.square().mean().sqrt(), theirs.square().mean().sqrt()
     assert rms <= 2 * their_rms + unit / 4, f"mean square error {rms:.3g}, torch's {their_rms:.3g}"
 

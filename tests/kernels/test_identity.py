@@ -32,8 +32,8 @@ EDITS = {
     "an instruction": ("ptx.py", '"ex2.approx.ftz.f32 $0, $1;"', '"ex2.approx.f32 $0, $1;"'),
     "an instruction's twin": ("ptx.py", "return np.float32(1.0) / a", "return np.float32(1) / a"),
     "how device functions are compiled": ("cuda.py", "forceinline=True", "forceinline=False"),
-    "the launcher": ("linear/tiled/__init__.py", "count, (rows, depth) = len(x), weight.shape",
-                     "(rows, depth), count = weight.shape, len(x)"),
+    "the launcher": ("linear/tiled/__init__.py", "count, (rows, depth) = len(x), shape_of(weight)",
+                     "(rows, depth), count = shape_of(weight), len(x)"),
 }  # fmt: skip
 
 

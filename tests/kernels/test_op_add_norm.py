@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from kernel_numerics import assert_as_good_as_torch, poisoned, randn
+from kernel_numerics import assert_as_good_as_torch, assert_equal, poisoned, randn
 
 from kernels import add_norm, rms_norm
 
@@ -58,14 +58,14 @@ def test_against_float64(half, width, placement, rounding):
     x, y, weight = inputs(2, width, half)
     stream, normed = run(x, y, weight, rounding, placement)
     if placement == "pre":
-        assert torch.equal(stream, x + y)
+        assert_equal(stream, x + y)
         source, result = stream, normed
     else:
         assert normed is stream
         # Where little is added to much the sum says nothing of the norm: the norm itself is what is compared.
         result = add_norm.norm(y, weight, 1e-6, rounding, poisoned(2, width, dtype=half))
         source = y
-        assert torch.equal(stream, x + result)
+        assert_equal(stream, x + result)
     exact = rms_norm.reference(source.double(), weight.double(), 1e-6)
     assert_as_good_as_torch(result, rms_norm.reference(source, weight, 1e-6, rounding), exact)
 
@@ -87,20 +87,21 @@ def test_bits_are_those_of_the_order_given(half, width, rounding):
     _, y, weight = inputs(1, width, half)
     expected = modelled_norm(y[0], weight, 1e-5, rounding)
     out = add_norm.norm(y, weight, 1e-5, rounding, poisoned(1, width, dtype=half))
-    assert torch.equal(out[0].cpu(), expected)
+    assert_equal(out[0].cpu(), expected)
 
 
 def test_one_norm_for_all_kinds():
     x, y, weight = inputs(2, 136)
     added = poisoned(2, 136, dtype=BF16)
     stream, _ = run(x, y, weight, "twice", "post", added)
-    assert torch.equal(added, add_norm.norm(y, weight, 1e-6, "twice", poisoned(2, 136, dtype=BF16)))
-    assert torch.equal(stream, x + added)
-    assert torch.equal(stream, run(x, y, weight, "twice", "post")[0])
+    assert_equal(added, add_norm.norm(y, weight, 1e-6, "twice", poisoned(2, 136, dtype=BF16)))
+    assert_equal(stream, x + added)
+    assert_equal(stream, run(x, y, weight, "twice", "post")[0])
     stream, normed = run(x, y, weight, "twice", "pre")
-    assert torch.equal(normed, add_norm.norm(stream, weight, 1e-6, "twice", poisoned(2, 136, dtype=BF16)))
+    assert_equal(normed, add_norm.norm(stream, weight, 1e-6, "twice", poisoned(2, 136, dtype=BF16)))
 
 
+@pytest.mark.usefixtures("races")
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_rows_alone_and_in_place(half, placement):
     x, y, weight = inputs(3, 72, half)
@@ -115,14 +116,14 @@ def test_rows_alone_and_in_place(half, placement):
     assert torch.equal(in_place[1], normed) and (placement == "pre" or torch.equal(y, kept))
     given = stream.clone()
     expected = add_norm.norm(given, weight, 1e-6, "once", poisoned(3, 72, dtype=half))
-    assert torch.equal(add_norm.norm(given, weight, 1e-6, "once", given), expected)
+    assert_equal(add_norm.norm(given, weight, 1e-6, "once", given), expected)
 
 
 def test_small_rows_lean_on_eps():
     x, _, weight = inputs(1, 16)
     zero = torch.zeros_like(x)
-    assert torch.equal(run(x, zero, weight, "once", "post")[0], x)
-    assert torch.equal(add_norm.norm(zero, weight, 1e-6, "once", poisoned(1, 16, dtype=BF16)), zero)
+    assert_equal(run(x, zero, weight, "once", "post")[0], x)
+    assert_equal(add_norm.norm(zero, weight, 1e-6, "once", poisoned(1, 16, dtype=BF16)), zero)
 
 
 def test_sums_beyond_fp16_are_infinite():

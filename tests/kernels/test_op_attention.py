@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_numerics import assert_as_good_as_torch, ints, poisoned, randn
+from kernel_numerics import assert_as_good_as_torch, assert_equal, ints, poisoned, randn
 
 from kernels.attention import naive, reference
 
@@ -29,10 +29,10 @@ def test_what_lies_beyond_is_never_read(dtype):
     for cache in (k_cache, v_cache):
         cache[0] = float("nan")
         cache[1, 71:] = float("nan")
-    assert torch.equal(run(q, k_cache, v_cache, slots, positions, window=20), expected)
+    assert_equal(run(q, k_cache, v_cache, slots, positions, window=20), expected)
     for cache in (k_cache, v_cache):
         cache[1, 13:51] = float("nan")
-    assert torch.equal(run(q, k_cache, v_cache, slots, positions, window=20), expected)
+    assert_equal(run(q, k_cache, v_cache, slots, positions, window=20), expected)
 
 
 def test_prefill_chunks_and_decode_have_the_same_bits(dtype):
@@ -45,7 +45,7 @@ def test_prefill_chunks_and_decode_have_the_same_bits(dtype):
     whole = run(q[chosen], k_cache, v_cache, slots[chosen], positions[chosen])
     for i, token in enumerate(chosen.tolist()):
         one = slice(token, token + 1)
-        assert torch.equal(run(q[one], k_cache, v_cache, slots[one], positions[one]), whole[i : i + 1])
+        assert_equal(run(q[one], k_cache, v_cache, slots[one], positions[one]), whole[i : i + 1])
 
 
 def test_strided_queries_and_outputs(dtype):
@@ -55,7 +55,7 @@ def test_strided_queries_and_outputs(dtype):
     slots, positions = ints(0, 0, 0), ints(8, 3, 0)
     out = poisoned(3, 4, 8, dtype=dtype)
     naive.attention(q, k_cache, v_cache, slots, positions, 0.3, 0, out[:, 1:3])
-    assert torch.equal(out[:, 1:3], run(q.contiguous(), k_cache, v_cache, slots, positions))
+    assert_equal(out[:, 1:3], run(q.contiguous(), k_cache, v_cache, slots, positions))
     assert out[:, 0].isnan().all() and out[:, 3].isnan().all()
 
 
@@ -66,7 +66,7 @@ def test_large_scores_do_not_overflow(dtype):
     v = torch.arange(70, dtype=dtype).view(1, 70, 1, 1).expand(1, 70, 1, 4).contiguous()
     device = ints(0).device
     out = run(q.to(device), k.to(device), v.to(device), ints(0), ints(69))
-    assert torch.equal(out, torch.full_like(out, 66.0))
+    assert_equal(out, torch.full_like(out, 66.0))
 
 
 def test_refusals():

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_numerics import assert_as_good_as_torch, ints, poisoned, randn
+from kernel_numerics import assert_as_good_as_torch, assert_equal, ints, poisoned, randn
 
 from kernels.attention import flash, prefill, reference
 from kernels.attention.prefill import Tiling
@@ -71,7 +71,7 @@ def assert_as_flash(out, runs, q, k_cache, v_cache, scale=0.2, window=0):
     workspace = torch.zeros(flash.workspace_size(len(q), q.shape[1], q.shape[2], k_cache.shape[1]), device=DEVICE)
     expected = poisoned(*q.shape, dtype=q.dtype)
     flash.attention(q, k_cache, v_cache, slots, positions, scale, window, expected, workspace)
-    assert torch.equal(out[some], expected)
+    assert_equal(out[some], expected)
 
 
 def assert_as_good(tiling, runs, q, k_cache, v_cache, scale, window):
@@ -147,7 +147,15 @@ def test_what_lies_beyond_is_never_used(tiling, window):
         given[1, 141:] = given[0, 14:] = float("nan")
         if window:
             given[1, : 138 - window + 1] = float("nan")
-    assert torch.equal(run(tiling, runs, q, *cache, window=window), expected)
+    assert_equal(run(tiling, runs, q, *cache, window=window), expected)
+
+
+@pytest.mark.usefixtures("races")
+@each("mma", "mma, a small ring", "wgmma")
+def test_a_stage_of_the_ring_is_filled_again_once_it_is_read(tiling):
+    # Two segments: their totals are kept where the queries were, and the result is staged there.
+    q, cache, runs = randn(1, 1, 64, dtype=BF16), caches(1, 640, 1, 64), [(1, 0, 519)]
+    assert_as_flash(run(tiling, runs, q, *cache, window=270), runs, q, *cache, window=270)
 
 
 @pytest.mark.slow
@@ -167,15 +175,15 @@ def test_pages_strides_and_chunks_change_no_bit(tiling, page):
     # Pages that are not seen may be gone.
     table[1, : (125 - 49) // page] = -1
     table[0, 5 // page + 1 :] = 1 << 20
-    assert torch.equal(run(tiling, runs, q, pools[0], pools[1], window=50, table=table), expected)
+    assert_equal(run(tiling, runs, q, pools[0], pools[1], window=50, table=table), expected)
     if page == 8:
         wide = randn(13, 4, 64, dtype=BF16)
         wide[:, 1:3] = q
-        assert torch.equal(run(tiling, runs, wide[:, 1:3], *cache, window=50), expected)
+        assert_equal(run(tiling, runs, wide[:, 1:3], *cache, window=50), expected)
         pieces = [(1, 1, 125), (6, 1, 126), (2, 1, 132), (3, 0, 2), (1, 0, 5)]
-        assert torch.equal(run(tiling, pieces, q, *cache, window=50), expected)
+        assert_equal(run(tiling, pieces, q, *cache, window=50), expected)
         swapped = cache[0].flip(0), cache[1].flip(0)
-        assert torch.equal(run(tiling, [(4, 1, 2)], q[9:], *swapped, window=50), expected[9:])
+        assert_equal(run(tiling, [(4, 1, 2)], q[9:], *swapped, window=50), expected[9:])
 
 
 @both
@@ -183,7 +191,7 @@ def test_heads_go_together_as_far_as_l2_reaches(tiling, monkeypatch):
     q, cache, runs = randn(3, 4, 64, dtype=BF16), caches(1, 8, 2, 64), [(3, 0, 1)]
     expected = run(tiling, runs, q, *cache)
     monkeypatch.setattr(prefill, "SHARED_KEYS", 1)
-    assert torch.equal(run(tiling, runs, q, *cache), expected)
+    assert_equal(run(tiling, runs, q, *cache), expected)
     assert prefill._heads_at_once(1 << 20, 32, 4) == 4
 
 
@@ -282,9 +290,9 @@ def test_long_sequences(half, length, kv_heads):
         for size in (1000, 128, 17):
             some = min(length, 40 * size)
             pieces = [(min(size, some - i), 1, i) for i in range(0, some, size)]
-            assert torch.equal(run(tiling, pieces, q[:some], *cache), whole[:some])
+            assert_equal(run(tiling, pieces, q[:some], *cache), whole[:some])
         for _ in range(50):
-            assert torch.equal(run(tiling, runs, q, *cache), whole)
+            assert_equal(run(tiling, runs, q, *cache), whole)
 
 
 @pytest.mark.gpu
@@ -299,4 +307,4 @@ def test_a_graph_replays():
     for _ in range(20):
         out.fill_(float("nan"))
         graph.replay()
-        assert torch.equal(out, expected)
+        assert_equal(out, expected)

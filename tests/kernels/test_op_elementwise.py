@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_numerics import DEVICE, assert_as_good_as_torch, ints, poisoned, randn
+from kernel_numerics import DEVICE, assert_as_good_as_torch, assert_equal, ints, poisoned, randn
 
 from kernels import embedding, kv_write, residual, rope, swiglu
 
@@ -13,7 +13,7 @@ def test_embedding_copies_rows(dtype, width):
     tokens = ints(6, 0, 3, 3, 1)
     out = poisoned(5, width, dtype=dtype)
     assert embedding.embedding(tokens, table, out) is out
-    assert torch.equal(out, embedding.reference(tokens, table))
+    assert_equal(out, embedding.reference(tokens, table))
 
 
 def test_embedding_of_no_tokens(dtype):
@@ -25,14 +25,14 @@ def test_embedding_of_no_tokens(dtype):
 def test_residual_is_the_rounded_sum(dtype, shape):
     x, y = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype)
     out = residual.add(x, y, poisoned(*shape, dtype=dtype))
-    assert torch.equal(out, residual.reference(x, y))
+    assert_equal(out, residual.reference(x, y))
 
 
 def test_residual_into_its_input(dtype):
     x, y = randn(3, 40, dtype=dtype), randn(3, 40, dtype=dtype)
     expected = x + y
     residual.add(x, y, x)
-    assert torch.equal(x, expected)
+    assert_equal(x, expected)
 
 
 @pytest.mark.parametrize(("count", "width"), [(1, 1), (3, 129), (5, 64)])
@@ -52,7 +52,7 @@ def test_swiglu_rows_alone(dtype):
     gate_up = randn(4, 2 * 33, dtype=dtype)
     together = swiglu.swiglu(gate_up, poisoned(4, 33, dtype=dtype))
     for i in range(4):
-        assert torch.equal(together[i : i + 1], swiglu.swiglu(gate_up[i : i + 1], poisoned(1, 33, dtype=dtype)))
+        assert_equal(together[i : i + 1], swiglu.swiglu(gate_up[i : i + 1], poisoned(1, 33, dtype=dtype)))
 
 
 def angles(positions, width):
@@ -75,7 +75,7 @@ def test_rope_has_torchs_bits(dtype, width, fused):
     expected = rope.reference(q, cos, sin, positions), rope.reference(k, cos, sin, positions)
     rope.rope(q, k, cos, sin, positions)
     assert torch.equal(q, expected[0]) and torch.equal(k, expected[1])
-    assert torch.equal(v, untouched)
+    assert_equal(v, untouched)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_numerics import assert_as_good_as_torch, poisoned, randn
+from kernel_numerics import assert_as_good_as_torch, assert_equal, poisoned, randn
 
 from kernels import rms_norm
 
@@ -22,14 +22,15 @@ def test_rounding_twice_differs_from_once():
     assert not torch.equal(once, twice)
 
 
+@pytest.mark.usefixtures("races")
 def test_rows_alone_and_in_place(dtype):
     x, weight = randn(4, 70, dtype=dtype), randn(70, dtype=dtype)
     together = rms_norm.rms_norm(x, weight, 1e-5, "once", poisoned(4, 70, dtype=dtype))
     for i in (0, 3):
         alone = rms_norm.rms_norm(x[i : i + 1], weight, 1e-5, "once", poisoned(1, 70, dtype=dtype))
-        assert torch.equal(alone, together[i : i + 1])
+        assert_equal(alone, together[i : i + 1])
     rms_norm.rms_norm(x, weight, 1e-5, "once", x)
-    assert torch.equal(x, together)
+    assert_equal(x, together)
 
 
 def test_rows_of_a_fused_projection(dtype):
@@ -38,14 +39,14 @@ def test_rows_of_a_fused_projection(dtype):
     view = fused[:, 40:100]
     expected = rms_norm.rms_norm(view.contiguous(), weight, 1e-6, "once", poisoned(3, 60, dtype=dtype))
     rms_norm.rms_norm(view, weight, 1e-6, "once", view)
-    assert torch.equal(view, expected)
+    assert_equal(view, expected)
     assert torch.equal(fused[:, :40], before[:, :40]) and torch.equal(fused[:, 100:], before[:, 100:])
 
 
 def test_small_rows_lean_on_eps(dtype):
     x, weight = torch.zeros(1, 8, dtype=dtype), torch.ones(8, dtype=dtype)
     x, weight = x.to(poisoned(1, dtype=dtype).device), weight.to(poisoned(1, dtype=dtype).device)
-    assert torch.equal(rms_norm.rms_norm(x, weight, 1e-6, "once", poisoned(1, 8, dtype=dtype)), x)
+    assert_equal(rms_norm.rms_norm(x, weight, 1e-6, "once", poisoned(1, 8, dtype=dtype)), x)
 
 
 def test_refusals():

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from kernel_numerics import assert_as_good_as_torch, ints, poisoned, randn
+from kernel_numerics import assert_as_good_as_torch, assert_equal, ints, poisoned, randn
 
 from kernels import rms_norm, rope, rope_write
 
@@ -47,7 +47,7 @@ def test_against_float64(half, heads, kv_heads, width, norm):
     place = (slots.long(), positions.long())
     assert_as_good_as_torch(q, theirs[0], exact[0])
     assert_as_good_as_torch(k_cache[place], theirs[1], exact[1])
-    assert torch.equal(v_cache[place], theirs[2])
+    assert_equal(v_cache[place], theirs[2])
     if norm is None:
         assert torch.equal(q, theirs[0]) and torch.equal(k_cache[place], theirs[1])
     for cache in (k_cache, v_cache):
@@ -77,7 +77,7 @@ def test_pages_and_strides_change_no_bit(half, page):
     pages = capacity // page
     table = torch.randperm(2 * pages, device=q.device).view(2, pages).int()
     paged = [poisoned(2 * pages, page, kv_heads, width, dtype=half) for _ in range(2)]
-    assert torch.equal(run(paged, wide[:, 64:], poisoned(4, heads, width, dtype=half), table=table), q)
+    assert_equal(run(paged, wide[:, 64:], poisoned(4, heads, width, dtype=half), table=table), q)
     place = (slots.long(), positions.long())
     for one, other, third in zip(flat, turned, paged, strict=True):
         gathered = third[table.long()].flatten(1, 2)

@@ -4,7 +4,7 @@ import numpy as np
 import ptx_kernels
 import pytest
 import torch
-from kernel_numerics import DEVICE
+from kernel_numerics import DEVICE, assert_equal
 
 from kernels.cuda import SIMULATED
 from kernels.simulator import SimulationError
@@ -72,8 +72,8 @@ def test_conversions(dtype):
     ptx_kernels.convert(dtype).launch((-(-n // 32),), tensor(x), rounded, widened, pairs, bits, n)
     expected = bits_of(x)
     assert (rounded.view(torch.int16).cpu().numpy().view(np.uint16) == expected).all()
-    assert torch.equal(rounded.cpu(), torch.from_numpy(x).to(kind))
-    assert torch.equal(widened.cpu(), torch.from_numpy(expected.view(np.int16)).view(kind).float())
+    assert_equal(rounded.cpu(), torch.from_numpy(x).to(kind))
+    assert_equal(widened.cpu(), torch.from_numpy(expected.view(np.int16)).view(kind).float())
     packed = pairs.cpu().numpy().view(np.uint32)
     assert (packed & 0xFFFF == expected).all() and (packed >> 16 == bits_of(-x)).all()
     assert (bits.cpu().numpy() == x.view(np.int32)).all()
@@ -242,24 +242,25 @@ HAS_BULK = SIMULATED or torch.cuda.get_device_capability()[0] >= 9
 def test_boxes_of_a_tensor_map(row, column):
     matrix = torch.arange(20 * 96, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(20, 96).to(DEVICE)
     out = torch.full((8, 32), -1, dtype=torch.int32, device=DEVICE)
-    ptx_kernels.box(8).launch((1,), tensor_map(matrix, 8), out, row, column)
+    ptx_kernels.box(8).launch((1,), tensor_map(matrix, (8,)), out, row, column)
     framed = torch.zeros(20 + 32, 96 + 128, dtype=torch.int16)
     framed[16:36, 64:160] = matrix.cpu().view(torch.int16)
     expected = framed[16 + row : 24 + row, 64 + column : 128 + column]
-    assert torch.equal(out.cpu().view(torch.int16), expected)
+    assert_equal(out.cpu().view(torch.int16), expected)
 
 
 def test_tensor_maps_refuse_what_cannot_be_copied():
     matrix = torch.zeros(16, 64, dtype=torch.bfloat16, device=DEVICE)
-    assert tensor_map(matrix.half(), 8).shape == (128,)
-    for given, rows, message in (
-        (matrix.float(), 8, "a torch.float32 tensor"),
-        (matrix.t(), 8, "bf16 or fp16 \\[R, C\\] needed"),
-        (matrix[:, 1:], 8, "multiples of 16 bytes needed"),
-        (matrix, 257, "boxes of 257 rows: 1 to 256 needed"),
+    assert tensor_map(matrix.half(), (8,)).shape == (128,)
+    for given, box, message in (
+        (matrix.float(), (8,), "a torch.float32 tensor"),
+        (matrix.t(), (8,), "bf16 or fp16 \\[R, C\\] needed"),
+        (matrix[:, 1:], (8,), "multiples of 16 bytes needed"),
+        (matrix, (257,), "boxes of \\(257,\\) rows: 1 to 256 in up to 1 dimensions needed"),
+        (matrix, (1, 8), "boxes of \\(1, 8\\) rows: 1 to 256 in up to 1 dimensions needed"),
     ):
         with pytest.raises(ValueError, match=message):
-            tensor_map(given, rows)
+            tensor_map(given, box)
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 5])
@@ -267,7 +268,7 @@ def test_memory_barriers_hand_over(rounds):
     x = torch.arange(32 * rounds, dtype=torch.int32, device=DEVICE)
     out = torch.zeros_like(x)
     ptx_kernels.handover(rounds).launch((1,), x, out)
-    assert torch.equal(out, x + 1)
+    assert_equal(out, x + 1)
 
 
 def test_phases_of_a_memory_barrier():
@@ -293,7 +294,7 @@ def test_warpgroups_multiply(n, source, b_major, dtype):
     left, right = (torch.randint(-9, 10, shape, generator=generator).to(kind) for shape in ((64, 64), (n, 64)))
     # A map holds no reference: the matrices must live until the kernel has run.
     a, b = left.to(DEVICE), (right if b_major == "k" else right.t().contiguous()).to(DEVICE)
-    a_map, b_map = tensor_map(a, 64), tensor_map(b, len(b))
+    a_map, b_map = tensor_map(a, (64,)), tensor_map(b, (len(b),))
     out = torch.full((64, n), torch.nan, device=DEVICE)
     ptx_kernels.warpgroup_multiply(n, source, b_major, dtype).launch((1,), a_map, b_map, out)
-    assert torch.equal(out.cpu(), 2 * left.float() @ right.float().t())
+    assert_equal(out.cpu(), 2 * left.float() @ right.float().t())

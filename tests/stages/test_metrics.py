@@ -32,7 +32,7 @@ def test_columns_are_the_design_s():
 
 
 def test_round_trip(rows, tmp_path):
-    rows.add(**ROW, value=None, samples=[3, 1, 2], limit=0.5, limit_kind="copy bandwidth", batch=1, dtype="bfloat16",
+    rows.add(**ROW, value=None, samples=[3, 1, 2], limit=0.5, limit_kind="read bandwidth", batch=1, dtype="bfloat16",
              kernel_versions={"linear": "naive", "attention": "naive"})  # fmt: skip
     rows.missing(**ROW, reason="no GPU", batch=8)
     rows.write(tmp_path / "bench.parquet")

@@ -36,9 +36,10 @@ def host(workspace, monkeypatch):
 
     def measure(device, **_):
         state["measured"] += 1
-        yield "read_bandwidth", None, [4.0e12, 4.2e12, 4.1e12]
-        yield "copy_bandwidth", None, [4.0e12]
-        yield "matrix_rate", "bfloat16" if device == "cuda" else "float32", [7.0e14]
+        backend = "cuda" if device == "cuda" else "reference"
+        yield "read_bandwidth", {"samples": [4.0e12, 4.2e12, 4.1e12], "backend": backend, "note": f"of {device}"}
+        yield "copy_bandwidth", {"samples": [4.0e12]}
+        yield "matrix_rate", {"samples": [7.0e14], "dtype": "bfloat16" if device == "cuda" else "float32"}
 
     monkeypatch.setattr(provision, "measure_device", measure)
     return state
@@ -68,6 +69,8 @@ def test_a_cpu_host(host, capsys):
     measured = rows(CEILINGS, suite="ceilings")
     assert measured["cpu", "read_bandwidth"]["value"] == 4.1e12
     assert list(measured["cpu", "read_bandwidth"]["samples"]) == [4.0e12, 4.2e12, 4.1e12]
+    assert measured["cpu", "read_bandwidth"]["backend"] == "reference"
+    assert measured["cpu", "read_bandwidth"]["note"] == "of cpu"
     assert measured["cpu", "matrix_rate"]["dtype"] == "float32"
     for metric in ("read_bandwidth", "copy_bandwidth", "matrix_rate"):
         assert measured["gpu", metric]["status"] == "not_measured"
@@ -99,6 +102,13 @@ def test_another_host_is_measured_and_going_back_restores(host):
 def test_remeasure(host, monkeypatch):
     provision.main([])
     monkeypatch.setenv("AFS_REMEASURE", "1")
+    provision.main([])
+    assert host["measured"] == 2
+
+
+def test_ceilings_of_another_ruler_are_measured_again(host, monkeypatch):
+    provision.main([])
+    monkeypatch.setattr(provision, "RULER", "another")
     provision.main([])
     assert host["measured"] == 2
 
@@ -228,15 +238,30 @@ def test_a_kernel_runs_on_this_gpu():
 
 @pytest.mark.gpu
 def test_ceilings_of_this_gpu_are_plausible():
-    found = {metric: samples for metric, _, samples in provision.measure_device("cuda", 1024, 4096, 5)}
-    assert all(min(found[metric]) > 1e11 for metric in ("read_bandwidth", "copy_bandwidth"))
-    assert min(found["matrix_rate"]) > 1e13
+    found = dict(provision.measure_device("cuda", 1024, 4096, 5))
+    assert all(min(found[metric]["samples"]) > 1e11 for metric in ("read_bandwidth", "copy_bandwidth"))
+    assert min(found["matrix_rate"]["samples"]) > 1e13
+    assert (found["read_bandwidth"]["backend"], found["read_bandwidth"]["note"]) == ("cuda", "read by kernels.read")
 
 
 def test_measuring_a_cpu():
-    found = {metric: samples for metric, _, samples in provision.measure_device("cpu", 4, 64, 2)}
+    found = dict(provision.measure_device("cpu", 4, 64, 2))
     assert set(found) == {"read_bandwidth", "copy_bandwidth", "matrix_rate"}
-    assert all(len(samples) == 2 and min(samples) > 0 for samples in found.values())
+    assert all(len(fields["samples"]) == 2 and min(fields["samples"]) > 0 for fields in found.values())
+    read = found["read_bandwidth"]
+    assert (read["backend"], read["note"]) == ("reference", "read by torch's sum")
+
+
+def test_a_read_that_fails_is_a_row(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no kernel image\nfor this device")
+
+    monkeypatch.setattr("engine.bench.ceilings.measure_read", fail)
+    (metric, fields), *_ = provision.measure_device("cpu", 4, 64, 2)
+    rows = metrics.Rows("provision", None, None, CPU_HOST)
+    provision.add_ceiling(rows, "cpu", metric, fields)
+    (row,) = rows.rows
+    assert (row["status"], row["value"], row["note"]) == ("failed", None, "RuntimeError: no kernel image")
 
 
 def test_by_hand_and_pipeline_do_not_mix(host):

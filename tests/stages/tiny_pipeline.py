@@ -97,7 +97,7 @@ def write_snapshot(directory: Path) -> None:
     write_tokenizer(snapshot)
     (directory / f"data/hf/{NAME}.manifest.json").write_text("{}")
     rows = Rows("provision", None, None, read_host())
-    for metric, value in (("copy_bandwidth", BANDWIDTH), ("matrix_rate", MATRIX_RATE)):
+    for metric, value in (("read_bandwidth", BANDWIDTH), ("matrix_rate", MATRIX_RATE)):
         dtype = "float32" if metric == "matrix_rate" else None
         rows.add(suite="ceilings", case="cpu", metric=metric, value=value, unit="B/s", better="higher", dtype=dtype)
     rows.write_parquet(directory / "data/ceilings.parquet")

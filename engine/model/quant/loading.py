@@ -121,7 +121,7 @@ def _read(
     dtype: torch.dtype,
 ) -> Int4Matrix:  # fmt: skip
     names = {part: f"{layer.name}.{part}" for part in layer.stored()}
-    found = {part: pages.tensor(entries[name]).to(device) for part, name in names.items() if name in entries}
+    found = {part: pages.tensor(entries[name]).to(device, copy=True) for part, name in names.items() if name in entries}
     try:
         matrix = layer.read(found)
     except ValueError as error:

@@ -15,6 +15,9 @@ from kernels.cuda import cuda, device_function, float32, int64, uint8, uint32
 from kernels.device import HALVES
 from kernels.launch import Kernel, LaunchOptions, kernel_factory
 
+# What `decode` reads before the kernels ahead are done: its docstring says why it may.
+EARLY = ("q_norm", "k_norm", "cos", "sin", "k_cache", "v_cache", "slots", "positions", "table")
+
 
 @kernel_factory
 def flash(dtype: str, head_dim: int, group: int, source: str, paged: bool) -> Kernel:
@@ -217,5 +220,5 @@ def flash(dtype: str, head_dim: int, group: int, source: str, paged: bool) -> Ke
     kinds += (*("i32",) * 5, "i32" if paged else "i64", *("i64",) * 4, "f32", "f32", "i32")
     return Kernel(
         name, attention, kinds, THREADS, dynamic_shared=layout.shared_bytes, blocks_per_sm=3,
-        options=LaunchOptions(programmatic=True),
+        options=LaunchOptions(programmatic=True), early=EARLY if fused else (),
     )  # fmt: skip

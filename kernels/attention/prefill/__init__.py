@@ -111,8 +111,8 @@ def attention(
             raise ValueError(f"attention: plan is for {plan.partials.shape[1]} heads and q has {heads}")
         entries = len(plan.work) - 1
         box = TILE if table is None else 1 << cache.page_bits
-        maps = [kept_tensor_map(q.flatten(1), tiling.rows)]
-        maps += [kept_tensor_map(given.transpose(1, 2), box) for given in (k_cache, v_cache)]
+        maps = [kept_tensor_map(q.flatten(1), (tiling.rows,))]
+        maps += [kept_tensor_map(given.transpose(1, 2), (box,)) for given in (k_cache, v_cache)]
         warpgroups(dtype, width, tiling, len(plan.partials) > 0).launch(
             (min(entries * heads, multiprocessors),), *maps, plan.work, pages_of, out,
             plan.partials, plan.arrived, entries, heads, group, heads_at_once, 0 if table is None else cache.pages,

@@ -36,11 +36,13 @@ from kernels import check
 from kernels.architectures import MULTIPROCESSORS
 from kernels.launch import Kernel, machine_of
 from kernels.linear.streamed.kernel import streamed
-from kernels.linear.streamed.tiling import BOX, TOKENS, Tiling, segments_of, tokens_of_a_pass
+from kernels.linear.streamed.tiling import TOKENS, Tiling, segments_of, tokens_of_a_pass
 from kernels.tensor_maps import kept_tensor_map
+from kernels.tiles import BOX, boxes_of
 
 __all__ = [
-    "BOX", "TOKENS", "Tiling", "catalogue", "linear", "linear_swiglu", "segments_of", "streamed", "tokens_of_a_pass",
+    "BOX", "TOKENS", "Tiling", "catalogue", "linear", "linear_swiglu", "maps", "segments_of", "streamed",
+    "tokens_of_a_pass",
 ]  # fmt: skip
 
 
@@ -62,19 +64,26 @@ def _plan(
     return tiling, streamed(dtype, tiling, gated, arch), min(-(-rows // (tiling.groups * 8)), multiprocessors)
 
 
+def maps(tiling: Tiling, weight: torch.Tensor, x: torch.Tensor, gated: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tensor maps of weight and x for a tiling with copy "bulk"."""
+    box = (tiling.own_boxes, tiling.groups, 4, 2) if gated else (tiling.own_boxes, tiling.groups, 8, 1)
+    columns = x.view(len(x), -1, BOX).transpose(0, 1)
+    return (
+        kept_tensor_map(boxes_of(weight, gated), box, ahead=False),
+        kept_tensor_map(columns, (tiling.own_boxes, tiling.tokens)),
+    )
+
+
 def _launch(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, gated: bool) -> torch.Tensor:
     count, rows, depth = check.product(x, weight, out, BOX, gated)
     if count:
         tiling, kernel, blocks = _plan(
             check.HALVES[x.dtype], tokens_of_a_pass(count), rows, depth, gated, *machine_of(max(x.get_device(), 0))
         )
-        weight_source, x_source = weight, x
-        if tiling.copy == "bulk":
-            weight_source, x_source = (
-                kept_tensor_map(weight, tiling.groups * (4 if gated else 8)),
-                kept_tensor_map(x, tiling.tokens),
-            )
-        kernel.launch((blocks, -(-count // tiling.tokens)), weight_source, x_source, out, count, rows, depth)
+        if tiling.copy == "async" and weight.dim() != 2:
+            raise ValueError(f"linear: weight {tuple(weight.shape)} is tiles: this GPU reads rows [N, K]")
+        sources = (weight, x) if tiling.copy == "async" else maps(tiling, weight, x, gated)
+        kernel.launch((blocks, -(-count // tiling.tokens)), *sources, out, count, rows, depth)
     return out
 
 

@@ -7,7 +7,8 @@ from kernels.cuda import cuda, int32, uint8, uint32
 from kernels.launch import Kernel, LaunchOptions, kernel_factory
 from kernels.linear.streamed import mma, wgmma
 from kernels.linear.streamed.producer import producer
-from kernels.linear.streamed.tiling import BOX, Tiling
+from kernels.linear.streamed.tiling import Tiling
+from kernels.tiles import BOX
 
 
 @kernel_factory
@@ -18,7 +19,7 @@ def streamed(dtype: str, tiling: Tiling, gated: bool, arch: str) -> Kernel:
     """
     tokens, stages, stage_bytes, warps = tiling.tokens, tiling.stages, tiling.stage_bytes, tiling.warps
     bulk = tiling.copy == "bulk"
-    parts, part_rows, _ = tiling.parts(gated)
+    parts, own_columns = 2 if gated else 1, tiling.columns(gated)
     stage_columns = tiling.boxes * BOX
     produce = producer(tiling, gated)
     consume = (wgmma if tiling.wgmma else mma).consumer(dtype, tiling, gated)
@@ -41,7 +42,7 @@ def streamed(dtype: str, tiling: Tiling, gated: bool, arch: str) -> Kernel:
         first = int32(cuda.blockIdx.y) * tokens
         here = min(count - first, int32(tokens))
         columns = rows // parts
-        work = (columns + part_rows - 1) // part_rows, depth // stage_columns
+        work = (columns + own_columns - 1) // own_columns, depth // stage_columns
         if warp == warps:
             produce(weight, x, ring_at, (first, here), columns, depth, work, lane)
         else:
@@ -53,5 +54,5 @@ def streamed(dtype: str, tiling: Tiling, gated: bool, arch: str) -> Kernel:
     source = "u8*" if bulk else pointer
     return Kernel(
         name, linear, (source, source, pointer, "i32", "i32", "i32"), tiling.threads, dynamic_shared=tiling.shared,
-        blocks_per_sm=1, options=LaunchOptions(programmatic=True), architectures=(arch,),
+        blocks_per_sm=1, options=LaunchOptions(programmatic=True), architectures=(arch,), early=("weight",),
     )  # fmt: skip

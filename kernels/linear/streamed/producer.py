@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from kernels import ptx
 from kernels.cuda import cuda, device_function, int32, int64, uint32, uint64
-from kernels.linear.streamed.tiling import BOX, Tiling
+from kernels.linear.streamed.tiling import Tiling
 from kernels.ring import ring
+from kernels.tiles import BOX
 
 
 def producer(tiling: Tiling, gated: bool) -> Callable[..., None]:
@@ -18,50 +19,51 @@ def producer(tiling: Tiling, gated: bool) -> Callable[..., None]:
     """
     stages, stage_bytes, bulk = tiling.stages, tiling.stage_bytes, tiling.copy == "bulk"
     boxes, own_boxes = tiling.boxes, tiling.own_boxes
-    box_bytes, token_bytes = tiling.box_bytes, tiling.token_bytes
-    parts, part_rows, part_bytes = tiling.parts(gated)
+    box_bytes, token_bytes, groups = tiling.box_bytes, tiling.token_bytes, tiling.groups
+    parts, segments = 2 if gated else 1, tiling.segments
     wait, _, advance, after = ring(stages, bulk)
 
     @device_function
-    def column_of(k, h, depth):
-        """First column of box h of stage k: a segment's boxes of all stages are neighbours."""
-        return int32(h // own_boxes * (depth >> 1) + k * (own_boxes * BOX) + h % own_boxes * BOX)
+    def box_of(segment, k, depth):
+        """First box of a segment in stage k: a segment's boxes of all stages are neighbours."""
+        return int32(segment * (depth // (2 * BOX)) + k * own_boxes)
 
     @device_function
     def copy_weight(weight, target, barrier, block, k, lane, columns, depth):
         if bulk:
             if lane == 0:
-                ptx.mbarrier_arrive_expect_tx(barrier, uint32(boxes * (parts * part_rows * 128 + token_bytes)))
-                for h in range(boxes):
-                    for part in range(parts):
-                        ptx.cp_async_bulk_tensor_2d(
-                            target + uint32(h * box_bytes + part * part_bytes), weight, 0, barrier,
-                            column_of(k, h, depth), int32(part * columns + block * part_rows), uint64(ptx.EVICT_FIRST),
-                        )  # fmt: skip
+                ptx.mbarrier_arrive_expect_tx(barrier, uint32(stage_bytes))
+                for s in range(segments):
+                    ptx.cp_async_bulk_weight(
+                        target + uint32(s * own_boxes * box_bytes), weight, 0, barrier, int32(0),
+                        int32(block * groups), box_of(s, k, depth), uint64(ptx.EVICT_FIRST),
+                    )  # fmt: skip
         else:
             for h in range(boxes):
-                for part in range(parts):
-                    for i in range(lane, part_rows * 8, 32):
-                        row, chunk = i >> 3, i & 7
-                        source = int64(part * columns + min(block * part_rows + row, columns - 1)) * depth
-                        place = uint32(h * box_bytes + part * part_bytes + row * 128 + ((chunk ^ (row & 7)) * 16))
-                        ptx.cp_async_cg_16(target + place, weight, source + column_of(k, h, depth) + chunk * 8)
+                box = box_of(h // own_boxes, k, depth) + h % own_boxes
+                for i in range(lane, groups * 64, 32):
+                    row, chunk = i >> 3, i & 7
+                    # As `boxes_of` has them: gate and up of an output are neighbours.
+                    part, output = row % parts, min((block * groups * 8 + row) // parts, columns - 1)
+                    source = int64(part * columns + output) * depth + box * BOX
+                    place = uint32(h * box_bytes + row * 128 + ((chunk ^ (row & 7)) * 16))
+                    ptx.cp_async_cg_16(target + place, weight, source + chunk * 8)
 
     @device_function
     def copy_tokens(x, target, barrier, first, k, lane, here, depth):
         if bulk:
             if lane == 0:
-                for h in range(boxes):
-                    ptx.cp_async_bulk_tensor_2d(
-                        target + uint32(boxes * box_bytes + h * token_bytes), x, 0, barrier,
-                        column_of(k, h, depth), int32(first), uint64(ptx.EVICT_LAST),
+                for s in range(segments):
+                    ptx.cp_async_bulk_tensor_3d(
+                        target + uint32(boxes * box_bytes + s * own_boxes * token_bytes), x, 0, barrier,
+                        int32(0), int32(first), box_of(s, k, depth), uint64(ptx.EVICT_LAST),
                     )  # fmt: skip
         else:
             for h in range(boxes):
                 for i in range(lane, here * 8, 32):
                     row, chunk = i >> 3, i & 7
                     place = uint32(boxes * box_bytes + h * token_bytes + row * 128 + ((chunk ^ (row & 7)) * 16))
-                    source = int64(first + row) * depth + column_of(k, h, depth)
+                    source = int64(first + row) * depth + (box_of(h // own_boxes, k, depth) + h % own_boxes) * BOX
                     ptx.cp_async_cg_16(target + place, x, source + chunk * 8)
             ptx.cp_async_mbarrier_arrive(barrier)
 

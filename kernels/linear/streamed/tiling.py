@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kernels.architectures import LIMITS, has_dependent_launch
+from kernels.tiles import BOX
 
-BOX = 64  # columns of a box: 128 bytes
 TOKENS = (8, 16, 32, 64, 128)
 # Bytes of a block at most, so that the small kernels of a chain run beside it.
 RING = 160 << 10
@@ -14,7 +14,9 @@ RING = 160 << 10
 WIDE_RING = 208 << 10
 # Bytes a stage should have at most: smaller ones cost more barriers, larger ones leave fewer in flight.
 STAGE = 26 << 10
-FEW_STAGE = 32 << 10
+FEW_STAGE = 16 << 10
+# Groups of 8 rows of a block with which the chain of its dependent products takes as long as its weights.
+FEW_GROUPS = 8
 # Rows below which the chain of a block's dependent products takes longer than its weights take to arrive, and columns
 # from which that matters.
 FEW_ROWS, DEEP = 2304, 4096
@@ -69,6 +71,13 @@ class Tiling:
         return max(1, self.tokens // 16 // self.split)
 
     @property
+    def ahead(self) -> bool:
+        """Whether a warp loads a stage while it multiplies the one before: where one batch is a stage, and a block has
+        so few groups that its chain of sums is what takes time."""
+        whole = self.batch == self.own_boxes * 4 and self.tiles == 1
+        return not self.wgmma and whole and self.groups <= FEW_GROUPS
+
+    @property
     def warps(self) -> int:
         """Consumer warps; one more is the producer."""
         if self.wgmma:
@@ -86,8 +95,8 @@ class Tiling:
 
     @property
     def box_bytes(self) -> int:
-        """Bytes of the weight rows of one box, a multiple of 1024; gate rows and up rows each begin at one."""
-        return -(-self.groups * 1024 // 2048) * 2048
+        """Bytes of the weight rows of one box; where gated, gate rows and up rows in turn."""
+        return self.groups * 1024
 
     @property
     def token_bytes(self) -> int:
@@ -110,11 +119,9 @@ class Tiling:
         """Bytes through which the warps of the second segment pass on their sums: a fragment each."""
         return (self.segments - 1) * self.warps // self.segments * 512
 
-    def parts(self, gated: bool) -> tuple[int, int, int]:
-        """How many parts a box of weights has (gate rows, then up rows, or 1), the rows of each and its bytes."""
-        if gated:
-            return 2, self.groups * 4, self.box_bytes // 2
-        return 1, self.groups * 8, self.box_bytes
+    def columns(self, gated: bool) -> int:
+        """Columns of out that a block owns at a time."""
+        return self.groups * (4 if gated else 8)
 
     @staticmethod
     def choose(tokens: int, rows: int, depth: int, gated: bool, arch: str, multiprocessors: int) -> Tiling:
@@ -126,7 +133,7 @@ class Tiling:
         share = -(-rows // 8 // multiprocessors)
         passes = -(-share // (21 if bucket == 128 and arch != "sm_90a" else 28))
         groups = max(1, -(-rows // 8 // (multiprocessors * passes)))
-        few, wgmma = groups <= 8, arch == "sm_90a" and (bucket >= 64 or (bucket == 32 and groups <= 16))
+        few, wgmma = groups <= FEW_GROUPS, arch == "sm_90a" and (bucket >= 64 or (bucket == 32 and groups <= 16))
         # All measured on an H200. Of warps: one with more groups and tokens reads less of each, as far as registers go;
         # with few groups it takes several a group to keep up, and large stages, as each is a wait in the chain of sums.
         each, split, batch, stage, ring = 1, 1, 8, STAGE, RING

@@ -15,21 +15,21 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
 
     Arguments as those of the producer.
     """
-    pack = device.HALVES[dtype].pack
+    pack, rounded = device.HALVES[dtype].pack, device.HALVES[dtype].rounded
     stages, stage_bytes, boxes, box_bytes = tiling.stages, tiling.stage_bytes, tiling.boxes, tiling.box_bytes
     token_bytes, own_boxes, segments = tiling.token_bytes, tiling.own_boxes, tiling.segments
-    _, part_rows, part_bytes = tiling.parts(gated)
-    wide = -(-part_rows // 8) * 8  # weight rows of an instruction
-    accumulators = wide // 2  # of gate, of up, of a segment
+    own_columns = tiling.columns(gated)
+    wide = tiling.groups * 8  # weight rows of an instruction
+    accumulators = wide // 2  # of a segment
     second_accumulators = accumulators if segments > 1 else 1
-    multiply = device.HALVES[dtype].wgmma(min(wide, 256))
+    multiply = device.HALVES[dtype].wgmma(wide)
     keep, keep_second = ptx.keep_f32(accumulators), ptx.keep_f32(second_accumulators)
     one_unfinished, none_unfinished = ptx.wgmma_wait_group(1), ptx.wgmma_wait_group(0)
     wait, release, advance, _ = ring(stages)
 
     @device_function
-    def issue(acc, up, second, stage_at, token_place):
-        """The products of a stage, as one group; `up` and `second` (of the second segment) where there are any."""
+    def issue(acc, second, stage_at, token_place):
+        """The products of a stage, as one group; `second`: of the second segment, where there is one."""
         ptx.wgmma_fence()
         for h in range(boxes):
             tokens_at = stage_at + token_place + uint32(h * token_bytes)
@@ -40,25 +40,23 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
                     multiply(acc, a + uint64(2 * i), b + uint64(2 * i), uint32(1))
                 else:
                     multiply(second, a + uint64(2 * i), b + uint64(2 * i), uint32(1))
-                if gated:
-                    multiply(up, a + uint64(2 * i), b + uint64(part_bytes // 16 + 2 * i), uint32(1))
         ptx.wgmma_commit_group()
 
     @device_function
-    def epilogue(acc, up, out, block, taken, columns, warp, lane):
+    def epilogue(acc, out, block, taken, columns, warp, lane):
         """taken: the pass's first token and how many there are."""
         first, here = taken
         for i in range(wide // 8):
-            column = block * part_rows + i * 8 + (lane & 3) * 2
+            column = block * own_columns + (i * 4 + (lane & 3) if gated else i * 8 + (lane & 3) * 2)
             for upper in range(2):  # rows r and r + 8 of a warp's 16
                 token = (warp >> 2) * 64 + (warp & 3) * 16 + upper * 8 + (lane >> 2)
                 c = 4 * i + 2 * upper
-                low, high = acc[c], acc[c + 1]
-                if gated:
-                    low = ptx.mul_rn_f32(device.silu(low), up[c])
-                    high = ptx.mul_rn_f32(device.silu(high), up[c + 1])
-                if i * 8 + (lane & 3) * 2 < part_rows and column < columns and token < here:
-                    ptx.st_global_b32(out, int64(first + token) * columns + column, pack(high, low))
+                if column < columns and token < here:
+                    place = int64(first + token) * columns + column
+                    if gated:  # a thread has gate and up of an output
+                        out[place] = rounded(ptx.mul_rn_f32(device.silu(acc[c]), acc[c + 1]))
+                    else:
+                        ptx.st_global_b32(out, place, pack(acc[c + 1], acc[c]))
 
     @device_function
     def consume(out, ring_at, taken, columns, depth, work, warp, lane):
@@ -67,23 +65,20 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
         empty = full + uint32(8 * stages)
         block = int32(cuda.blockIdx.x)
         acc = cuda.local.array(accumulators, float32)
-        up = cuda.local.array(accumulators, float32)
         second = cuda.local.array(second_accumulators, float32)
         token_place = uint32(boxes * box_bytes + (warp >> 2) * 8192)
         stage, parity, previous = int32(0), uint32(0), int32(0)
         while block < blocks:
             for i in range(accumulators):
-                acc[i], up[i] = float32(0.0), float32(0.0)
+                acc[i] = float32(0.0)
             for i in range(second_accumulators):
                 second[i] = float32(0.0)
             keep(acc)
-            if gated:
-                keep(up)
             if segments > 1:
                 keep_second(second)
             for k in range(stage_count):
                 wait(full, stage, parity)
-                issue(acc, up, second, ring_at + uint32(stage * stage_bytes), token_place)
+                issue(acc, second, ring_at + uint32(stage * stage_bytes), token_place)
                 # While these multiply, those before them are done: their stage may be filled again.
                 one_unfinished()
                 if k > 0:
@@ -92,14 +87,12 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
                 stage, parity = advance(stage, parity)
             none_unfinished()
             keep(acc)
-            if gated:
-                keep(up)
             release(empty, previous, lane)
             if segments > 1:
                 keep_second(second)
                 for i in range(accumulators):
                     acc[i] = ptx.add_rn_f32(acc[i], second[i])
-            epilogue(acc, up, out, block, taken, columns, warp, lane)
+            epilogue(acc, out, block, taken, columns, warp, lane)
             block += int32(cuda.gridDim.x)
 
     return consume

@@ -30,11 +30,11 @@ import torch
 from kernels import check
 from kernels.architectures import MULTIPROCESSORS
 from kernels.launch import Kernel, machine_of
-from kernels.linear.streamed import BOX
 from kernels.linear.tiled.mma import warps
 from kernels.linear.tiled.tiling import MEASURED, STEP, TOKENS, Tiling, is_faster, measured, tilings
 from kernels.linear.tiled.wgmma import warpgroups
 from kernels.tensor_maps import kept_tensor_map
+from kernels.tiles import BOX, boxes_of, shape_of
 
 __all__ = [
     "MEASURED", "STEP", "TOKENS", "Tiling", "catalogue", "is_faster", "launch", "linear", "linear_swiglu", "measured",
@@ -75,12 +75,16 @@ def launch(
     tiling: Tiling, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, gated: bool, machine: tuple[str, int]
 ) -> None:
     """The product by one tiling; machine: architecture and multiprocessors. Tensors as those of `linear`, unchecked."""
-    count, (rows, depth) = len(x), weight.shape
+    count, (rows, depth) = len(x), shape_of(weight)
     kernel, grid, group, boxes = _plan(check.HALVES[x.dtype], tiling, count, rows, gated, *machine)
+    if boxes is None and weight.dim() != 2:
+        raise ValueError(f"linear: weight {tuple(weight.shape)} is tiles: this GPU reads rows [N, K]")
     if boxes is None:
         kernel.launch(grid, weight, x, out, count, rows, depth, group)
     else:
-        maps = kept_tensor_map(weight, boxes[0]), kept_tensor_map(x, boxes[1])
+        part_rows, tokens = boxes
+        box = (1, part_rows // 4, 4, 1) if gated else (1, part_rows // 8, 8, 1)
+        maps = kept_tensor_map(boxes_of(weight, gated), box), kept_tensor_map(x, (tokens,))
         kernel.launch(grid, *maps, out, count, rows, depth, group)
 
 

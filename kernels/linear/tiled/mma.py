@@ -97,7 +97,7 @@ def warps(dtype: str, tiling: Tiling, gated: bool, arch: str) -> Kernel:
         name, linear, (*(f"{dtype}*",) * 3, "i32", "i32", "i32", "i32"), tiling.threads,
         dynamic_shared=tiling.shared, blocks_per_sm=1,
         options=LaunchOptions(programmatic=True),
-        architectures=(arch,),
+        architectures=(arch,), early=("weight",),
     )  # fmt: skip
 
 

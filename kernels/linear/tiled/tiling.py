@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kernels.architectures import LIMITS
-from kernels.linear.streamed import BOX, segments_of
 from kernels.linear.streamed import TOKENS as STREAMED
+from kernels.linear.streamed import segments_of
+from kernels.tiles import BOX
 
 # A warp passes its results on in pieces of 16 tokens and 64 columns; the rows lie apart so that no two of its accesses
 # meet in a bank.

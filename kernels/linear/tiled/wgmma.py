@@ -14,11 +14,11 @@ from collections.abc import Callable
 from kernels import device, ptx
 from kernels.cuda import cuda, device_function, float32, int32, uint8, uint16, uint32, uint64
 from kernels.launch import Kernel, LaunchOptions, kernel_factory
-from kernels.linear.streamed import BOX
 from kernels.linear.tiled.epilogue import writer
 from kernels.linear.tiled.raster import tile_at
 from kernels.linear.tiled.tiling import STAGING, Tiling
 from kernels.ring import ring
+from kernels.tiles import BOX
 
 
 @kernel_factory
@@ -60,7 +60,7 @@ def warpgroups(dtype: str, tiling: Tiling, gated: bool, arch: str) -> Kernel:
             if turns > 1:
                 few_registers()
             if warp == warps and lane == 0:
-                produce(weight, x, ring_at, columns, work, group, rank)
+                produce(weight, x, ring_at, work, group, rank)
             ptx.bar_warp_sync()
         else:
             if turns > 1:
@@ -75,7 +75,7 @@ def warpgroups(dtype: str, tiling: Tiling, gated: bool, arch: str) -> Kernel:
         name, linear, ("u8*", "u8*", f"{dtype}*", "i32", "i32", "i32", "i32"), tiling.threads,
         dynamic_shared=tiling.shared, blocks_per_sm=1,
         options=LaunchOptions(programmatic=True, cluster=(cluster, 1, 1) if cluster > 1 else None),
-        architectures=(arch,),
+        architectures=(arch,), early=("weight",),
     )  # fmt: skip
 
 
@@ -96,14 +96,14 @@ def _extent(tiling: Tiling, gated: bool) -> Callable[..., tuple[int, int, int]]:
 
 
 def _producer(tiling: Tiling, gated: bool) -> Callable[..., None]:
-    """`produce(weight, x, ring_at, columns, work, group, rank)`, by one lane: fill the ring for all tiles of the block.
+    """`produce(weight, x, ring_at, work, group, rank)`, by one lane: fill the ring for all tiles of the block.
 
-    columns: of out. work: of `_extent`. rank: of the block in its cluster.
+    work: of `_extent`. rank: of the block in its cluster.
     """
     tokens, rows, stages, stage_bytes, cluster = (
         tiling.tokens, tiling.rows, tiling.stages, tiling.stage_bytes, tiling.cluster,
     )  # fmt: skip
-    boxes, tile_columns = tiling.columns // BOX, rows // (2 if gated else 1)
+    boxes = tiling.columns // BOX
     # Boxes that the weights of 64 columns come in: gates and ups, or what each block of a cluster copies for both.
     parts = max(2 if gated else 1, cluster)
     part_rows = rows // parts
@@ -112,21 +112,21 @@ def _producer(tiling: Tiling, gated: bool) -> Callable[..., None]:
     wait, _, advance, after = ring(stages)
 
     @device_function
-    def copy_weight(weight, stage_at, barrier, n, k, columns, rank, policy):
+    def copy_weight(weight, stage_at, barrier, n, k, rank, policy):
         ptx.mbarrier_arrive_expect_tx(barrier, uint32(stage_bytes))
         for h in range(boxes):
-            column = int32((k * boxes + h) * BOX)
+            box, group = int32(k * boxes + h), int32(n * (rows // 8))
             if cluster > 1:
                 place = uint32(h * weight_bytes + rank * part_rows * 128)
-                row = int32(n * tile_columns + rank * (columns if gated else part_rows))
-                ptx.cp_async_bulk_tensor_2d_multicast(
-                    stage_at + place, weight, 0, barrier, column, row, uint16((1 << cluster) - 1), policy
+                part = int32(rank if gated else 0)
+                group += int32(0 if gated else rank * (part_rows // 8))
+                ptx.cp_async_bulk_weight_multicast(
+                    stage_at + place, weight, 0, barrier, part, group, box, uint16((1 << cluster) - 1), policy
                 )
             else:
                 for part in range(parts):
                     place = uint32(h * weight_bytes + part * part_rows * 128)
-                    row = int32(part * columns + n * tile_columns)
-                    ptx.cp_async_bulk_tensor_2d(stage_at + place, weight, 0, barrier, column, row, policy)
+                    ptx.cp_async_bulk_weight(stage_at + place, weight, 0, barrier, int32(part), group, box, policy)
 
     @device_function
     def copy_tokens(x, stage_at, barrier, m, k, policy):
@@ -136,7 +136,7 @@ def _producer(tiling: Tiling, gated: bool) -> Callable[..., None]:
             ptx.cp_async_bulk_tensor_2d(stage_at + place, x, 0, barrier, column, row, policy)
 
     @device_function
-    def produce(weight, x, ring_at, columns, work, group, rank):
+    def produce(weight, x, ring_at, work, group, rank):
         full = ring_at + uint32(full_at)
         empty = full + uint32(8 * stages)
         down, wide, stage_count = work
@@ -150,7 +150,7 @@ def _producer(tiling: Tiling, gated: bool) -> Callable[..., None]:
         early = min(stage_count, int32(stages))
         for k in range(early):
             stage_at, barrier = ring_at + uint32(k * stage_bytes), full + uint32(8 * k)
-            copy_weight(weight, stage_at, barrier, n, k, columns, rank, weight_policy)
+            copy_weight(weight, stage_at, barrier, n, k, rank, weight_policy)
         ptx.griddepcontrol_wait()
         for k in range(early):
             copy_tokens(x, ring_at + uint32(k * stage_bytes), full + uint32(8 * k), m, k, token_policy)
@@ -161,7 +161,7 @@ def _producer(tiling: Tiling, gated: bool) -> Callable[..., None]:
             for k in range(begin, stage_count):
                 wait(empty, stage, parity)
                 stage_at, barrier = ring_at + uint32(stage * stage_bytes), full + uint32(8 * stage)
-                copy_weight(weight, stage_at, barrier, n, k, columns, rank, weight_policy)
+                copy_weight(weight, stage_at, barrier, n, k, rank, weight_policy)
                 copy_tokens(x, stage_at, barrier, m, k, token_policy)
                 stage, parity = advance(stage, parity)
             begin = int32(0)

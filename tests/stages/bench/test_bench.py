@@ -80,7 +80,7 @@ def test_limits_are_the_slower_of_memory_and_matrix_rate():
     step = step_cost(model, [1, 1], [10, 10])
     first = step_cost(model, [8, 8], [8, 8])
     assert found["tpot_ms"][0] == pytest.approx((step.weight_bytes + step.kv_bytes) / 1e9 * 1e3)
-    assert found["tpot_ms"][1] == "copy bandwidth over weight + KV bytes"
+    assert found["tpot_ms"][1] == "read bandwidth over weight + KV bytes"
     whole = first.bytes / 1e9 + 4 * step.bytes / 1e9
     assert found["e2e_ms"][0] == pytest.approx(whole * 1e3)
     assert found["output_throughput"][0] == pytest.approx(10 / whole)

@@ -61,7 +61,7 @@ def test_steps_are_measured_beside_their_limit():
     assert limit == pytest.approx(
         step_cost(Footprint.dense(CONFIG, torch.bfloat16), [1, 1], [13, 13]).bytes / 1e9 * 1e3
     )
-    assert len(samples) == len(rates) == 2 and min(samples) > 0 and kind == "copy bandwidth over weight + KV bytes"
+    assert len(samples) == len(rates) == 2 and min(samples) > 0 and kind == "read bandwidth over weight + KV bytes"
     assert (
         limit is not None
         and rates == pytest.approx([2 / sample * 1e3 for sample in samples])

@@ -30,7 +30,7 @@ PACKAGES = {"torch": "2.13.0", "transformers": "5.17.0"}
 CPU = Host("a CPU", 2, 24, "Linux x86_64", "3.12", packages=PACKAGES)
 H200 = dataclasses.replace(CPU, driver="580.1", cuda="13.0", gpus=(Device("NVIDIA H200", "sm_90", 150_000_000_000),))
 LIMITS: dict[str, tuple[float | None, str | None]] = {
-    "ttft_ms": (2.0, "matrix rate"), "tpot_ms": (0.5, "copy bandwidth"), "output_throughput": (1900.0, "both"),
+    "ttft_ms": (2.0, "matrix rate"), "tpot_ms": (0.5, "read bandwidth"), "output_throughput": (1900.0, "both"),
 }  # fmt: skip
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
@@ -138,13 +138,17 @@ def write_build(path: Path, host: Host) -> None:
 def write_provision(path: Path, host: Host) -> None:
     rows = metrics.Rows("provision", None, None, host)
     shared: dict[str, Any] = {"suite": "ceilings", "better": "higher"}
-    rows.add(case="cpu", metric="copy_bandwidth", value=None, samples=[2.1e10, 2.2e10, 2.15e10], unit="B/s", **shared)
+    for metric, backend in (("read_bandwidth", "reference"), ("copy_bandwidth", None)):
+        samples = [2.1e10, 2.2e10, 2.15e10]
+        rows.add(case="cpu", metric=metric, value=None, samples=samples, unit="B/s", backend=backend, **shared)
     if host.gpus:
         known: dict[str, Any] = {"limit": 4.8e12, "limit_kind": "datasheet of h200"}
+        rows.add(case="gpu", metric="read_bandwidth", value=4.6e12, unit="B/s", backend="cuda", **known, **shared)
         rows.add(case="gpu", metric="copy_bandwidth", value=4.2e12, unit="B/s", **known, **shared)
         rows.add(case="gpu", metric="matrix_rate", value=7.4e14, unit="FLOP/s", dtype="bfloat16", **shared)
     else:
-        rows.missing(case="gpu", metric="copy_bandwidth", unit="B/s", reason="no usable GPU on this host", **shared)
+        for metric in ("read_bandwidth", "copy_bandwidth"):
+            rows.missing(case="gpu", metric=metric, unit="B/s", reason="no usable GPU on this host", **shared)
     rows.write(path)
 
 
@@ -287,9 +291,24 @@ def test_the_first_screen_says_what_where_how_fast_and_against_whom(full: Path) 
     )
     assert "Hugging Face's speed" in first
     assert "- Against: Hugging Face transformers 5.17.0 on the same machine" in first
-    assert "- The limit: copy bandwidth 4.20 TB/s, bfloat16 matrix rate 740 TFLOP/s: measured on this GPU" in first
+    assert "- The limit: read bandwidth 4.60 TB/s, bfloat16 matrix rate 740 TFLOP/s: measured on this GPU" in first
+    assert "Limits of what moves bytes" not in text
     assert "- Same bits: 3 of 3 other ways" in first and "of 114 limits on the distance" in first
     assert "- Since: w04, measured at commit 1234512345; 3 of 12 weeks done: 25 %" in first
+
+
+def test_limits_of_before_are_said_to_be_of_the_copy_bandwidth(
+    place: Path, commit: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(place / "reports/recorded/nvidia-h200/olmo2_tiny", H200, "olmo2_tiny", 1.0)
+    with monkeypatch.context() as patch:
+        patch.setitem(LIMITS, "tpot_ms", (0.5, "copy bandwidth over weight + KV bytes"))
+        write_run(place / "reports/recorded/nvidia-h200/olmo2_7b", H200, "olmo2_7b", 4.0)
+        write_speed(place / "reports/recorded/nvidia-h200/olmo2_tiny/bench_w04.parquet", "w04", H200, "olmo2_tiny", 1.0)
+    main([])
+    text = (place / "reports/REPORT.md").read_text()
+    assert "as those of nvidia-h200/olmo2_7b (w01, w04), nvidia-h200/olmo2_tiny (w04) still are" in text
+    assert "- The limit: copy bandwidth 4.20 TB/s, bfloat16" in text
 
 
 def test_machine_and_architecture_are_shown(full: Path) -> None:
@@ -507,7 +526,7 @@ def test_the_decode_step_has_tables_of_its_own(weeks: Weeks) -> None:
     for suite, case, metric, unit, value, limit in values:
         rows.add(
             suite=suite, case=case, metric=metric, value=value, unit=unit, better="lower", limit=limit,
-            limit_kind="copy bandwidth" if limit else None, **knobs,
+            limit_kind="read bandwidth" if limit else None, **knobs,
         )  # fmt: skip
     listed = GRAPHS.rows(tiny.make_context(rows, None), True)
     rows.add_missing(listed, "no GPU on this host", backend="cuda", dtype="bfloat16")

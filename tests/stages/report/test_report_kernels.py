@@ -43,23 +43,24 @@ def list_inventory(parameters: Mapping[str, float] = PARAMETERS) -> list[Row]:
     return as_rows(rows)
 
 
-def list_ceilings() -> list[Row]:
+def list_ceilings(read_by: str | None = "cuda") -> list[Row]:
     rows = metrics.Rows("provision", None, None, H200)
     shared: dict[str, Any] = {"suite": "ceilings", "case": "gpu", "better": "higher"}
-    rows.add(metric="copy_bandwidth", value=BANDWIDTH, unit="B/s", **shared)
+    rows.add(metric="read_bandwidth", value=BANDWIDTH, unit="B/s", backend=read_by, **shared)
+    rows.add(metric="copy_bandwidth", value=0.9 * BANDWIDTH, unit="B/s", **shared)
     rows.add(metric="matrix_rate", value=MATRIX, unit="FLOP/s", dtype="bfloat16", **shared)
     return as_rows(rows)
 
 
-def list_kernels(share: float = 0.8) -> list[Row]:
-    """A decode step's kernels of batch 2, each at `share` of the copy bandwidth."""
+def list_kernels(share: float = 0.8, limit: str = "read bandwidth") -> list[Row]:
+    """A decode step's kernels of batch 2, each at `share` of the limit."""
     rows = metrics.Rows("bench", "w06", "m", H200)
     knobs: dict[str, Any] = {"backend": "cuda", "dtype": "bfloat16", "batch": 2, "context": 99}
     for part, took in MICROSECONDS.items():
         case = f"{part}, batch 2 context 99"
         rows.add(
             suite="kernels", case=case, metric="call_us", value=took, unit="µs", better="lower", limit=took * share,
-            limit_kind="copy bandwidth", **knobs,
+            limit_kind=limit, **knobs,
         )  # fmt: skip
         rows.add(suite="kernels", case=case, metric="bytes", value=1e6, unit="B", better=None, **knobs)
     rows.add(
@@ -85,6 +86,16 @@ def test_each_kernel_stands_under_its_roof() -> None:
     assert found["add_norm"]["reached"].text == "3.20 TB/s"
     (figure,) = [block for block in section.blocks if isinstance(block, Figures)]
     assert figure.figures[0].name == "roofline-nvidia-h200-m"
+
+
+def test_the_slope_is_what_the_limits_are_of() -> None:
+    kernels = list_kernels(limit="copy bandwidth over the bytes moved")
+    table = find_table(roofline_section(Inputs([*list_ceilings(None), *kernels], {})))
+    reached = {line[0].text: line[3].text for line in table.rows}
+    assert reached["add_norm"] == "2.88 TB/s"
+    # A read bandwidth of before is torch's sum's, of which no limits are.
+    (absent,) = roofline_section(Inputs([*list_ceilings(None), *list_kernels()], {})).blocks
+    assert isinstance(absent, Text) and absent.text.startswith("Not measured")
 
 
 def test_the_matrix_rate_is_the_roof_of_prompts() -> None:

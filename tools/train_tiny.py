@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -111,6 +111,7 @@ class Settings:
 
 
 SETTINGS = Settings()
+CALIBRATION_BYTES = 400_000  # of training text that a quantisation may look at
 console = Console()
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 Work = Annotated[Path, typer.Option(help="Folder of the corpus and the token arrays.")]
@@ -203,6 +204,8 @@ def make_corpus(work: Work = WORK, model: Model = MODEL) -> None:
     splits = {split: [d for d in documents if d["split"] == split] for split in ("train", "heldout")}
     heldout = [document["text"] for document in splits["heldout"]]
     write(model / "heldout.txt", EOS.join(choose_sample(heldout, settings)))
+    train = [document["text"] for document in splits["train"]]
+    write(model / "calibration.txt", EOS.join(choose_sample(train, replace(settings, sample_bytes=CALIBRATION_BYTES))))
     write_json(model / "prompts.json", choose_prompts(splits["heldout"], settings.prompts, settings.prompt_characters))
     write(model / "LICENSE", licence)
     manifest: dict[str, Any] = {"packages": packages, "sha256": sha256(lines)}
@@ -594,7 +597,8 @@ Training read {corpus["train"]["files"]:,} files ({corpus["train"]["bytes"]:,} b
 {corpus["heldout"]["files"]:,} files ({corpus["heldout"]["bytes"]:,} bytes) were held out, exact duplicates dropped.
 SHA-256 of the corpus: `{corpus["sha256"]}`.
 
-`LICENSE` is the packages' own statement of that text's licence; `heldout.txt` and `prompts.json` are excerpts of it.
+`LICENSE` is the packages' own statement of that text's licence; `heldout.txt` and `prompts.json` are excerpts of it,
+and so is `calibration.txt`, of the part that training read.
 `training.json` holds the settings, the seed and the loss curve, `evaluation.json` the figures above.
 """
 

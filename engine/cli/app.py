@@ -1,4 +1,4 @@
-"""The command `afs`: generate, chat, serve, build, check-gpu, inspect, bench latency, bench throughput, bench serve.
+"""The command `afs`: generate, chat, serve, build, quantize, check-gpu, inspect, bench latency, throughput, serve.
 
 A file a command. Heavy modules are imported inside the commands, so that `afs --help` answers at once.
 """
@@ -12,6 +12,7 @@ from engine.cli.build import build
 from engine.cli.check_gpu import check_gpu
 from engine.cli.generate import chat, generate
 from engine.cli.inspect import inspect
+from engine.cli.quantize import quantize
 from engine.cli.serve import serve
 
 app = typer.Typer(
@@ -22,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 bench = typer.Typer(help="Measure the engine on this machine.", no_args_is_help=True, rich_markup_mode=None)
-for command in (generate, chat, serve, build):
+for command in (generate, chat, serve, build, quantize):
     app.command()(command)
 app.command("check-gpu")(check_gpu)
 app.command()(inspect)

@@ -79,17 +79,21 @@ def _parameters_by_role(config: "ModelConfig") -> dict[str, int]:
 
 def _stored(directory: Path, config: "ModelConfig") -> str:
     """One line on the checkpoint's tensors, or that there are none."""
+    from engine.model.quant.loading import quantised_layers, stored_tensors
     from engine.model.safetensors import INDEX_NAME, SINGLE_NAME, read_index
 
     if not any((directory / name).exists() for name in (INDEX_NAME, SINGLE_NAME)):
         return "no weights in this folder"
     entries = read_index(directory)
-    expected = config.tensor_shapes()
-    wrong = [name for name in entries.keys() | expected.keys() if name not in entries or name not in expected]
-    wrong += [name for name, entry in entries.items() if entry.shape != expected.get(name, entry.shape)]
+    layers = quantised_layers(directory, config, entries)
+    expected = stored_tensors(config, layers)
+    wrong = [name for name in entries if name not in expected or not expected[name].fits(entries[name].shape)]
+    wrong += [name for name, stored in expected.items() if name not in entries and not stored.optional]
     if wrong:
         raise ValueError(f"{directory}: tensors do not match config.json: {', '.join(sorted(wrong)[:5])}")
     shards = len({entry.shard for entry in entries.values()})
     stored = sum(entry.nbytes for entry in entries.values())
     dtypes = ", ".join(sorted({entry.dtype for entry in entries.values()}))
-    return f"stored: {len(entries)} tensors, {stored:,} bytes, {dtypes}, {shards} file{'s' if shards > 1 else ''}"
+    form = f", {config.quantization.method}: {len(layers)} linear layers of 4 bits" if config.quantization else ""
+    files = f"{shards} file{'s' if shards > 1 else ''}"
+    return f"stored: {len(entries)} tensors, {stored:,} bytes, {dtypes}, {files}{form}"

@@ -9,9 +9,12 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.model.architectures import ARCHITECTURES, Architecture, checkpoint_tensors
+
+if TYPE_CHECKING:
+    from engine.model.quant.formats import Quantization
 
 DTYPES = ("bfloat16", "float16", "float32")
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -48,6 +51,7 @@ COMMON = frozenset(REQUIRED) | {
     "rope_theta",
     "rope_scaling",
     "rope_parameters",
+    "quantization_config",
 }
 
 
@@ -90,6 +94,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     dtype: str | None  # of the stored weights, as the file says
+    quantization: "Quantization | None" = None  # of the stored weights of 4 bits
 
     @property
     def q_size(self) -> int:
@@ -195,7 +200,16 @@ class ModelConfig:
             eos_token_ids=_eos(fields, sizes["vocab_size"]),
             pad_token_id=_token(fields, "pad_token_id", sizes["vocab_size"]),
             dtype=dtype,
+            quantization=_quantization(fields),
         )
+
+
+def _quantization(fields: dict[str, Any]) -> "Quantization | None":
+    if fields.get("quantization_config") is None:
+        return None
+    from engine.model.quant.formats import parse  # which raises this file's errors
+
+    return parse(fields["quantization_config"])
 
 
 def _architecture(fields: dict[str, Any]) -> Architecture:

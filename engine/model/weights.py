@@ -6,9 +6,8 @@ exactly once, with the expected shape, or loading fails and names it.
 
 from __future__ import annotations
 
-import mmap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +18,16 @@ from torch import Tensor
 from engine.model.architectures import CheckpointTensor, checkpoint_tensors
 from engine.model.config import ModelConfig
 from engine.model.linear import DenseLinear, Linear
+from engine.model.pages import Pages
+from engine.model.quant.formats.fields import Stored
+from engine.model.quant.loading import Field, quantised_layers, read_matrices, stored_tensors
 from engine.model.safetensors import CheckpointError, TensorEntry, read_index
 
 if TYPE_CHECKING:
     from engine.ops.protocol import Ops
 
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# How names of tensors of 4-bit weights end.
+CODES = ("packed", "qweight", "qzeros", "absmax", "scale", "scales", "g_idx", "_point", "_shape", "_map", "__nf4")
 
 
 @dataclass(kw_only=True)
@@ -114,24 +117,31 @@ def _named(name: str, held: Linear | Tensor | None) -> Iterator[tuple[str, Tenso
 
 
 def empty_weights(
-    config: ModelConfig, device: torch.device | str, dtype: torch.dtype, ops: Ops | None = None
-) -> Weights:
-    """Weights of `config`'s shapes that hold anything, matrices in the form that `ops` wants (default: dense)."""
+    config: ModelConfig, device: torch.device | str, dtype: torch.dtype, ops: Ops | None = None,
+    made: Mapping[Field, Linear] | None = None,
+) -> Weights:  # fmt: skip
+    """Weights of `config`'s shapes that hold anything, matrices in the form that `ops` wants (default: dense), but for
+    those that are `made` already."""
+    given = made or {}
     fields: dict[int | None, dict[str, tuple[int, ...]]] = {}
     for tensor in checkpoint_tensors(config):
         rows = tensor.row + tensor.shape[0]  # the last tensor of a field ends it
         fields.setdefault(tensor.layer, {})[tensor.field] = (rows, *tensor.shape[1:])
 
-    def new(name: str, shape: tuple[int, ...]) -> Any:
+    def new(layer: int | None, name: str, shape: tuple[int, ...]) -> Any:
+        if (layer, name) in given:
+            return given[layer, name]
         if ops is not None and len(shape) == 2 and name != "embedding":
             return ops.new_linear(*shape, name == "gate_up", dtype)
         tensor = torch.empty(shape, dtype=dtype, device=device)
         return tensor if tensor.ndim == 1 or name == "embedding" else DenseLinear(tensor)
 
-    made = {layer: {name: new(name, shape) for name, shape in shapes.items()} for layer, shapes in fields.items()}
-    whole = made.pop(None)
+    held = {
+        layer: {name: new(layer, name, shape) for name, shape in shapes.items()} for layer, shapes in fields.items()
+    }
+    whole = held.pop(None)
     whole.setdefault("lm_head", DenseLinear(whole["embedding"]))  # tied
-    return Weights(dtype, layers=[LayerWeights(**held) for held in made.values()], **whole)
+    return Weights(dtype, layers=[LayerWeights(**parts) for parts in held.values()], **whole)
 
 
 def stored_dtype(directory: str | Path, config: ModelConfig) -> str:
@@ -158,6 +168,8 @@ def load_weights(
     """Load the safetensors checkpoint in `directory` onto `device`, cast to `dtype` (rounded to nearest), in the form
     that `ops` wants.
 
+    Matrices of 4 bits stay so: what their codes stand for is what is rounded to `dtype`, when it is multiplied with.
+
     Raises:
         CheckpointError: A file is damaged, a tensor is missing, unexpected, of another shape or dtype, or holds NaN
             or Inf (also where the cast overflows). The message names the tensor.
@@ -165,18 +177,17 @@ def load_weights(
     started = time.perf_counter()
     directory = Path(directory)
     entries = read_index(directory)
-    expected = {tensor.name: tensor for tensor in checkpoint_tensors(config)}
-    _check_entries(directory, entries, expected, config)
-    weights = empty_weights(config, device, dtype, ops)
-    by_shard: dict[str, list[TensorEntry]] = {}
-    for entry in entries.values():
-        by_shard.setdefault(entry.shard, []).append(entry)
-    for shard, tensors in by_shard.items():
-        for entry, values in _stored(directory / shard, tensors):
-            tensor = expected[entry.name]
-            weights.write(tensor, values)
-            if not torch.isfinite(weights.read(tensor)).all():
-                raise CheckpointError(f"{directory / shard}: tensor {entry.name!r} holds NaN or Inf as {dtype}")
+    layers = quantised_layers(directory, config, entries)
+    _check_entries(directory, entries, stored_tensors(config, layers), config)
+    pages = Pages(directory)
+    made = read_matrices(config, layers, entries, pages, (device, dtype))
+    weights = empty_weights(config, device, dtype, ops, made)
+    whole = {tensor.name: tensor for tensor in checkpoint_tensors(config) if (tensor.layer, tensor.field) not in made}
+    for entry in sorted(entries.values(), key=lambda entry: (entry.shard, entry.begin)):
+        if entry.name in whole:
+            weights.write(whole[entry.name], pages.tensor(entry))
+            if not torch.isfinite(weights.read(whole[entry.name])).all():
+                raise CheckpointError(f"{directory / entry.shard}: tensor {entry.name!r} holds NaN or Inf as {dtype}")
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     total = sum(entry.nbytes for entry in entries.values())
@@ -185,37 +196,34 @@ def load_weights(
 
 
 def _check_entries(
-    directory: Path, entries: dict[str, TensorEntry], expected: dict[str, CheckpointTensor], config: ModelConfig
+    directory: Path, entries: dict[str, TensorEntry], expected: dict[str, Stored], config: ModelConfig
 ) -> None:
     """Raises CheckpointError for a tensor that is not expected, missing, or of another shape or dtype."""
     architecture = config.architecture.name
     for name, entry in entries.items():
         if name not in expected:
-            raise CheckpointError(f"{directory / entry.shard}: tensor {name!r} is not one of {architecture}")
-        if entry.shape != expected[name].shape:
+            hint = f"; {_announced(config)}" if name.endswith(CODES) else ""
+            raise CheckpointError(f"{directory / entry.shard}: tensor {name!r} is not one of {architecture}{hint}")
+        if not expected[name].fits(entry.shape):
             raise CheckpointError(
                 f"{directory / entry.shard}: tensor {name!r} has shape {list(entry.shape)}; the configuration asks "
                 f"for {list(expected[name].shape)}"
             )
-        if entry.dtype not in TORCH_DTYPES:
+        if entry.dtype not in expected[name].dtypes:
             raise CheckpointError(
                 f"{directory / entry.shard}: tensor {name!r} has dtype {entry.dtype}; one of "
-                f"{', '.join(TORCH_DTYPES)} was expected"
+                f"{', '.join(expected[name].dtypes)} was expected"
             )
-    for name in expected:
-        if name not in entries:
+    for name, stored in expected.items():
+        if name not in entries and not stored.optional:
             raise CheckpointError(f"{directory}: tensor {name!r} of {architecture} is missing")
 
 
-def _stored(shard: Path, entries: list[TensorEntry]) -> Iterator[tuple[TensorEntry, Tensor]]:
-    """The tensors of a file in the order in which it has them, in its own memory and dtype."""
-    with shard.open("rb") as file:
-        # Private pages: torch wants a writable buffer, and nothing is ever written to them.
-        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    for entry in sorted(entries, key=lambda entry: entry.begin):
-        dtype = TORCH_DTYPES[entry.dtype]
-        flat = torch.frombuffer(pages, dtype=dtype, count=entry.nbytes // dtype.itemsize, offset=entry.begin)
-        yield entry, flat.view(entry.shape)
+def _announced(config: ModelConfig) -> str:
+    """What config.json says of 4-bit weights, for who finds a tensor of such where none should be."""
+    if config.quantization is None:
+        return "config.json has no quantization_config, which a checkpoint of 4-bit weights needs"
+    return f"quantization_config ({config.quantization.method!r}) says that its layer has 16 bits, or another form"
 
 
 def random_weights(

@@ -1,0 +1,1 @@
+"""Ways of finding the codes of a layer's matrices, a file each."""

@@ -1,8 +1,8 @@
 """Record quant_vectors.safetensors: small matrices as other packages store them, and what these make of them.
 
 In an environment with compressed-tensors 0.20.1, bitsandbytes 0.50.2, and the sources of AutoAWQ 0.2.9 and GPTQModel
-7.3.4 (commit f4c327a1) on PYTHONPATH: `python tests/engine/model/quant/record_quant_vectors.py`. Names: "case/tensor of the layer",
-and "case/value", fp16 or bf16 [N, K]. Cases of AutoAWQ are [K, N] there and turned here.
+7.3.4 (commit f4c327a1) on PYTHONPATH: `python tests/engine/model/quant/record_quant_vectors.py`. Names: "case/tensor of
+the layer", and "case/value", fp16 or bf16 [N, K]. Cases of AutoAWQ are [K, N] there and turned here.
 """
 
 # pyright: reportMissingImports=false

@@ -1,7 +1,8 @@
 """Print what transformers makes of checkpoints of `afs quantize`: one SHA-256 over the weights that it multiplies with.
 
 In an environment with transformers 5.17.0, compressed-tensors 0.20.1 and bitsandbytes 0.50.2, on folders that
-`afs quantize data/models/olmo2-tiny FOLDER --method …` wrote: `python tests/engine/model/quant/record_quantized_tiny.py FOLDER …`.
+`afs quantize data/models/olmo2-tiny FOLDER --method …` wrote:
+`python tests/engine/model/quant/record_quantized_tiny.py FOLDER …`.
 """
 
 # pyright: reportMissingImports=false

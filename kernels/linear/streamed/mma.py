@@ -44,8 +44,8 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
             ptx.mbarrier_arrive(empty + uint32(8 * stage) + (seen & zero))
 
     @device_function
-    def in_turn(acc, w, t, ring_at, places, place, count, zero, lane):
-        """Multiply `count` stages, each as it is loaded; the place in the ring after them."""
+    def multiply_stages(acc, w, t, ring_at, places, place, count, zero, lane):
+        """Add the products of `count` stages from `place` on, the next stage and its parity; the place after them."""
         full = ring_at + uint32(stages * stage_bytes)
         empty = full + uint32(8 * stages)
         first_row, token_place, swizzle, chunk, token_chunk = places
@@ -65,44 +65,6 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
                         multiply(acc, w, t, g, p)
             stage, parity = advance(stage, parity)
         return stage, parity
-
-    @device_function
-    def ahead(acc, w, t, ring_at, places, place, count, zero, lane):
-        """As `in_turn`, a stage awaited and loaded between the products of the stage ahead: a warp whose sums depend on
-        each other waits for them alone."""
-        full = ring_at + uint32(stages * stage_bytes)
-        empty = full + uint32(8 * stages)
-        first_row, token_place, swizzle, chunk, token_chunk = places
-        stage, parity = place
-        next_w = cuda.local.array(weight_words, uint32)
-        next_t = cuda.local.array(token_words, uint32)
-        wait(full, stage, parity)
-        at = ring_at + uint32(stage * stage_bytes)
-        for p in range(pairs):
-            load_weight(w, at, 0, p, first_row, swizzle, chunk)
-            load_tokens(t, at + token_place, 0, p, 0, swizzle, token_chunk)
-        for _ in range(count - 1):
-            following, parity = advance(stage, parity)
-            at = ring_at + uint32(following * stage_bytes)
-            multiply(acc, w, t, 0, 0)
-            wait(full, following, parity)
-            for p in range(pairs):
-                load_weight(next_w, at, 0, p, first_row, swizzle, chunk)
-                load_tokens(next_t, at + token_place, 0, p, 0, swizzle, token_chunk)
-                if p + 1 < pairs:
-                    multiply(acc, w, t, 0, p + 1)
-            release(empty, stage, w, t, zero, lane)
-            for i in range(weight_words):
-                w[i] = next_w[i]
-            for i in range(token_words):
-                t[i] = next_t[i]
-            stage = following
-        release(empty, stage, w, t, zero, lane)
-        for p in range(pairs):
-            multiply(acc, w, t, 0, p)
-        return advance(stage, parity)
-
-    multiply_stages = ahead if tiling.ahead else in_turn
 
     @device_function
     def consume(out, ring_at, taken, columns, depth, work, warp, lane):

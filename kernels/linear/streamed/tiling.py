@@ -71,13 +71,6 @@ class Tiling:
         return max(1, self.tokens // 16 // self.split)
 
     @property
-    def ahead(self) -> bool:
-        """Whether a warp loads a stage while it multiplies the one before: where one batch is a stage, and a block has
-        so few groups that its chain of sums is what takes time."""
-        whole = self.batch == self.own_boxes * 4 and self.tiles == 1
-        return not self.wgmma and whole and self.groups <= FEW_GROUPS
-
-    @property
     def warps(self) -> int:
         """Consumer warps; one more is the producer."""
         if self.wgmma:

@@ -96,8 +96,15 @@ def test_a_stage_of_the_ring_is_filled_again_once_it_is_read():
 
 
 @pytest.mark.skipif(not HAS_BULK, reason="tiles are read by tensor maps, from sm_90 on")
-@pytest.mark.parametrize("tiling", [TILINGS[8], replace(TILINGS[16], segments=2), *([GROUPED[1]] if HAS_WGMMA else [])])
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("tiling", "gated"),
+    [
+        (TILINGS[8], False),
+        (TILINGS[8], True),
+        (replace(TILINGS[16], segments=2), False),
+        *([(GROUPED[1], False), (GROUPED[1], True)] if HAS_WGMMA else []),
+    ],
+)
 def test_tiles_change_no_bit(tiling, gated):
     tiling = replace(tiling, copy="bulk")
     x, weight = randn(tiling.tokens - 3, 256, dtype=BF16), randn(80, 256, dtype=BF16)

@@ -5,7 +5,7 @@
 | ring | a producer warp keeps 160 KB of weights on their way; K in order, one read for all tokens | |
 | dependent launch | weights come before the kernel ahead ends | "… seven chained launches, not one persistent kernel" |
 | tensor maps | tokens come as weights do, a bulk copy a box | "Tokens reach the decode product by tensor maps" |
-| tiles | a stage is one copy of whole KB, which L2 is not to extend | "Decode's weights come as tiles, without promotion" |
+| tiles | a stage is one copy of whole KB, no L2 promotion | "Decode's weights come as tiles, without promotion" |
 | few rows | whole batches of steps a stage | "Stages are whole batches where a block owns few rows" |
 | wgmma | sm_90a, from 32 tokens on: operands from shared memory | "From 32 tokens on the decode product uses wgmma" |
 

@@ -57,7 +57,7 @@ class EngineConfig:
     page_size: int = PAGE_SIZE  # tokens of a page
     kv_tokens: int | None = None  # that a paged cache has room for; None = what max_batch requests take, or memory has
     prefix_cache: bool = True  # pages that begin with the same tokens are shared and kept; paged caches alone
-    cuda_graph: bool = False  # decode steps by the decode loop, captured where the cuda backend runs on a GPU
+    cuda_graph: bool = False  # steps by the decode and prompt loops, captured where the cuda backend runs on a GPU
     # inflight: a step is prompts or decoding, and its results are awaited before the next is scheduled; continuous: it
     # is both, and the next one is scheduled while it runs
     batching: Literal["inflight", "continuous"] = "continuous"

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from engine.bench.throughput import follow_progress
-from engine.bench.workloads import Arrive, Outcome, Request, describe, failed, goodput, summarize
+from engine.bench.workloads import Arrive, Outcome, SampleRequest, describe, failed, goodput, summarize
 
 APIS = ("completions", "chat")
 DONE = "[DONE]"
@@ -60,7 +60,7 @@ class EventParser:
 
 
 @dataclass(frozen=True)
-class Server:
+class Endpoint:
     """Where and how requests are sent.
 
     Args:
@@ -108,7 +108,7 @@ class Server:
         unbounded, connector = aiohttp.ClientTimeout(total=None, sock_connect=None), aiohttp.TCPConnector(limit=0)
         return aiohttp.ClientSession(headers=headers, connector=connector, timeout=unbounded)
 
-    def message(self, request: Request) -> tuple[str, dict[str, Any]]:
+    def message(self, request: SampleRequest) -> tuple[str, dict[str, Any]]:
         """The address and body for a request. Raises ValueError for a chat without text."""
         shared = {
             "model": self.model,
@@ -130,7 +130,7 @@ async def find_model(url: str, api_key: str | None = None, timeout: float = 30.0
     Raises:
         ValueError: It cannot be reached, or does not answer as an OpenAI-compatible server does.
     """
-    server = Server(url, "", api_key=api_key)
+    server = Endpoint(url, "", api_key=api_key)
     try:
         async with asyncio.timeout(timeout), server.connect() as client, client.get(f"{server.root}/models") as answer:
             status, text = answer.status, await answer.text(errors="replace")
@@ -188,7 +188,7 @@ class _Answer:
             self.finished |= last
 
 
-async def send(client: aiohttp.ClientSession, server: Server, request: Request, begin: float) -> Outcome:
+async def send(client: aiohttp.ClientSession, server: Endpoint, request: SampleRequest, begin: float) -> Outcome:
     """Send a request now and read its answer; `begin` is when the run began, by time.perf_counter.
 
     An error of the network, the server or its answer is the outcome's: "HTTP 429", "timeout",
@@ -220,7 +220,7 @@ async def events(response: aiohttp.ClientResponse) -> AsyncIterator[str]:
             yield data
 
 
-def _outcome(server: Server, request: Request, answer: _Answer, sent: float, begin: float) -> Outcome:
+def _outcome(server: Endpoint, request: SampleRequest, answer: _Answer, sent: float, begin: float) -> Outcome:
     if not answer.finished:
         raise _Refused("cut off", f"no finish_reason after {len(answer.times)} pieces")
     new_tokens = answer.usage.get("completion_tokens")
@@ -248,11 +248,11 @@ def _outcome(server: Server, request: Request, answer: _Answer, sent: float, beg
 
 
 @dataclass(frozen=True)
-class Result:
+class LoadResult:
     """A run of requests against a server."""
 
     outcomes: list[Outcome]
-    asked: list[Request]
+    asked: list[SampleRequest]
     seconds: float  # from the first request's time until the last one's end
     late_ms: list[float]  # how much later than at its time each request was sent: the client's own delay
 
@@ -273,7 +273,7 @@ class Result:
         }
 
 
-async def run(server: Server, requests: Sequence[Request], clients: int | None = None) -> Result:
+async def run(server: Endpoint, requests: Sequence[SampleRequest], clients: int | None = None) -> LoadResult:
     """Send every request at its arrival, `clients` at a time at most (None: as many as arrive); wait for all answers.
 
     Raises:
@@ -288,7 +288,7 @@ async def run(server: Server, requests: Sequence[Request], clients: int | None =
     gate = asyncio.Semaphore(clients) if clients else contextlib.nullcontext()
     late_ms, ended = [0.0] * len(requests), 0
 
-    async def one(index: int, request: Request) -> Outcome:
+    async def one(index: int, request: SampleRequest) -> Outcome:
         nonlocal ended
         await asyncio.sleep(begin + request.arrival - time.perf_counter())
         if not clients:  # else the delay is the wait for a turn
@@ -308,7 +308,7 @@ async def run(server: Server, requests: Sequence[Request], clients: int | None =
                 await asyncio.sleep(0)
             outcomes = await asyncio.gather(*tasks)
             seconds = time.perf_counter() - begin
-    return Result(list(outcomes), list(requests), seconds, late_ms)
+    return LoadResult(list(outcomes), list(requests), seconds, late_ms)
 
 
 Schedule = tuple[str, Arrive, int | None]  # its name, what gives requests their arrivals, clients at a time
@@ -339,8 +339,8 @@ def make_body(ignore_eos: bool, more: str | None = None) -> dict[str, Any]:
 
 
 async def bench(
-    server: Server,
-    draw: Callable[[int], list[Request]],
+    server: Endpoint,
+    draw: Callable[[int], list[SampleRequest]],
     schedules: Sequence[Schedule],
     objectives: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:

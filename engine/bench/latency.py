@@ -23,7 +23,7 @@ from engine.model.cost import Ceilings, Footprint, StepCost, kv_bytes_per_token,
 from engine.model.kv_cache import ContiguousCache
 from engine.model.transformer import Model
 from engine.ops.batch import Batch, TokenSpan
-from engine.runtime.decode_loop import DecodeLoop, Row, bucket
+from engine.runtime.decode_loop import DecodeLoop, DecodeRow, bucket
 from engine.runtime.prompt_loop import PromptLoop
 from engine.sampling_params import SamplingParams
 
@@ -96,7 +96,7 @@ def start_decode(loop: DecodeLoop, batch: int, depth: int) -> None:
     """`batch` sequences go on from a random token after `depth` cached ones, greedily."""
     generator = torch.Generator().manual_seed(batch * 65_537 + depth)
     tokens = torch.randint(0, loop.model.config.vocab_size, (batch,), generator=generator).tolist()
-    loop.start([Row(slot, token, depth, GREEDY, 0) for slot, token in enumerate(tokens)])
+    loop.start([DecodeRow(slot, token, depth, GREEDY, 0) for slot, token in enumerate(tokens)])
 
 
 def run_decode(loop: DecodeLoop, steps: int) -> None:
@@ -167,7 +167,7 @@ def case_cost(model: Footprint, case: Case, batch: int) -> tuple[StepCost, int]:
 
 
 @dataclass(frozen=True)
-class Result:
+class LatencyResult:
     """A test's runs."""
 
     case: Case
@@ -194,7 +194,7 @@ class Result:
 
 def measure(
     model: Model, case: Case, batch: int, repeats: int, graph: bool, chunk: int, ceilings: Ceilings
-) -> Result:  # fmt: skip
+) -> LatencyResult:  # fmt: skip
     """Run one case. Raises TooLarge."""
     if case.prompt:
         samples = measure_prompt(model, batch, case.prompt, case.depth, repeats, chunk, graph)
@@ -202,10 +202,10 @@ def measure(
         samples = measure_decode(model, batch, case.new, case.depth, repeats, graph)
     cost, steps = case_cost(model.footprint, case, batch)
     limit, kind = ceilings.milliseconds(cost)
-    return Result(case, batch, samples, steps, None if limit is None else limit / 1e3, kind)
+    return LatencyResult(case, batch, samples, steps, None if limit is None else limit / 1e3, kind)
 
 
-def records(results: Sequence[Result], **shared: Any) -> list[dict[str, Any]]:
+def records(results: Sequence[LatencyResult], **shared: Any) -> list[dict[str, Any]]:
     """One flat record a result, named as llama-bench's JSON names them where it has the field."""
     return [
         {

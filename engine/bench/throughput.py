@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from engine.bench.workloads import Arrive, Outcome, Request, failed, summarize
+from engine.bench.workloads import Arrive, Outcome, SampleRequest, failed, summarize
 from engine.runtime.progress import show_bar
 from engine.sampling_params import SamplingParams
 
@@ -58,7 +58,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Result:
+class ThroughputResult:
     """A run of requests; `phases` and the floor only where all came at once, so that the engine never waited."""
 
     outcomes: list[Outcome]
@@ -93,7 +93,7 @@ class Result:
         }
 
 
-def measure(llm: LLM, requests: Sequence[Request], ceilings: Ceilings) -> Result:
+def measure(llm: LLM, requests: Sequence[SampleRequest], ceilings: Ceilings) -> ThroughputResult:
     """Run the requests to their ends.
 
     Raises:
@@ -122,12 +122,12 @@ def measure(llm: LLM, requests: Sequence[Request], ceilings: Ceilings) -> Result
         phases = split(done, seconds, limit)
     after = llm.stats()
     counts = {name: getattr(after, name) - getattr(before, name) for name in ("preemptions", *LATE)}
-    return Result(
+    return ThroughputResult(
         outcomes, seconds, **counts, peak_memory_bytes=peak, floor_s=floor[0], floor_kind=floor[1], phases=phases
     )
 
 
-def warm_up(llm: LLM, requests: Sequence[Request]) -> None:
+def warm_up(llm: LLM, requests: Sequence[SampleRequest]) -> None:
     """The requests' lengths with other tokens, all at once: kernels are loaded, and graphs captured of every size, as
     requests end one after another. What a prefix cache keeps of them is no prompt's beginning."""
     drawn, ids = random.Random(f"not {requests[0].prompt}"), range(llm.config.vocab_size)
@@ -135,13 +135,13 @@ def warm_up(llm: LLM, requests: Sequence[Request]) -> None:
     run_offline(
         llm,
         [
-            Request(drawn.choices(ids, k=len(request.prompt)), min(most, request.new_tokens))
+            SampleRequest(drawn.choices(ids, k=len(request.prompt)), min(most, request.new_tokens))
             for request, most in zip(requests, few, strict=True)
         ],
     )
 
 
-def run_offline(llm: LLM, requests: Sequence[Request]) -> tuple[list[Outcome], float]:
+def run_offline(llm: LLM, requests: Sequence[SampleRequest]) -> tuple[list[Outcome], float]:
     """All requests in one call of `generate`; outcomes in their order, and seconds. Raises ValueError as it does."""
     prompts, params = [request.prompt for request in requests], [_params(request) for request in requests]
     begin = time.perf_counter()
@@ -149,14 +149,14 @@ def run_offline(llm: LLM, requests: Sequence[Request]) -> tuple[list[Outcome], f
     return [_outcome(completion, 0.0) for completion in completions], time.perf_counter() - begin
 
 
-async def _run_online(llm: LLM, requests: Sequence[Request]) -> tuple[list[Outcome], float]:
+async def _run_online(llm: LLM, requests: Sequence[SampleRequest]) -> tuple[list[Outcome], float]:
     from engine.async_llm import AsyncLLM
 
     async with AsyncLLM(llm, max_waiting=len(requests)) as engine:
         return await run_online(engine, requests)
 
 
-async def run_online(engine: AsyncLLM, requests: Sequence[Request]) -> tuple[list[Outcome], float]:
+async def run_online(engine: AsyncLLM, requests: Sequence[SampleRequest]) -> tuple[list[Outcome], float]:
     """Each request at its arrival, whether or not those before it are done; outcomes in their order, and seconds.
 
     A request that the engine fails or refuses because its queue is full is an outcome with that error.
@@ -173,7 +173,7 @@ async def run_online(engine: AsyncLLM, requests: Sequence[Request]) -> tuple[lis
     return [task.result() for task in tasks], time.perf_counter() - begin
 
 
-async def _run_one(engine: AsyncLLM, request: Request, begin: float) -> Outcome:
+async def _run_one(engine: AsyncLLM, request: SampleRequest, begin: float) -> Outcome:
     from engine.async_llm import QueueFull
 
     await asyncio.sleep(begin + request.arrival - time.perf_counter())
@@ -189,7 +189,7 @@ async def _run_one(engine: AsyncLLM, request: Request, begin: float) -> Outcome:
     return _outcome(completion, stream.arrival - begin)
 
 
-def _params(request: Request) -> SamplingParams:
+def _params(request: SampleRequest) -> SamplingParams:
     return SamplingParams(max_new_tokens=request.new_tokens, temperature=0.0, ignore_eos=True)
 
 
@@ -292,7 +292,7 @@ def _tokens_until(outcome: Outcome, seconds: float) -> int:
 
 def bench(
     llm: LLM,
-    draw: Callable[[int], list[Request]],
+    draw: Callable[[int], list[SampleRequest]],
     schedules: Sequence[tuple[str, Arrive]],
     ceilings: Ceilings,
     **shared: Any,
@@ -311,7 +311,7 @@ def bench(
     return [measure(llm, requests, ceilings).record(name, **shared) for name, requests in runs]
 
 
-def check(llm: LLM, requests: Sequence[Request]) -> None:
+def check(llm: LLM, requests: Sequence[SampleRequest]) -> None:
     """Raises ValueError for the longest request where it is beyond the model's length."""
     longest = max(requests, key=lambda request: len(request.prompt) + request.new_tokens)
     total = len(longest.prompt) + longest.new_tokens

@@ -35,7 +35,7 @@ FORMATS = ("table", "json", "csv", "markdown")
 
 
 @dataclass(frozen=True)
-class Request:
+class SampleRequest:
     """One prompt, by its token ids and, where there is one, its text; `arrival` is in seconds from the beginning."""
 
     prompt: list[int]
@@ -88,12 +88,12 @@ class Mix:
         """Tokens of the longest prompt with what is generated after it."""
         return self.prefix_tokens + max(self.lengths) + self.new_tokens
 
-    def requests(self, vocab_size: int, run: int = 0) -> list[Request]:
+    def requests(self, vocab_size: int, run: int = 0) -> list[SampleRequest]:
         """The requests, all at once. Another run, or another mix, has other tokens: no prefix cache knows them."""
         drawn = random.Random(f"{self} {run}")
         ids = range(vocab_size)
         prefix = drawn.choices(ids, k=self.prefix_tokens)
-        return [Request(prefix + drawn.choices(ids, k=length), self.new_tokens) for length in self.lengths]
+        return [SampleRequest(prefix + drawn.choices(ids, k=length), self.new_tokens) for length in self.lengths]
 
 
 def parse_range(name: str, text: str) -> tuple[int, int]:
@@ -112,7 +112,7 @@ def read_sharegpt(
     new_tokens: int | None = None,
     max_prompt: int = 1024,
     max_total: int = 2048,
-) -> list[Request]:
+) -> list[SampleRequest]:
     """`count` requests from a file in ShareGPT's format, a JSON list of {"conversations": [{"value": text}, …]}.
 
     As vLLM's benchmark takes them: the first turn is the prompt, the second one's length says how many tokens to
@@ -125,7 +125,7 @@ def read_sharegpt(
     """
     pairs = list(_read_turns(Path(path)))
     random.Random(seed).shuffle(pairs)
-    requests: list[Request] = []
+    requests: list[SampleRequest] = []
     for prompt, answer in pairs:
         if len(requests) == count:
             break
@@ -133,7 +133,7 @@ def read_sharegpt(
         asked = new_tokens or len(tokenizer.encode(answer, add_special_tokens=False))
         long_enough = len(ids) >= 4 and (new_tokens is not None or asked >= 4)
         if long_enough and len(ids) <= max_prompt and len(ids) + asked <= max_total:
-            requests.append(Request(ids, asked, text=prompt))
+            requests.append(SampleRequest(ids, asked, text=prompt))
     if len(requests) < count:
         raise ValueError(
             f"{path}: {len(requests)} of its conversations have a prompt of 4 to {max_prompt} tokens and at most "
@@ -167,7 +167,7 @@ def _read_turns(path: Path) -> Sequence[tuple[str, str]]:
 
 def make_source(
     mix: Mix, vocab_size: int, tokenizer: Tokenizer | None, sharegpt: Path | None = None, **limits: Any
-) -> Callable[[int], list[Request]]:
+) -> Callable[[int], list[SampleRequest]]:
     """Make a function that gives the requests of run 0, 1, …, each run's in another order.
 
     They are the mix's, or as many of a file in ShareGPT's format (`read_sharegpt` with `limits`).
@@ -182,7 +182,7 @@ def make_source(
     return lambda run: read_sharegpt(sharegpt, tokenizer, mix.count, mix.seed + run, **limits)
 
 
-def with_text(requests: Sequence[Request], tokenizer: Tokenizer) -> list[Request]:
+def with_text(requests: Sequence[SampleRequest], tokenizer: Tokenizer) -> list[SampleRequest]:
     """The requests with their prompts as text too. Random tokens do not always encode to themselves again."""
     return [
         request if request.text else replace(request, text=tokenizer.decode(request.prompt)) for request in requests
@@ -200,7 +200,7 @@ def parse_rate(text: str) -> float:
     return rate
 
 
-Arrive = Callable[[Sequence[Request]], list[Request]]
+Arrive = Callable[[Sequence[SampleRequest]], list[SampleRequest]]
 
 
 def parse_schedules(rates: str, kind: str, seed: int) -> list[tuple[str, Arrive]]:
@@ -232,7 +232,7 @@ def draw_arrivals(count: int, rate: float, kind: str = "poisson", seed: int = 0)
     return list(accumulate(chain([0.0], (drawn.expovariate(rate) for _ in range(count - 1)))))[:count]
 
 
-def arrive(requests: Sequence[Request], rate: float, kind: str = "poisson", seed: int = 0) -> list[Request]:
+def arrive(requests: Sequence[SampleRequest], rate: float, kind: str = "poisson", seed: int = 0) -> list[SampleRequest]:
     """The requests with `draw_arrivals`' times. Raises ValueError as it does."""
     times = draw_arrivals(len(requests), rate, kind, seed)
     return [replace(request, arrival=time) for request, time in zip(requests, times, strict=True)]

@@ -52,7 +52,7 @@ def bench_serve(
     """Load an OpenAI-compatible server, ours or another's: throughput, latencies, goodput, errors by kind."""
     import asyncio
 
-    from engine.bench.client import Server, bench, make_body, make_schedules
+    from engine.bench.client import Endpoint, bench, make_body, make_schedules
     from engine.bench.workloads import (
         Mix,
         make_source,
@@ -76,7 +76,7 @@ def bench_serve(
     if loaded is None and (vocab_size is None or api == "chat"):
         raise ValueError("--tokenizer MODEL is needed (or --vocab-size N, for completions of random token ids)")
     count = functools.partial(_count_tokens, loaded) if loaded else None
-    server = Server(url, model or "", api, api_key, timeout, make_body(ignore_eos, extra_body), count)
+    server = Endpoint(url, model or "", api, api_key, timeout, make_body(ignore_eos, extra_body), count)
     ids = vocab_size or (loaded.vocab_size if loaded else 0)
     draw = make_source(mix, ids, loaded, sharegpt, new_tokens=new_tokens)
     texts = (lambda run: with_text(draw(run), loaded)) if loaded and api == "chat" else draw

@@ -1,1 +1,1 @@
-"""The engine at work: requests, steps, CUDA graphs, sampling, and what is ready before the first request."""
+"""Requests, the steps that run them, CUDA graphs, sampling, and what is made ready before the first request."""

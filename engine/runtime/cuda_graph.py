@@ -7,19 +7,19 @@ from typing import Any, TypeVar
 
 import torch
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 def new_pool(device: torch.device) -> Any:
-    """Memory that the graphs of one owner share. Raises ValueError for a device that is not a GPU."""
+    """Memory pool that the graphs of one owner share. Raises ValueError for a device that is not a GPU."""
     if device.type != "cuda":
         raise ValueError(f"a CUDA graph of a model on {device.type!r}; it needs a GPU")
     return torch.cuda.graph_pool_handle()
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage is collected within: an old graph that is freed while another is captured spoils it."""
+def collector_off() -> Iterator[None]:
+    """Hold off the collector of garbage: an old graph that is freed while another is captured spoils it."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -29,13 +29,13 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def capture(run: Callable[[], Result], pool: Any) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """`run` as a graph, and its result, which a replay fills anew. It must have run once: kernels load then.
+def capture(run: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Capture `run` as a graph: the graph and its result, which a replay fills anew. Kernels load in a run before.
 
-    pool: of `new_pool`; None is one of the graph's own.
+    pool: from `new_pool`; None: one of the graph's own.
     """
     graph = torch.cuda.CUDAGraph()
-    with _uncollected(), torch.cuda.graph(graph, pool=pool):
+    with collector_off(), torch.cuda.graph(graph, pool=pool):
         result = run()
     # Kernels may have sent what they need to the device on other streams meanwhile.
     torch.cuda.synchronize()

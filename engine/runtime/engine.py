@@ -1,8 +1,9 @@
-"""Requests in, tokens out, a step at a time: the scheduler, its pages, the cache they stand for and what runs on it."""
+"""Engine: requests in, tokens out, a step at a time, over a scheduler, its pages, the cache and a runner."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import cast
@@ -16,11 +17,11 @@ from engine.model.transformer import Model
 from engine.runtime.decode_loop import bucket
 from engine.runtime.memory import free_bytes
 from engine.runtime.request import FinishReason, Request
-from engine.runtime.runner import Runner
+from engine.runtime.runner import Runner, StepResult
 from engine.scheduler.page_pool import PagePool
 from engine.scheduler.scheduler import Scheduler
 
-# Of the free memory that a paged cache takes where its size is not given: a CPU's is for others too.
+# Share of the free memory that a paged cache takes where its size is not given: a CPU's is for others too.
 MEMORY_SHARE = {"cuda": 0.9, "cpu": 0.5}
 
 
@@ -78,7 +79,6 @@ class Engine:
         self._kernels_before = _late_kernels()
         # Steps that run while the next one is scheduled.
         self._ahead = 1 if config.batching == "continuous" and config.kv_cache != "none" else 0
-        self._begun: set[Request] = set()
         self._counts = EngineStats()
         self._finished: Counter[str] = Counter()
         self._room = self._unused = 0  # tokens on running requests' pages, added up over steps
@@ -111,17 +111,17 @@ class Engine:
             self._end(request, "deadline")
             touched.append(request)
         self._counts.preemptions += len(step.preempted)
-        for part in step.work:
-            request = cast(Request, part.sequence)
-            if request not in self._begun:
-                self._begun.add(request)
+        for chunk in step.chunks:
+            request = cast(Request, chunk.sequence)
+            if not request.begun:
+                request.begun = True
                 if request.parent is None:
-                    request.cached_tokens = part.begin
+                    request.cached_tokens = chunk.begin
                     self._counts.prompt_tokens += request.prompt_length
-                    self._counts.cached_tokens += part.begin
+                    self._counts.cached_tokens += chunk.begin
                 else:  # its prompt is its parent's, which has counted it
-                    request.cached_tokens = min(part.begin, cast(Request, request.parent).cached_tokens)
-        if step.work:
+                    request.cached_tokens = min(chunk.begin, cast(Request, request.parent).cached_tokens)
+        if step.chunks:
             self.runner.enqueue(step)
             self._counts.steps += 1
             for sequence in self.scheduler.running:
@@ -130,32 +130,39 @@ class Engine:
                 self._unused += room - sequence.computed
         elif not self.runner.pending and len(self) and not touched:
             raise RuntimeError(f"nothing can run, and {len(self)} requests have not ended: a fault of the scheduler")
-        while self.runner.pending > (self._ahead if step.work else 0):
+        while self.runner.pending > (self._ahead if step.chunks else 0):
             touched += self._collect()
         return touched
 
     def _collect(self) -> list[Request]:
         touched = []
-        for request, token, logprobs, after in self.runner.wait():
+        for result in self.runner.wait():
+            request = result.request
             if request.finish_reason:
                 continue  # it ended while this was on its way
-            if token < 0:
-                self.end(request, "error", f"every logit after token {after} of a request is NaN")
-            elif request.params.max_new_tokens == 0:
-                self.end(request, "length")
-            elif self.scheduler.append(request, token):
-                self._counts.generated_tokens += 1
-                if logprobs:
-                    request.logprobs.append(logprobs)
-                request.accept(token)
-                if request.finish_reason:
-                    self.end(request, request.finish_reason)
+            if result.tokens:
+                self._accept(request, result)
+            if result.nan_after is not None and request.finish_reason is None:
+                self.end(request, "error", f"every logit after token {result.nan_after} of a request is NaN")
             touched.append(request)
         return touched
 
+    def _accept(self, request: Request, result: StepResult) -> None:
+        """Append the tokens that a step chose, up to one that ends the request."""
+        if request.params.max_new_tokens == 0:
+            self.end(request, "length")
+            return
+        count, reason = request.find_end(result.tokens)
+        # Before the tokens: another thread that sees a token looks for what belongs to it.
+        request.times += [time.perf_counter()] * count
+        request.logprobs += result.logprobs[:count]
+        self.scheduler.append(request, result.tokens[:count])
+        self._counts.generated_tokens += count
+        if reason:
+            self.end(request, reason)
+
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         request.finish_reason, request.error, request.counts = reason, error, None
-        self._begun.discard(request)
         self._finished[reason] += 1
 
     def forget(self) -> None:
@@ -163,7 +170,7 @@ class Engine:
         self.pool.forget()
 
     def stats(self) -> EngineStats:
-        """As of now; may be asked for from any thread, with counts that are a step apart at most."""
+        """Statistics as of now; for any thread, with counts that are a step apart at most."""
         counts, pool, scheduler = self._counts, self.pool, self.scheduler
         return EngineStats(
             len(scheduler.running), len(scheduler.waiting), pool.pages, pool.used, pool.cached, counts.preemptions,
@@ -173,7 +180,7 @@ class Engine:
 
 
 def _late_kernels() -> int:
-    """How many of this process's kernels a launch has compiled or loaded; none where there is no such backend yet."""
+    """Kernels of this process that a launch has compiled or loaded; 0 where there is no such backend yet."""
     launch = sys.modules.get("kernels.launch")
     return len(launch.late_kernels()) if launch else 0
 
@@ -218,7 +225,7 @@ def _pages(model: Model, config: EngineConfig, max_len: int) -> int:
 
 
 def _pass_bytes(model: Model, config: EngineConfig) -> int:
-    """About what a pass over step_tokens tokens takes beside weights and cache, with some to spare."""
+    """Bytes that a pass over step_tokens tokens takes beside weights and cache, about, with some to spare."""
     shape = model.config
     width = shape.q_size + 2 * shape.kv_size + 3 * shape.hidden_size + 3 * shape.intermediate_size
     rows = config.step_tokens * width + config.max_batch * 4 * shape.vocab_size

@@ -1,4 +1,4 @@
-"""How much memory is free for weights, tables and caches."""
+"""Memory that is free for weights, tables and caches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import psutil
 if TYPE_CHECKING:
     import torch
 
-# Of a control group, version 2 and 1: its limit, what it uses, and in memory.stat what of that can be taken back.
+# Files of a control group, version 2 and 1: its limit, what it uses, and in memory.stat what of that can be reclaimed.
 _GROUPS = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -28,10 +28,10 @@ def free_bytes(device: torch.device) -> int:
 
 def free_host_bytes() -> int:
     """Bytes of a CPU's memory, as `free_bytes` has them; without importing torch."""
-    return min([psutil.virtual_memory().available, *_container_bytes(Path("/"))])
+    return min([psutil.virtual_memory().available, *container_bytes(Path("/"))])
 
 
-def _container_bytes(root: Path) -> list[int]:
+def container_bytes(root: Path) -> list[int]:
     """Bytes free under the limit of each control group that this process is in, as `root`'s proc and sys tell."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

@@ -50,7 +50,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
 
 
 def compile_kernels(kernels: Sequence[Kernel], archs: Sequence[str]) -> list[Build]:
-    """Every kernel for every architecture, those that are not kept compiled by all cores, which is shown.
+    """Compile every kernel for every architecture on all cores, but for those that are kept, and show progress.
 
     Raises:
         BuildError: One does not compile.

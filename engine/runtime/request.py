@@ -1,4 +1,4 @@
-"""Requests to the engine, and what comes back of them: updates and completions."""
+"""Requests of the engine, updates and completions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from engine.sampling_params import SamplingParams
-from engine.scheduler.scheduler import Sequence
+from engine.scheduler.sequence import Sequence
 from engine.text.detokenizer import Detokenizer
 
 FinishReason = Literal["stop", "length", "abort", "deadline", "error"]
@@ -28,7 +28,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Completion:
-    """What one prompt led to. Times are from the request's entry into the engine: tokenisation out, sampling in."""
+    """Result of one prompt. Times are from the request's entry into the engine: tokenisation out, sampling in."""
 
     prompt_token_ids: list[int]
     token_ids: list[int]  # with the token that ended it, if one did
@@ -47,7 +47,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Update:
-    """What one of a request's completions got since the update before."""
+    """Text and tokens that a completion got since the update before."""
 
     index: int
     text: str
@@ -71,6 +71,7 @@ class Request(Sequence):
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list, init=False, repr=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     error: str | None = field(default=None, init=False)
+    begun: bool = field(default=False, init=False)  # a step has had a part of it
     cached_tokens: int = field(default=0, init=False)
     # int32 [2, V], only where logits are adjusted: which tokens the prompt has, and how often each was generated
     counts: Tensor | None = field(default=None, init=False, repr=False)
@@ -86,21 +87,22 @@ class Request(Sequence):
         return self.generated_from(0)
 
     def generated_from(self, begin: int) -> list[int]:
-        """Generated tokens without the first `begin`: what a step has added costs no copy of all before."""
+        """Generated tokens but for the first `begin`: no copy of those."""
         return self.tokens[self.prompt_length + begin :]
 
-    def accept(self, token: int) -> None:
-        """Take the newest of `tokens` into account: its time, and whether it is the last."""
-        self.times.append(time.perf_counter())
-        count = len(self.tokens) - self.prompt_length
-        if token in self.stop_ids and count >= self.params.min_tokens:
-            self.finish_reason = "stop"
-        elif count >= self.params.max_new_tokens:
-            self.finish_reason = "length"
+    def find_end(self, tokens: list[int]) -> tuple[int, FinishReason | None]:
+        """Number of the next `tokens` that belong to it, and why it ends with the last of these, if it does."""
+        before = len(self.tokens) - self.prompt_length
+        for count, token in enumerate(tokens, 1):
+            if token in self.stop_ids and before + count >= self.params.min_tokens:
+                return count, "stop"
+            if before + count >= self.params.max_new_tokens:
+                return count, "length"
+        return len(tokens), None
 
 
 def completion(request: Request, text: Detokenizer) -> Completion:
-    """The completion of a request that has ended, as far as its text has taken its tokens."""
+    """Completion of a request that has ended, as far as its text has taken its tokens."""
     count = text.count
     times = [request.entered, *request.times[:count]]
     if not count:

@@ -1,4 +1,4 @@
-"""How the tokens of many requests are chosen from their logits, and what the model thought of them."""
+"""Sampler: the tokens of many requests from their logits, and log probabilities of these."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.runtime.request import Request, TokenLogprobs
 ROWS = 256  # rows of logits whose probabilities are worked out at a time
 
 
-class Sent(NamedTuple):
+class PendingLogprobs(NamedTuple):
     """Log probabilities on their way to the host; see `send_logprobs`. NaN where every logit is."""
 
     chosen: Tensor  # fp32 [n]
@@ -23,25 +23,25 @@ class Sent(NamedTuple):
     ids: Tensor  # int64 [n, k]
 
     def of(self, row: int, token: int, count: int) -> TokenLogprobs:
-        """Of one row, with the `count` most likely; after what was enqueued has run."""
+        """Log probabilities of one row, with the `count` most likely; after what was enqueued has run."""
         top = list(zip(self.ids[row, :count].tolist(), self.values[row, :count].tolist(), strict=True))
         return TokenLogprobs(token, float(self.chosen[row]), int(self.rank[row]), top)
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in the host's memory, which is complete once what is enqueued now has run."""
+    """Copy to the host's memory, complete once what is enqueued now has run."""
     if not tensor.is_cuda:
         return tensor.clone()
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def to_device(values: Sequence[int] | Sequence[float], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values beside `like`, without a wait for what runs there."""
+    """Copy the values to the device of `like`, without a wait for what runs there."""
     return torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda).to(like.device, non_blocking=True)
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """Natural logarithms fp32 [n, V] of the probabilities that `logits` [n, V] give, as draws follow them.
+    """Log-softmax fp32 [n, V] of `logits` [n, V], as draws follow it.
 
     A token whose logit is NaN has none (-inf). Where the largest is infinite, those equal to it share all of it. A row
     of NaN alone stays NaN.
@@ -55,7 +55,7 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return torch.log_softmax(scores, -1)
 
 
-def send_logprobs(logits: Tensor, tokens: Tensor, most: int) -> Sent:
+def send_logprobs(logits: Tensor, tokens: Tensor, most: int) -> PendingLogprobs:
     """Send the log probability and rank of `tokens` [n] under `logits` [n, V] to the host, and the `most` likely."""
     parts = []
     for begin in range(0, len(logits), ROWS):
@@ -64,10 +64,10 @@ def send_logprobs(logits: Tensor, tokens: Tensor, most: int) -> Sent:
         own = log.gather(1, tokens[here].long().clamp(min=0)[:, None])
         values, ids = log.topk(min(most, log.shape[1]), -1)
         parts.append((own[:, 0], (log > own).sum(-1) + 1, values, ids))
-    return Sent(*(to_host(torch.cat(columns)) for columns in zip(*parts, strict=True)))
+    return PendingLogprobs(*(to_host(torch.cat(columns)) for columns in zip(*parts, strict=True)))
 
 
-def choose(ops: Ops, requests: Sequence[Request], logits: Tensor, out: Tensor) -> None:
+def sample(ops: Ops, requests: Sequence[Request], logits: Tensor, out: Tensor) -> None:
     """Choose a token for each request from its row of `logits` [n, V] into `out` int32 [n], -1 where all are NaN.
 
     A row's token does not depend on the others: those whose logits are adjusted are chosen from fp32 by themselves, as
@@ -110,7 +110,7 @@ def _draw(ops: Ops, requests: Sequence[Request], logits: Tensor, out: Tensor) ->
 
 
 def _position(request: Request) -> int:
-    """Of the token that is being chosen: the scheduler has counted it already."""
+    """Position of the token that is being chosen: the scheduler has counted it already."""
     return request.length - 1
 
 
@@ -136,6 +136,6 @@ def _adjust(ops: Ops, request: Request, logits: Tensor) -> None:
 
 
 def _count(counts: Tensor, tokens: Tensor) -> None:
-    """Add tokens that were generated to their second row, how often each was."""
+    """Add generated tokens to `counts` [2, V], whose second row says how often each was generated."""
     places = tokens.long().clamp(min=0)
     counts[1].index_put_((places,), torch.ones_like(tokens, dtype=torch.int32), accumulate=True)

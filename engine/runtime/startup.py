@@ -1,4 +1,4 @@
-"""What an engine does before its first request, so that no request waits for it: kernels are compiled and loaded.
+"""Start of an engine: kernels are compiled and loaded before its first request, so that none waits for it.
 
 Which kernels a model needs follows from its configuration, the engine's and the GPU. Nobody lists them: a rehearsal
 runs the forward graph on tensors of the host whose memory is never touched, and enters what would have been launched.
@@ -67,7 +67,7 @@ def kernels_of(
         most = min(max(engine.step_tokens, engine.max_batch), engine.max_batch * capacity)
         _rehearse_passes(model, cache, min(most, LONG, capacity))
         _rehearse_products(model, most)
-        _rehearse_choice(model)
+        _rehearse_sampling(model)
     return list(found.values())
 
 
@@ -107,8 +107,8 @@ def _rehearse_products(model: Model, most: int) -> None:
         ops.linear_swiglu(given(count, layer.gate_up), layer.gate_up)
 
 
-def _rehearse_choice(model: Model) -> None:
-    """Choices of a token: from logits as they are, and from fp32 ones that penalties have changed."""
+def _rehearse_sampling(model: Model) -> None:
+    """Samples from logits as they are, and from fp32 ones that penalties have changed."""
     ops, vocabulary = model.ops, model.config.vocab_size
     one, seed = torch.ones(1), torch.zeros(1, dtype=torch.int64)
     for dtype in (model.weights.dtype, torch.float32):

@@ -1,1 +1,1 @@
-"""What the next step computes, and in which pages: plain Python, without torch."""
+"""Scheduler of steps and allocator of cache pages: plain Python, without torch."""

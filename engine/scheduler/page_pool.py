@@ -1,9 +1,9 @@
-"""Who owns which page of the paged KV cache, and which pages hold a content that can be used again.
+"""Allocator of the paged KV cache: reference counts of pages, and a prefix cache of those whose content is known.
 
 A page is room for the keys and values of `page_size` tokens in every layer. It is in one of three states:
 
-    used     has owners: sequences whose page tables name it (more than one where they begin with the same tokens)
-    cached   has no owner, but its content is known and found again until the page is needed for something else
+    used     has owners: sequences whose page tables name it (more than one where they share a prefix)
+    cached   has no owner, but its content is known and found again until the page is evicted
     free     has no owner and no known content
 
 A page that is full has a key: a digest of its tokens and of the key of the page before it, so that equal keys mean
@@ -23,7 +23,7 @@ class OutOfPages(RuntimeError):
 
 @dataclass
 class HitStatistics:
-    """How much of what sequences begin with was in the cache, in tokens."""
+    """Hits of the prefix cache, in tokens: prompts' tokens looked up, and those found."""
 
     asked: int = 0
     found: int = 0
@@ -39,7 +39,7 @@ class HitStatistics:
 
 
 def extend_keys(keys: list[bytes], tokens: Sequence[int], page_size: int, salt: bytes = b"") -> None:
-    """Append to `keys`, the keys of the first pages of `tokens`, those of the other pages that `tokens` fill.
+    """Append the keys of the pages that `tokens` fill to `keys`, which holds those of the first ones.
 
     Args:
         keys: What an earlier call for the same sequence left, or an empty list.
@@ -80,9 +80,9 @@ class PagePool:
         self._keys: list[bytes | None] = [None] * pages
         self._by_key: dict[bytes, int] = {}
         self._free = list(range(pages))[::-1]  # the next one last
-        self._cached: dict[int, Hashable] = {}  # whose they were
-        # Cached pages by whose they were, the least recently used first, and of each the first to be forgotten first.
-        self._left: OrderedDict[Hashable, dict[int, None]] = OrderedDict()
+        self._cached: dict[int, Hashable] = {}  # page → session that released it last
+        # LRU of sessions, each one's cached pages in eviction order.
+        self._sessions: OrderedDict[Hashable, dict[int, None]] = OrderedDict()
 
     @property
     def free(self) -> int:
@@ -109,7 +109,7 @@ class PagePool:
         return self._owners[page]
 
     def find(self, keys: Iterable[bytes]) -> list[int]:
-        """The pages that hold the longest known beginning of `keys`; to hold on to them, `share` them."""
+        """Pages of the longest cached prefix of `keys`; to hold on to them, `share` them."""
         found = []
         for key in keys:
             page = self._by_key.get(key)
@@ -119,7 +119,7 @@ class PagePool:
         return found
 
     def share(self, pages: Iterable[int]) -> None:
-        """One more owner for each of `pages`, which have owners or are cached.
+        """Add an owner to each of `pages`, which have owners or are cached.
 
         Raises:
             ValueError: A page is free; those before it in `pages` have been shared.
@@ -129,12 +129,12 @@ class PagePool:
             if not owners[page]:
                 if page not in cached:
                     raise ValueError(f"page {page} is free: it holds nothing to share")
-                self._leave(page)
+                self._uncache(page)
             owners[page] += 1
 
     def take(self, count: int) -> list[int]:
-        """`count` pages for one owner: free ones, then cached ones, which are forgotten: those of the session that was
-        used longest ago, the ends of its sequences first.
+        """Allocate `count` pages for one owner: free ones, then cached ones, evicted from the session that was used
+        longest ago, the ends of its sequences first.
 
         Raises:
             OutOfPages: Fewer than `count` have no owner; nothing has changed.
@@ -151,35 +151,34 @@ class PagePool:
         return taken
 
     def _evict(self) -> int:
-        page = next(iter(next(iter(self._left.values()))))
-        self._leave(page)
+        page = next(iter(next(iter(self._sessions.values()))))
+        self._uncache(page)
         key = self._keys[page]
         assert key is not None
         del self._by_key[key]
         self._keys[page] = None
         return page
 
-    def _leave(self, page: int) -> None:
-        """Take a page out of the cached ones."""
+    def _uncache(self, page: int) -> None:
+        """Take a page out of the cached ones: it is evicted, or has an owner again."""
         session = self._cached.pop(page)
-        left = self._left[session]
-        del left[page]
-        if not left:
-            del self._left[session]
+        pages = self._sessions[session]
+        del pages[page]
+        if not pages:
+            del self._sessions[session]
 
     def release(self, pages: Sequence[int], session: Hashable | None = None) -> None:
-        """One owner less for each of `pages`, the first pages of a sequence in order; without one they are cached or
-        free. Its last page is forgotten first, so that beginnings outlive their ends.
+        """Remove an owner from each of `pages`, the first pages of a sequence in order; those without one are then
+        cached or free. Its last page is evicted first, so that prefixes outlive their ends.
 
-        session: Whose they are: what a session leaves is kept as long as the session is used. None: the sequence is a
-            session of its own.
+        session: Under which cached pages are kept, as long as it is used. None: the sequence is a session of its own.
 
         Raises:
             ValueError: A page has no owner; those after it in `pages` have been released.
         """
         session = object() if session is None else session
-        if session in self._left:
-            self._left.move_to_end(session)
+        if session in self._sessions:
+            self._sessions.move_to_end(session)
         for page in reversed(pages):
             if not self._owners[page]:
                 raise ValueError(f"page {page} has no owner to release it")
@@ -190,15 +189,15 @@ class PagePool:
                 self._free.append(page)
             else:
                 self._cached[page] = session
-                self._left.setdefault(session, {})[page] = None
+                self._sessions.setdefault(session, {})[page] = None
 
     def forget(self) -> None:
-        """Make cached pages free: nothing without an owner is found again."""
+        """Evict every cached page: nothing without an owner is found again."""
         while self._cached:
             self._free.append(self._evict())
 
     def register(self, page: int, key: bytes) -> bool:
-        """Make `page`, which is full and will not be written again, known by `key`.
+        """Enter `page`, which is full and will not be written again, into the prefix cache under `key`.
 
         Returns:
             False where nothing was done: another page already has that content, or there is no prefix cache.

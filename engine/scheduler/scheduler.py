@@ -1,4 +1,4 @@
-"""Which tokens the next step computes, and on which pages.
+"""Scheduler: which tokens the next step computes, and on which pages.
 
 The scheduler knows a sequence's tokens by count before it knows them by value: a step that computes a sequence's last
 token will choose one more. So the next step can be scheduled, and enqueued, while the GPU is still at this one:
@@ -6,10 +6,14 @@ token will choose one more. So the next step can be scheduled, and enqueued, whi
     while len(scheduler):
         step = scheduler.schedule()
         enqueue(step)                                 # its results are not waited for
-        for work, token in results(step_before):      # of the work that samples
-            if scheduler.append(work.sequence, token) and is_last(token):
-                scheduler.finish(work.sequence)
+        for chunk, tokens in results(step_before):    # of the chunks that sample
+            if scheduler.append(chunk.sequence, tokens) and is_last(tokens[-1]):
+                scheduler.finish(chunk.sequence)
         step_before = step
+
+A step of a sequence that decodes may verify drafts, tokens proposed to follow its last one. It chooses a token after
+each of them, and yields those up to the first that differs from the draft: one to drafts + 1 tokens. Until they are
+appended the scheduler counts with the most, and reserves pages for them; then it rolls back to what was accepted.
 
 Steps run in the order in which they were scheduled. That makes pages safe: one that is released may still be read or
 written by a step on its way, and whoever takes it next does so in a later step.
@@ -19,106 +23,24 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Hashable
 from operator import attrgetter
-from typing import Literal, NamedTuple
 
 from engine.scheduler.page_pool import PagePool, extend_keys
+from engine.scheduler.sequence import ScheduledChunk, Sequence, Step
 
 _by_rank = attrgetter("rank")
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A prompt and what is generated after it.
-
-    Args:
-        id: Its name; no two live sequences have the same.
-        tokens: The prompt's token ids.
-        limit: Tokens of the prompt and of what is generated, at most: no step is scheduled beyond them.
-        priority: 0 is served first; a higher number waits for lower ones (see Scheduler for how long).
-        deadline: When it ends unfinished, in seconds of the scheduler's clock.
-        parent: A sequence of the same prompt, added earlier. Once its prompt is computed, this one starts from its
-            pages and computes the prompt's last token alone.
-        salt: Pages are shared between sequences of the same salt only.
-        session: Whose it is: what it leaves in the prefix cache is kept, and forgotten, together with what others of
-            its session left.
-
-    The other fields are the scheduler's.
-    """
-
-    id: Hashable
-    tokens: list[int] = field(repr=False)  # those known; `append` adds what is generated
-    limit: int
-    priority: int = 0
-    deadline: float | None = None
-    parent: Sequence | None = field(default=None, repr=False)
-    salt: bytes = field(default=b"", repr=False)
-    session: Hashable | None = None
-
-    state: Literal["new", "waiting", "running", "drained", "ended"] = field(default="new", init=False)
-    prompt_length: int = field(init=False)
-    arrival: int = field(default=-1, init=False)  # sequences added before it
-    rank: tuple[int, int] = field(default=(0, 0), init=False)  # lower ones first
-    length: int = field(init=False)  # tokens, those included that steps on their way will choose
-    computed: int = field(default=0, init=False)  # tokens whose keys and values are on `pages` once all steps have run
-    pages: list[int] = field(default_factory=list, init=False, repr=False)
-    slot: int = field(default=-1, init=False)  # while it runs: a number below max_running that is its own
-    decoding: bool = field(default=False, init=False)  # its next token was chosen by a step since it got its slot
-    preemptions: int = field(default=0, init=False)
-    keys: list[bytes] = field(default_factory=list, init=False, repr=False)  # of the pages that the known tokens fill
-    registered: int = field(default=0, init=False)  # pages at the front that need not be registered any more
-
-    def __post_init__(self) -> None:
-        self.tokens = list(self.tokens)
-        self.length = self.prompt_length = len(self.tokens)
-
-    @property
-    def positions(self) -> int:
-        """Of the cache that it fills, at most: its last token is chosen, and never computed."""
-        return self.limit - 1
-
-
-class Work(NamedTuple):
-    """A part of a step: `count` tokens of a sequence, from position `begin` on."""
-
-    sequence: Sequence
-    begin: int
-    count: int
-    samples: bool  # they are all it has: the last one's logits choose its next token
-
-
-@dataclass
-class Step:
-    """What one forward pass computes. Its arrays must be built before the scheduler is called again.
-
-    First come the copies, whose pages were complete before this step. Then `work`: first `decodes` pieces of one token
-    each, which was chosen by an earlier step and may not be on the host yet, and which read only what earlier steps
-    wrote; then pieces of prompts, which may read what others of them write in this step, as a layer has written all
-    keys and values before it reads any.
-    """
-
-    work: list[Work]
-    decodes: int
-    copies: list[tuple[int, int]]  # (from page, to page)
-    preempted: list[Sequence]  # they lost their pages and wait again
-    timed_out: list[Sequence]  # they ended at their deadlines
-
-    @property
-    def tokens(self) -> int:
-        return self.decodes + sum(work.count for work in self.work[self.decodes :])
 
 
 class Scheduler:
     """Sequences that wait and that run, by rank: (priority, order of arrival), with ageing.
 
     A step has one token of each running sequence that decodes, then prompts as far as `step_tokens` go: the one that
-    the step before has left unfinished, and those that wait, in order. Nothing overtakes a sequence for which a slot
-    or pages are missing. It is let in when there are pages for all its tokens and one to grow for each that runs, and
-    takes those that the step writes. When a running sequence finds no page, the last in rank is preempted: it loses
-    its pages, and computes its tokens again later (those that the prefix cache has not kept). The first in rank never
-    is.
+    the step before has left unfinished, and those that wait, in order; and drafts in the room that is left. Nothing
+    overtakes a sequence for which a slot or pages are missing. It is let in when there are pages for all its tokens and
+    one to grow for each that runs, and takes those that the step writes. When a running sequence finds no page, the
+    last in rank is preempted: it loses its pages, and computes its tokens again later (those that the prefix cache has
+    not kept). The first in rank never is.
 
     Waiting is bounded. One level of priority is worth `ageing` steps, so a sequence of priority p is overtaken only by
     those that arrive less than p × ageing steps after it. Call S the sequences that are live at that moment, itself
@@ -128,7 +50,8 @@ class Scheduler:
 
     more steps, where `new tokens` is limit - prompt, and the results of a step are known when the second step after it
     is scheduled. (In every step the first in rank moves on, or what it waits for: by a token that it decodes, or by
-    step_tokens - max_running + 1 tokens of its prompt at least.)
+    step_tokens - max_running + 1 tokens of its prompt at least. Where drafts on their way may bring it to its limit, it
+    does so in every second step.)
 
     Args:
         pool: The pages.
@@ -169,7 +92,7 @@ class Scheduler:
         self._live: dict[Hashable, Sequence] = {}
         self._arrivals = 0
         self._slots = list(range(max_running))[::-1]  # the next one last
-        self._draining: list[Sequence] = []  # their last token has been scheduled: they need no pages any more
+        self._draining: list[Sequence] = []  # at their limit, if no draft on its way is rejected
         self._deadlines: list[tuple[float, int, Sequence]] = []  # sorted; the arrival decides between equal ones
 
     def __len__(self) -> int:
@@ -213,20 +136,32 @@ class Scheduler:
         if parent and (parent.tokens[: parent.prompt_length] != sequence.tokens or parent.salt != sequence.salt):
             raise ValueError(f"{name} and its parent {parent.id!r} differ in prompt or salt")
 
-    def append(self, sequence: Sequence, token: int) -> bool:
-        """Tell the token that a step chose for `sequence`, in the order of the steps.
+    def append(self, sequence: Sequence, tokens: Collection[int]) -> bool:
+        """Append the tokens that a step chose for `sequence`, in the order of the steps.
+
+        Where they are fewer than the step had of it, the other drafts were rejected: the positions roll back, and what
+        the step wrote there is written again. Its pages the sequence keeps, as its next step needs them.
 
         Returns:
-            False where the sequence has ended since, and the token is to be dropped.
+            False where the sequence has ended since, and the tokens are to be dropped.
 
         Raises:
-            ValueError: No step on its way chooses a token for it.
+            ValueError: No step on its way chooses tokens for it, or not as many.
         """
         if sequence.state == "ended":
             return False
-        if len(sequence.tokens) == sequence.length:
+        if not sequence.expected:
             raise ValueError(f"sequence {sequence.id!r} expects no token: no step has sampled one")
-        sequence.tokens.append(token)
+        rejected = sequence.expected[0] - len(tokens)
+        if rejected < 0 or not tokens:
+            chosen = f"it chose 1 to {sequence.expected[0]}"
+            raise ValueError(f"sequence {sequence.id!r} is given {len(tokens)} tokens of a step; {chosen}")
+        del sequence.expected[0]
+        sequence.tokens.extend(tokens)
+        if rejected:
+            sequence.length -= rejected
+            if sequence.state == "running":
+                sequence.computed -= rejected
         self._register(sequence)
         return True
 
@@ -253,48 +188,69 @@ class Scheduler:
         return sequence
 
     def schedule(self) -> Step:
-        """The next step; one without work where nothing can run before results are known or sequences are added."""
+        """The next step; one without chunks where nothing can run before results are known or sequences are added."""
         self.steps += 1
         timed_out = self._expire()
         self._drain()
         step = Step([], 0, [], [], timed_out)
         if not self.mixed:
             self._fill(step, decoding=False)
-        if not step.work:
+        if not step.chunks:
             self._fill(step, decoding=True)
         return step
 
     def _fill(self, step: Step, decoding: bool) -> None:
-        """Give the step its work. decoding: whether sequences that decode have a part in it."""
-        decodes: list[Work] = []
-        chunks: list[Work] = []
-        page_size = self.pool.page_size
+        """Give the step its chunks. decoding: whether sequences that decode have a part in it."""
+        decodes: list[ScheduledChunk] = []
+        prompts: list[ScheduledChunk] = []
+        page_size, drafts = self.pool.page_size, 0
         budget = self.step_tokens  # for prompts
         if decoding:
             budget -= sum(sequence.decoding for sequence in self.running)
         for sequence in self.running:  # who is preempted stands at its end, and has no part in the step yet
-            if sequence.decoding and not decoding:
-                continue
+            if sequence.decoding and (not decoding or sequence.length == sequence.limit):
+                continue  # at its limit, if no draft on its way is rejected
             count = 1 if sequence.decoding else min(sequence.length - sequence.computed, budget)
             end = sequence.computed + count
             if end > len(sequence.pages) * page_size and not self._grow(sequence, end, step.preempted):
                 break
             if sequence.decoding:
                 decodes.append(self._advance(sequence, 1))
+                drafts += sequence.drafts
             elif count:
                 budget -= count
-                chunks.append(self._advance(sequence, count))
+                prompts.append(self._advance(sequence, count))
                 self._register(sequence)
         while self.waiting and budget and not step.preempted and len(self.running) < self.max_running:
             sequence = self.waiting[0]
-            if not self._admit(sequence, chunks, step.copies):
+            if not self._admit(sequence, prompts, step.copies):
                 break
             count = min(sequence.length - sequence.computed, budget)
             self._grow(sequence, sequence.computed + count, step.preempted)
             budget -= count
-            chunks.append(self._advance(sequence, count))
+            prompts.append(self._advance(sequence, count))
             self._register(sequence)
-        step.work, step.decodes = decodes + chunks, len(decodes)
+        step.chunks, step.decodes = decodes + prompts, len(decodes)
+        if drafts:
+            self._add_drafts(step)
+
+    def _add_drafts(self, step: Step) -> None:
+        """Let sequences that decode verify drafts, on tokens and pages that nothing else needs in this step."""
+        page_size = self.pool.page_size
+        budget = self.step_tokens - step.tokens
+        for index, chunk in enumerate(step.chunks[: step.decodes]):
+            sequence = chunk.sequence
+            count = min(sequence.drafts, budget, sequence.limit - sequence.length)
+            missing = self.pool.pages_for(sequence.computed + count) - len(sequence.pages)
+            if missing > 0 and missing + len(self.running) <= self.pool.available:  # a page to grow is left for each
+                sequence.pages += self.pool.take(missing)
+            count = min(count, len(sequence.pages) * page_size - sequence.computed)
+            if count > 0:
+                budget -= count
+                step.chunks[index] = chunk._replace(count=1 + count)
+                sequence.computed += count
+                sequence.length += count
+                sequence.expected[-1] += count
 
     def _expire(self) -> list[Sequence]:
         timed_out = []
@@ -306,15 +262,19 @@ class Scheduler:
         return timed_out
 
     def _drain(self) -> None:
-        """Take pages and slots from the sequences whose last token the step before has computed."""
-        for sequence in self._draining:
-            if sequence.state == "running":
-                self._stop(sequence)
-                sequence.state = "drained"
-        self._draining.clear()
+        """Take pages and slots from the sequences whose last token a step before has chosen for certain."""
+        draining, self._draining = self._draining, []
+        for sequence in draining:
+            if sequence.state != "running" or sequence.length < sequence.limit:
+                continue
+            if any(most > 1 for most in sequence.expected):
+                self._draining.append(sequence)  # its drafts may be rejected
+                continue
+            self._stop(sequence)
+            sequence.state = "drained"
 
     def _grow(self, sequence: Sequence, end: int, preempted: list[Sequence]) -> bool:
-        """Pages for the tokens up to `end`, at the cost of the last in rank; False where that is `sequence` itself."""
+        """Take pages for the tokens up to `end`, preempting the last in rank; False where that is `sequence` itself."""
         count = self.pool.pages_for(end) - len(sequence.pages)
         while self.pool.available < count:
             last = self.running[-1]
@@ -327,21 +287,22 @@ class Scheduler:
         sequence.pages += self.pool.take(count)
         return True
 
-    def _advance(self, sequence: Sequence, count: int) -> Work:
+    def _advance(self, sequence: Sequence, count: int) -> ScheduledChunk:
         begin = sequence.computed
         sequence.computed = end = begin + count
         samples = end == sequence.length
         if samples:
             sequence.length += 1
+            sequence.expected.append(1)
             sequence.decoding = not self.recompute
             if self.recompute:
                 sequence.computed = 0
             if sequence.length == sequence.limit:
                 self._draining.append(sequence)
-        return Work(sequence, begin, count, samples)
+        return ScheduledChunk(sequence, begin, count, samples)
 
-    def _admit(self, sequence: Sequence, chunks: list[Work], copies: list[tuple[int, int]]) -> bool:
-        """Let the first that waits run, on the pages that hold its beginning; False where it must wait on."""
+    def _admit(self, sequence: Sequence, prompts: list[ScheduledChunk], copies: list[tuple[int, int]]) -> bool:
+        """Let the first that waits run, on cached pages of its prefix; False where it must wait on."""
         if len(sequence.tokens) < sequence.length:
             return False  # it was preempted, and a token of it is on its way
         size, parent = self.pool.page_size, sequence.parent
@@ -351,7 +312,7 @@ class Scheduler:
         forked = sequence.prompt_length - 1  # tokens that the parent's pages hold for it
         copied = None
         if parent and parent.computed >= forked > computed:
-            if any(work.sequence is parent for work in chunks):
+            if any(chunk.sequence is parent for chunk in prompts):
                 return False  # its last page is not complete before this step has run
             pages, computed = parent.pages[: forked // size], forked
             copied = parent.pages[forked // size] if forked % size else None
@@ -371,7 +332,7 @@ class Scheduler:
         return True
 
     def _register(self, sequence: Sequence) -> None:
-        """Make the pages known that `sequence` has filled with known tokens."""
+        """Register the pages that `sequence` has filled with known tokens in the prefix cache."""
         size = self.pool.page_size
         full = min(len(sequence.tokens), sequence.computed) // size
         if full == sequence.registered or not self.pool.prefix_cache:

@@ -34,7 +34,7 @@ def rows(context: Context, gpu: bool) -> list[Listed]:
 
 def measure(context: Context) -> None:
     """Adds the rows of decode steps of many sequences at one context, on a cache of random numbers."""
-    from engine.bench.latency import Case, Result, TooLarge, case_cost
+    from engine.bench.latency import Case, LatencyResult, TooLarge, case_cost
 
     llm, new, rows = context.llm, context.workload.new_tokens, context.rows
     llm.release()  # a cache of our own takes the place of the engine's
@@ -47,7 +47,7 @@ def measure(context: Context) -> None:
         case = Case(prompt=0, new=new, depth=length)
         cost, steps = case_cost(llm.model.footprint, case, batch)
         limit, kind = context.ceilings.milliseconds(cost)
-        rates = Result(case, batch, spent, steps, limit, kind).rates
+        rates = LatencyResult(case, batch, spent, steps, limit, kind).rates
         name, best = listed[0]["case"], None if limit is None else batch / limit * 1e3
         shared: dict[str, Any] = context.knobs | {"batch": batch, "context": length, "limit_kind": kind}
         add(rows, NAME, name, "step_ms", samples=[s / steps * 1e3 for s in spent], limit=limit, **shared)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from engine.bench.workloads import LATENCIES, Mix, Outcome, Request, describe, samples
+from engine.bench.workloads import LATENCIES, Mix, Outcome, SampleRequest, describe, samples
 from stages.bench.context import Context
 from stages.metrics import Listed, Rows
 from stages.standard import TooSlow
@@ -148,16 +148,16 @@ def check(llm: LLM, mix: Mix) -> None:
         raise ValueError(f"a request of {mix.longest} tokens, prompt and new ones; the model has {llm.max_model_len}")
     if llm.engine.device == "cuda":
         return
-    run_offline(llm, [Request([1], 1)])
+    run_offline(llm, [SampleRequest([1], 1)])
     tokens = 8
-    _, seconds = run_offline(llm, [Request([0] * tokens, 2)])
+    _, seconds = run_offline(llm, [SampleRequest([0] * tokens, 2)])
     total = sum(mix.lengths) + mix.count * (mix.prefix_tokens + mix.new_tokens)
     expected = seconds / (tokens + 2) * total
     if expected > CPU_SECONDS:
         raise TooSlow(f"one run would take about {expected:.0f} s, over the {CPU_SECONDS:.0f} s a case may take")
 
 
-def repeat(context: Context, mix: Mix) -> list[throughput.Result]:
+def repeat(context: Context, mix: Mix) -> list[throughput.ThroughputResult]:
     """Runs of the mix after one to warm up; on a CPU no more are begun once the first have taken CPU_SECONDS / 10."""
     from engine.bench.throughput import measure, warm_up
 

@@ -65,14 +65,14 @@ def measure(context: Context) -> None:
 
 def bench_server(context: Context, url: str) -> None:
     """Adds the rows of every load against the server at `url`, each with requests of its own."""
-    from engine.bench.client import Server, run
+    from engine.bench.client import Endpoint, run
 
-    server, mix, vocabulary = Server(url, MODEL), read_requests(context), context.config.vocab_size
+    server, mix, vocabulary = Endpoint(url, MODEL), read_requests(context), context.config.vocab_size
     # Kernels are loaded and graphs captured.
     asyncio.run(run(server, mix.requests(vocabulary)))
     for index, (name, clients, rate) in enumerate(list_loads(context), start=1):
         requests = arrive(mix.requests(vocabulary, index), rate, seed=index)
-        result: client.Result = asyncio.run(run(server, requests, clients))
+        result: client.LoadResult = asyncio.run(run(server, requests, clients))
         fields: dict[str, Any] = context.knobs | mix_knobs(mix) | {"batch": clients}
         if clients is None:
             fields["note"] = f"each sent at most {max(result.late_ms):.1f} ms after its time"

@@ -13,7 +13,7 @@ from stages.metrics import Listed, Rows
 from stages.standard import NO_GPU, TooSlow
 
 if TYPE_CHECKING:
-    from engine.bench.throughput import Result
+    from engine.bench.throughput import ThroughputResult
 
 NAME = "throughput"
 PHASES = ("prompts", "decode")
@@ -64,7 +64,7 @@ def bench_throughput(context: Context, mix: Mix, **knobs: Any) -> None:
         )  # fmt: skip
 
 
-def add_memory(rows: Rows, case: str, results: Sequence[Result], **knobs: Any) -> None:
+def add_memory(rows: Rows, case: str, results: Sequence[ThroughputResult], **knobs: Any) -> None:
     peaks = [float(result.peak_memory_bytes) for result in results if result.peak_memory_bytes is not None]
     if peaks:
         add(rows, NAME, case, "peak_memory_bytes", max(peaks), samples=peaks, **knobs)

@@ -90,7 +90,7 @@ def count_unequal_steps(engine: EngineModel, prompts: list[list[int]], captures:
     """
     import torch
 
-    from engine.runtime.decode_loop import DecodeLoop, Row, bucket
+    from engine.runtime.decode_loop import DecodeLoop, DecodeRow, bucket
     from engine.sampling_params import SamplingParams
 
     capacity = max(map(len, prompts)) + STEPS
@@ -98,7 +98,7 @@ def count_unequal_steps(engine: EngineModel, prompts: list[list[int]], captures:
     pieces = [Piece(slot, ids[:-1]) for slot, ids in enumerate(prompts) if len(ids) > 1]
     forward(engine, pieces, loop.cache)
     greedy = SamplingParams(temperature=0.0)
-    loop.start([Row(slot, ids[-1], len(ids) - 1, greedy, 0) for slot, ids in enumerate(prompts)])
+    loop.start([DecodeRow(slot, ids[-1], len(ids) - 1, greedy, 0) for slot, ids in enumerate(prompts)])
     steps = []
     for _ in range(STEPS):
         loop.enqueue()

@@ -25,7 +25,7 @@ def test_collector_is_as_it_was(enabled):
     was = gc.isenabled()
     try:
         (gc.enable if enabled else gc.disable)()
-        with pytest.raises(RuntimeError, match="inside"), cuda_graph._uncollected():
+        with pytest.raises(RuntimeError, match="inside"), cuda_graph.collector_off():
             assert not gc.isenabled()
             raise RuntimeError("inside")
         assert gc.isenabled() == enabled

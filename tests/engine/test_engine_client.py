@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.bench.client import EventParser, Result, Server, bench, find_model, make_body, make_schedules, run
-from engine.bench.workloads import Mix, Outcome, Request, arrive, parse_schedules
+from engine.bench.client import Endpoint, EventParser, LoadResult, bench, find_model, make_body, make_schedules, run
+from engine.bench.workloads import Mix, Outcome, SampleRequest, arrive, parse_schedules
 
 # --- events -----------------------------------------------------------------------------------------------------------
 
@@ -142,17 +142,17 @@ def saying(*data: Any, end: bool = True) -> Callable[[dict[str, Any], Write], Co
 
 
 def load(
-    fake: FakeServer, requests: list[Request], clients: int | None = None, **fields: Any
-) -> Result:  # fmt: skip
-    async def main() -> Result:
+    fake: FakeServer, requests: list[SampleRequest], clients: int | None = None, **fields: Any
+) -> LoadResult:  # fmt: skip
+    async def main() -> LoadResult:
         async with fake.serve():
-            return await run(Server(fake.url, "tiny", **fields), requests, clients)
+            return await run(Endpoint(fake.url, "tiny", **fields), requests, clients)
 
     return asyncio.run(main())
 
 
-def only(fake: FakeServer, request: Request | None = None, **fields: Any) -> Outcome:
-    (outcome,) = load(fake, [request or Request([1, 2, 3], 4)], **fields).outcomes
+def only(fake: FakeServer, request: SampleRequest | None = None, **fields: Any) -> Outcome:
+    (outcome,) = load(fake, [request or SampleRequest([1, 2, 3], 4)], **fields).outcomes
     return outcome
 
 
@@ -163,7 +163,7 @@ def test_a_completion_is_asked_for_by_token_ids_or_text():
     fake = FakeServer(good)
     load(
         fake,
-        [Request([1, 2, 3], 2), Request([1], 1, text="hi")],
+        [SampleRequest([1, 2, 3], 2), SampleRequest([1], 1, text="hi")],
         api_key="secret",
         body={"ignore_eos": True},
         clients=1,
@@ -172,7 +172,7 @@ def test_a_completion_is_asked_for_by_token_ids_or_text():
     assert path == "/v1/completions" and headers["authorization"] == "Bearer secret"
     assert first == {"model": "tiny", "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 2,
                      "ignore_eos": True, "prompt": [1, 2, 3]}  # fmt: skip
-    assert second["prompt"] == "hi" and "secret" not in repr(Server(fake.url, "tiny", api_key="secret"))
+    assert second["prompt"] == "hi" and "secret" not in repr(Endpoint(fake.url, "tiny", api_key="secret"))
 
 
 def test_a_chat_is_asked_for_by_text():
@@ -180,27 +180,27 @@ def test_a_chat_is_asked_for_by_text():
     chunks = [{"choices": [{"delta": {"content": text}, "finish_reason": None}]} for text in ("a", "", "b")]
     last = {"choices": [{"delta": {}, "finish_reason": "length"}]}
     fake = FakeServer(saying(role, *chunks, last, usage_chunk(9, 3), "[DONE]"))
-    outcome = only(fake, Request([1], 3, text="hi"), api="chat")
+    outcome = only(fake, SampleRequest([1], 3, text="hi"), api="chat")
     assert fake.requests[0][0] == "/v1/chat/completions"
     assert fake.requests[0][2]["messages"] == [{"role": "user", "content": "hi"}]
     # The role is no token; one that gives no text yet is.
     assert (outcome.error, outcome.prompt_tokens, outcome.new_tokens, len(outcome.itl_ms)) == (None, 9, 3, 2)
     with pytest.raises(ValueError, match="api = 'chat' needs requests with text"):
-        only(fake, Request([1], 3), api="chat")
+        only(fake, SampleRequest([1], 3), api="chat")
     assert len(fake.requests) == 1
 
 
 def test_addresses():
-    assert {Server(url, "m").root for url in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/")} == {
+    assert {Endpoint(url, "m").root for url in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/")} == {
         "http://h:1/v1"
     }
     for url in ("h:1", "", "ftp://h", "http://", "http://h:65536", "http://h:x"):
         with pytest.raises(ValueError, match="url = "):
-            Server(url, "m")
+            Endpoint(url, "m")
     with pytest.raises(ValueError, match="api = 'x'; it must be completions or chat"):
-        Server("http://h", "m", api="x")
+        Endpoint("http://h", "m", api="x")
     with pytest.raises(ValueError, match="timeout = 0"):
-        Server("http://h", "m", timeout=0)
+        Endpoint("http://h", "m", timeout=0)
 
 
 def test_the_servers_model_is_found():
@@ -224,7 +224,7 @@ def test_the_servers_model_is_found():
 
 
 def test_times_are_the_clients():
-    outcome = only(FakeServer(good), Request([1, 2, 3, 4, 5], 4))
+    outcome = only(FakeServer(good), SampleRequest([1, 2, 3, 4, 5], 4))
     assert (outcome.prompt_tokens, outcome.new_tokens, outcome.cached_tokens, outcome.error) == (5, 4, 2, None)
     assert 50 <= outcome.ttft_ms < 250 and len(outcome.itl_ms) == 3 and min(outcome.itl_ms) > 5
     assert outcome.e2e_ms == pytest.approx(outcome.ttft_ms + sum(outcome.itl_ms))
@@ -234,18 +234,18 @@ def test_times_are_the_clients():
 def test_the_loop_is_open():
     """All are under way together, each sent at its own time; with `clients` no more than these are."""
     fake = FakeServer(good)
-    result = load(fake, arrive([Request([1], 5)] * 8, rate=200.0, kind="fixed"))
+    result = load(fake, arrive([SampleRequest([1], 5)] * 8, rate=200.0, kind="fixed"))
     begins = [outcome.begin for outcome in result.outcomes]
     assert fake.most_running == 8 and begins == pytest.approx([index / 200 for index in range(8)], abs=0.1)
     assert result.seconds < 8 * 0.13 and max(result.late_ms) < 100
     fake = FakeServer(good)
-    result = load(fake, [Request([1], 2)] * 6, clients=2)
+    result = load(fake, [SampleRequest([1], 2)] * 6, clients=2)
     assert fake.most_running == 2 and result.seconds > 3 * 0.07 and all(o.error is None for o in result.outcomes)
 
 
 def test_a_record_of_a_run():
     fake = FakeServer(good)
-    result = load(fake, [Request([1, 2], 2), Request([1], 3)])
+    result = load(fake, [SampleRequest([1, 2], 2), SampleRequest([1], 3)])
     record = result.record("8 clients", {"ttft_ms": 1e4, "tpot_ms": 0.0}, gpu="none")
     assert (record["run"], record["gpu"], record["completed"], record["new_tokens"]) == ("8 clients", "none", 2, 5)
     assert record["goodput"] == 0 and record["errors"] == {} and record["other_length"] == 0
@@ -258,12 +258,12 @@ def test_tokens_are_counted_where_the_server_does_not():
     silent = saying(text_chunk("a"), text_chunk("bc", "stop"), "[DONE]")
     outcome = only(FakeServer(silent), count=len)
     assert (outcome.prompt_tokens, outcome.new_tokens) == (3, 3)
-    assert load(FakeServer(silent), [Request([1], 4)], count=len).record("x")["other_length"] == 1
+    assert load(FakeServer(silent), [SampleRequest([1], 4)], count=len).record("x")["other_length"] == 1
     assert only(FakeServer(silent)).error == "no usage"
 
 
 def test_a_single_token_may_come_with_the_end():
-    outcome = only(FakeServer(saying(text_chunk("", "length"), usage_chunk(3, 1))), Request([1], 1))
+    outcome = only(FakeServer(saying(text_chunk("", "length"), usage_chunk(3, 1))), SampleRequest([1], 1))
     assert outcome.error is None and outcome.ttft_ms == outcome.e2e_ms > 0 and outcome.itl_ms == []
 
 
@@ -305,7 +305,7 @@ def test_errors_of_the_server_and_the_network_are_counted_by_kind():
     begin = time.perf_counter()
     outcome = only(FakeServer(stuck), timeout=0.2)
     assert outcome.error == "timeout" and time.perf_counter() - begin < 3
-    (refused,) = asyncio.run(run(Server("http://127.0.0.1:1", "m"), [Request([1], 1)])).outcomes
+    (refused,) = asyncio.run(run(Endpoint("http://127.0.0.1:1", "m"), [SampleRequest([1], 1)])).outcomes
     assert refused.error == "ClientConnectorError"
 
 
@@ -313,7 +313,7 @@ def test_the_others_go_on():
     async def sometimes(asked: dict[str, Any], write: Write) -> None:
         await (good if asked["prompt"] != [7] else saying({"error": "bad luck"}))(asked, write)
 
-    result = load(FakeServer(sometimes), [Request([token], 2) for token in (5, 7, 6, 7)])
+    result = load(FakeServer(sometimes), [SampleRequest([token], 2) for token in (5, 7, 6, 7)])
     assert [outcome.error for outcome in result.outcomes] == [None, "error in the stream"] * 2
     record = result.record("x")
     assert (record["completed"], record["failed"], record["errors"]) == (2, 2, {"error in the stream": 2})
@@ -330,9 +330,9 @@ def test_a_mistake_of_ours_is_not_an_outcome(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_wrong_arguments():
-    server = Server("http://127.0.0.1:1", "m")
+    server = Endpoint("http://127.0.0.1:1", "m")
     with pytest.raises(ValueError, match="clients = 0; it must be at least 1"):
-        asyncio.run(run(server, [Request([1], 1)], clients=0))
+        asyncio.run(run(server, [SampleRequest([1], 1)], clients=0))
     with pytest.raises(ValueError, match="no requests"):
         asyncio.run(run(server, []))
 
@@ -346,7 +346,7 @@ def test_bench_is_a_record_a_schedule():
     async def main(url: str = "", model: str = "") -> list[dict[str, Any]]:
         async with fake.serve():
             schedules = make_schedules(parse_schedules("inf,50", "fixed", 0), [])
-            server = Server(url or fake.url, model)
+            server = Endpoint(url or fake.url, model)
             return await bench(server, lambda index: mix.requests(99, index), schedules, {"ttft_ms": 1e4})
 
     records = asyncio.run(main())
@@ -379,7 +379,7 @@ def test_the_client_is_not_bound_by_a_pool():
     """As many connections as requests: a pool of aiohttp's usual size would send the 101st late."""
 
     async def connect() -> tuple[int, float | None]:
-        async with Server("http://127.0.0.1:1", "m").connect() as client:
+        async with Endpoint("http://127.0.0.1:1", "m").connect() as client:
             assert client.connector
             return client.connector.limit, client.timeout.total
 

@@ -6,7 +6,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import pytest
@@ -17,7 +17,6 @@ from engine.config import EngineConfig
 from engine.llm import LLM
 from engine.model.config import ModelConfig
 from engine.model.weights import random_weights
-from engine.ops.batch import TokenSpan
 from engine.runtime.engine import Engine
 from engine.runtime.request import Request
 from engine.sampling_params import SamplingParams
@@ -46,33 +45,12 @@ def make_llm(device: str, **engine: Any) -> LLM:
 
 def watch(core: Engine, seen: dict[Request, Logits]) -> None:
     """Keep the logits that each request's tokens are chosen from."""
-    chosen = core.runner._choose
 
-    def choose(pending: Any, logits: Tensor, out: Tensor) -> None:
-        for row, request in enumerate(pending.requests):
-            seen.setdefault(request, {}).setdefault(request.length - 1, logits[row].clone())
-        chosen(pending, logits, out)
+    def observe(requests: list[Request], logits: Tensor) -> None:
+        for request, row in zip(requests, logits, strict=True):
+            seen.setdefault(request, {}).setdefault(request.length - 1, row.clone())
 
-    core.runner._choose = choose  # type: ignore[method-assign]
-    loop, prompts = core.runner._loop, core.runner._prompts
-    if loop is None or prompts is None:
-        return
-    enqueue, enqueue_prompt = loop.enqueue, prompts.enqueue
-
-    def enqueue_prompt_and_look(tokens: list[int], run: TokenSpan, params: SamplingParams, seed: int) -> None:
-        enqueue_prompt(tokens, run, params, seed)
-        assert prompts is not None and prompts.logits is not None
-        (request,) = (r for r in core.scheduler.running if r.slot == run.slot)
-        seen.setdefault(cast(Request, request), {}).setdefault(request.length - 1, prompts.logits[0].clone())
-
-    def enqueue_and_look(choice: Any = None) -> None:
-        enqueue(choice)
-        assert loop is not None and loop.logits is not None
-        if choice is None:
-            for row, request in enumerate(core.runner._decoding):
-                seen.setdefault(request, {}).setdefault(request.length - 1, loop.logits[row].clone())
-
-    loop.enqueue, prompts.enqueue = enqueue_and_look, enqueue_prompt_and_look  # type: ignore[method-assign]
+    core.runner.observe = observe
 
 
 class Alone:
@@ -428,11 +406,11 @@ def test_a_great_many_positions():
 
 
 def test_steps_suit_the_device():
-    assert EngineConfig().step_tokens == 256 and EngineConfig(device="cuda").step_tokens == 8192
+    assert EngineConfig(device="cuda").step_tokens > EngineConfig().step_tokens
     assert EngineConfig(max_step_tokens=7).step_tokens == 7
-    llm = make_llm("cpu", max_batch=3)
-    assert llm.core.scheduler.step_tokens == 256
-    assert make_llm("cpu", max_batch=300).core.scheduler.step_tokens == 300
+    assert make_llm("cpu", max_batch=3).core.scheduler.step_tokens == EngineConfig().step_tokens
+    batch = EngineConfig().step_tokens + 44  # each decodes in every step
+    assert make_llm("cpu", max_batch=batch).core.scheduler.step_tokens == batch
 
 
 @pytest.mark.slow
@@ -456,5 +434,5 @@ def test_many_requests_leave_nothing_behind():
         del lives
         sizes.append(process.memory_info().rss)
     assert sum(core.stats().finished.values()) == 500 * batches
-    assert core.pool.used == 0 and not core._begun and not core.scheduler.running and not core.scheduler.waiting
+    assert core.pool.used == 0 and not core.scheduler.running and not core.scheduler.waiting
     assert max(sizes[batches // 2 :]) - max(sizes[: batches // 2]) < 8 << 20, sizes

@@ -15,7 +15,7 @@ from engine.model.transformer import Model
 from engine.model.weights import load_weights, random_weights
 from engine.ops.batch import Batch
 from engine.ops.reference import ReferenceOps
-from engine.runtime.decode_loop import DecodeLoop, Row, bucket
+from engine.runtime.decode_loop import BUCKETS, DecodeLoop, DecodeRow, bucket
 from engine.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -48,7 +48,7 @@ def step_by_step(
     return ids[len(prompt) :], torch.cat(rows)
 
 
-def fill(model: Model, loop: DecodeLoop, slots: list[int], params: list[SamplingParams]) -> list[Row]:
+def fill(model: Model, loop: DecodeLoop, slots: list[int], params: list[SamplingParams]) -> list[DecodeRow]:
     """Prefill PROMPTS[i] but its last token into slots[i]; the rows that go on from there."""
     rows = []
     for slot, prompt, setting in zip(slots, PROMPTS, params, strict=False):
@@ -56,7 +56,7 @@ def fill(model: Model, loop: DecodeLoop, slots: list[int], params: list[Sampling
             new = torch.tensor(prompt[:-1], dtype=torch.int32, device=model.weights.device)
             places = torch.arange(len(new), dtype=torch.int32, device=new.device)
             model.forward(Batch(new, torch.full_like(new, slot), places), loop.cache)
-        rows.append(Row(slot, prompt[-1], len(prompt) - 1, setting, seed=slot))
+        rows.append(DecodeRow(slot, prompt[-1], len(prompt) - 1, setting, seed=slot))
     return rows
 
 
@@ -75,7 +75,7 @@ def check_loop(model: Model, graph: bool, steps: int = 5) -> None:
             loop.enqueue()
             assert loop.logits is not None and loop.size == 4
             logits = loop.logits.clone()
-            assert loop.wait() == [tokens[step] for tokens, _ in expected]
+            assert loop.wait() == [[tokens[step]] for tokens, _ in expected]
             for row, (_, right) in enumerate(expected):
                 assert torch.equal(logits[row], right[step])
         assert loop.generated() == [tokens for tokens, _ in expected]
@@ -124,13 +124,16 @@ def test_what_cannot_run_is_refused(references: Callable[[str], Reference]):
     model = build(references("olmo2").path)
     loop = DecodeLoop(model, model.new_cache(3, 20), graph=False)
     with pytest.raises(ValueError, match="3 rows decode as 4, and the cache has 3 slots"):
-        loop.start([Row(slot, 1, 0, GREEDY, 0) for slot in range(3)])
+        loop.start([DecodeRow(slot, 1, 0, GREEDY, 0) for slot in range(3)])
     with pytest.raises(ValueError, match="a CUDA graph of a model on 'cpu'"):
         DecodeLoop(model, model.new_cache(1, 20), graph=True)
 
 
 def test_buckets():
-    assert [bucket(rows) for rows in (1, 2, 3, 8, 9, 100, 256, 257, 513)] == [1, 2, 4, 8, 16, 128, 256, 512, 768]
+    largest = BUCKETS[-1]
+    sizes = [*BUCKETS, 2 * largest, 3 * largest]
+    for rows in range(1, 3 * largest + 1):
+        assert bucket(rows) == min(size for size in sizes if size >= rows)
 
 
 @pytest.fixture(scope="module")

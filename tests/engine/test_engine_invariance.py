@@ -9,7 +9,7 @@ from engine.model.config import ModelConfig
 from engine.model.transformer import Model
 from engine.model.weights import random_weights
 from engine.ops.batch import Batch, TokenSpan
-from engine.runtime.decode_loop import DecodeLoop, Row
+from engine.runtime.decode_loop import DecodeLoop, DecodeRow
 from engine.sampling_params import SamplingParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -55,8 +55,8 @@ def logits(model: Model, neighbours: int, slot: int, graph: bool) -> tuple[torch
             cache.normal_(generator=noise)
             own = torch.randn(cache.shape[1:], generator=torch.Generator().manual_seed(index), dtype=torch.float32)
             cache[slot] = own.to(cache.device, cache.dtype)
-    sequences = [Row(i, 17 + i, 40 + 3 * i % 600, GREEDY, i) for i in range(rows)]
-    sequences[slot] = Row(slot, 11, 600, GREEDY, 0)
+    sequences = [DecodeRow(i, 17 + i, 40 + 3 * i % 600, GREEDY, i) for i in range(rows)]
+    sequences[slot] = DecodeRow(slot, 11, 600, GREEDY, 0)
     loop.start(sequences)
     loop.advance(4)
     assert loop.logits is not None
@@ -79,7 +79,7 @@ def test_repeats(model: Model):
     loop = DecodeLoop(model, model.new_cache(4, 300), graph=True)
     for cache in (*loop.cache.k, *loop.cache.v):
         cache.normal_()
-    rows = [Row(i, i, 200, GREEDY, i) for i in range(4)]
+    rows = [DecodeRow(i, i, 200, GREEDY, i) for i in range(4)]
     loop.start(rows)
     loop.advance(1)
     assert loop.logits is not None
@@ -143,7 +143,7 @@ def test_pages_in_any_order(model: Model, page_size: int):
             spans = [TokenSpan(here.stop - begin, 0, begin)]
             parts.append(model.forward(Batch(ids[here], slots[here], places[here], spans=spans), cache))
         loop = DecodeLoop(model, cache, graph=True)
-        loop.start([Row(0, 7, length, GREEDY, 0)])
+        loop.start([DecodeRow(0, 7, length, GREEDY, 0)])
         loop.advance(steps)
         assert loop.logits is not None
         found.append((torch.cat(parts), loop.generated(), loop.logits.clone()))

@@ -16,7 +16,7 @@ from engine.model.weights import random_weights
 from engine.ops.batch import Batch, TokenSpan
 from engine.ops.protocol import Ops
 from engine.ops.reference import ReferenceOps
-from engine.runtime.decode_loop import DecodeLoop, Row
+from engine.runtime.decode_loop import DecodeLoop, DecodeRow
 from engine.sampling_params import SamplingParams
 
 OPS = ReferenceOps()
@@ -158,7 +158,7 @@ def check_decode(model: Model, graph: bool) -> None:
                 tokens = integers(prompt[:-1], device)
                 spans = [TokenSpan(count, slot, 0)]
                 model.forward(Batch(tokens, torch.full_like(tokens, slot), places, spans=spans), loop.cache)
-            rows.append(Row(slot, prompt[-1], count, DRAWN if slot == 2 else GREEDY, slot))
+            rows.append(DecodeRow(slot, prompt[-1], count, DRAWN if slot == 2 else GREEDY, slot))
         before = growing.held(1)
         for loop in loops:
             loop.start(rows[1:])
@@ -197,7 +197,7 @@ def test_decode_loop_needs_no_more_slots_than_rows(model: Model):
     loop = DecodeLoop(model, growing.cache, graph=False)
     for slot in range(3):
         growing.reach(slot, 4)
-    loop.start([Row(slot, 7, 0, GREEDY, 0) for slot in range(3)])
+    loop.start([DecodeRow(slot, 7, 0, GREEDY, 0) for slot in range(3)])
     loop.advance(4)
     first, *others = loop.generated()
     assert loop.size == 4 and others == [first, first] and len(first) == 4

@@ -108,9 +108,9 @@ def check_choices(model: Model, cache: KVCache, graph: bool) -> None:
             right = expected(ids, run, params, seed)
             assert int(kept[slot]) == right
             if before is not None:
-                assert loop.wait() == [before]
+                assert loop.wait() == [[before]]
             before = right
-        assert loop.wait() == [before] and int(kept[2]) == -7
+        assert loop.wait() == [[before]] and int(kept[2]) == -7
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "paged"])
@@ -125,7 +125,7 @@ def test_logits_that_are_nan():
     model, kept = Model(CONFIG, weights, ReferenceOps(), max_positions=96), torch.full((2,), 9, dtype=torch.int32)
     loop = PromptLoop(model, model.new_cache(2, 96), graph=False, tokens_of_slots=kept)
     loop.enqueue([1, 2], TokenSpan(2, 1, 0), GREEDY, 0)
-    assert loop.wait() == [-1] and kept.tolist() == [9, 0]
+    assert loop.wait() == [[-1]] and kept.tolist() == [9, 0]
 
 
 @pytest.mark.gpu

@@ -2,150 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from typing import Any
-from zlib import crc32
 
 import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from simulated_device import END, SIZE, Engine, numbers, shape
 
 from engine.scheduler.page_pool import PagePool
-from engine.scheduler.scheduler import Scheduler, Sequence, Step
-
-SIZE = 4  # tokens a page, where a test does not say otherwise
-END = 0  # the token that ends a sequence before its limit
-
-
-def state_after(state: int, token: int) -> int:
-    """What stands for keys and values: a number that depends on a token and on all before it."""
-    return hash((state, token))
-
-
-def choice(state: int, id: object) -> int:
-    """The token that a sequence chooses after `state`; one whose id is a number may end before its limit."""
-    drawn = crc32(repr((state, id)).encode())
-    return drawn % 12 if isinstance(id, int) else 1 + drawn % 11
-
-
-def alone(prompt: list[int], id: object, limit: int) -> list[int]:
-    """The tokens of a sequence that has the machine to itself."""
-    state, tokens = 0, []
-    for token in prompt:
-        state = state_after(state, token)
-    while len(prompt) + len(tokens) < limit and END not in tokens:
-        tokens.append(choice(state, id))
-        state = state_after(state, tokens[-1])
-    return prompt + tokens
-
-
-class Device:
-    """Runs steps as a GPU does: pages hold what was written last, tokens are read from pages and slots alone."""
-
-    def __init__(self, pool: PagePool, max_running: int) -> None:
-        self.size = pool.page_size
-        self.pages = [[-1] * self.size for _ in range(pool.pages)]
-        self.chosen = [-1] * max_running
-
-    def run(self, step: Step) -> list[tuple[Sequence, int]]:
-        """The tokens that the step chooses."""
-        for source, target in step.copies:
-            self.pages[target] = list(self.pages[source])
-        return self._pass(step, 0, step.decodes) + self._pass(step, step.decodes, len(step.work))
-
-    def _pass(self, step: Step, first: int, last: int) -> list[tuple[Sequence, int]]:
-        results, states = [], []
-        for work in step.work[first:last]:  # all are written before any is read
-            sequence, end = work.sequence, work.begin + work.count
-            tokens = sequence.tokens[work.begin : end]
-            if len(tokens) < work.count:
-                assert work.count == 1 and first == 0
-                tokens = [self.chosen[sequence.slot]]
-            state = self._read(sequence, work.begin - 1) if work.begin else 0
-            for position, token in enumerate(tokens, work.begin):
-                state = state_after(state, token)
-                self._place(sequence, position)[position % self.size] = state
-        for work in step.work[first:last]:
-            sequence, end = work.sequence, work.begin + work.count
-            states = [self._read(sequence, position) for position in range(end)]
-            known = sequence.tokens[:end]
-            for before, token, state in zip([0, *states], known, states, strict=False):
-                assert state == state_after(before, token), f"{sequence} reads what is not its own"
-            if work.samples:
-                self.chosen[sequence.slot] = choice(states[-1], sequence.id)
-                results.append((sequence, self.chosen[sequence.slot]))
-        return results
-
-    def _read(self, sequence: Sequence, position: int) -> int:
-        return self._place(sequence, position)[position % self.size]
-
-    def _place(self, sequence: Sequence, position: int) -> list[int]:
-        return self.pages[sequence.pages[position // self.size]]
-
-
-class Engine:
-    """A scheduler and a device; results come `ahead` steps late."""
-
-    def __init__(
-        self,
-        pages: int = 64,
-        max_running: int = 4,
-        step_tokens: int = 16,
-        ahead: int = 0,
-        page_size: int = SIZE,
-        **arguments: Any,
-    ) -> None:
-        self.now = 0.0
-        self.pool = PagePool(pages, page_size)
-        self.scheduler = Scheduler(self.pool, max_running, step_tokens, 64, clock=lambda: self.now, **arguments)
-        self.device = Device(self.pool, max_running)
-        self.ahead = ahead
-        self.on_their_way: deque[list[tuple[Sequence, int]]] = deque()
-        self.finished: list[Sequence] = []
-
-    def add(self, id: Any, prompt: list[int], new: int = 4, **arguments: Any) -> Sequence:
-        sequence = Sequence(id, prompt, len(prompt) + new, **arguments)
-        self.scheduler.add(sequence)
-        return sequence
-
-    def step(self) -> Step:
-        step = self.scheduler.schedule()
-        self.on_their_way.append(self.device.run(step))
-        while len(self.on_their_way) > self.ahead:
-            self.deliver()
-        return step
-
-    def deliver(self) -> None:
-        for sequence, token in self.on_their_way.popleft():
-            if not self.scheduler.append(sequence, token):
-                assert sequence.state == "ended"
-            elif token == END or len(sequence.tokens) == sequence.limit:
-                self.scheduler.finish(sequence)
-                self.finished.append(sequence)
-                prompt = sequence.tokens[: sequence.prompt_length]
-                assert sequence.tokens == alone(prompt, sequence.id, sequence.limit)
-
-    def drain(self) -> list[Step]:
-        steps = []
-        while len(self.scheduler):
-            steps.append(self.step())
-        return steps
-
-    def check_empty(self) -> None:
-        scheduler, pool = self.scheduler, self.pool
-        assert not scheduler.waiting and not scheduler.running and not scheduler._deadlines
-        assert pool.used == 0 and pool.available == pool.pages
-        assert sorted(scheduler._slots) == list(range(scheduler.max_running))
-
-
-def shape(step: Step) -> list[tuple[object, int, int, bool]]:
-    return [(work.sequence.id, work.begin, work.count, work.samples) for work in step.work]
-
-
-def numbers(count: int, first: int = 1) -> list[int]:
-    """A prompt that shares no page with those of another `first`."""
-    return list(range(first, first + count))
+from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.sequence import Sequence, Step
 
 
 def test_decodes_come_first_then_prompts_in_order_within_the_budget():
@@ -187,7 +55,7 @@ def test_salts_share_nothing():
     for sequence in mine:
         engine.add(f"theirs {sequence.id}", sequence.tokens, salt=b"theirs")
         engine.add(f"again {sequence.id}", sequence.tokens, salt=b"mine")
-    assert [work.begin > 0 for work in engine.step().work] == [False, True, False, True]
+    assert [chunk.begin > 0 for chunk in engine.step().chunks] == [False, True, False, True]
     engine.drain()
 
 
@@ -195,7 +63,7 @@ def test_a_prompt_is_shared_in_the_step_that_computes_it():
     engine = Engine(max_running=8, step_tokens=64)
     for id in range(8):
         engine.add(f"{id}", [*numbers(3 * SIZE), 50 + id])
-    assert [work.count for work in engine.step().work] == [3 * SIZE + 1] + [1] * 7
+    assert [chunk.count for chunk in engine.step().chunks] == [3 * SIZE + 1] + [1] * 7
     assert engine.pool.used == 3 + 8
     engine.drain()
     engine.check_empty()
@@ -206,7 +74,7 @@ def test_generated_pages_are_found_again():
     first = engine.add("first", numbers(2), new=3 * SIZE)
     engine.drain()
     engine.add("next turn", [*first.tokens, 9])
-    assert engine.step().work[0].begin == 3 * SIZE
+    assert engine.step().chunks[0].begin == 3 * SIZE
     engine.drain()
 
 
@@ -231,7 +99,7 @@ def test_a_sequence_is_let_in_with_a_page_to_grow_for_each_that_runs():
     engine.add("runs", numbers(SIZE), new=2 * SIZE)
     engine.add("fits", numbers(2 * SIZE, 50))
     engine.add("does not", numbers(1, 90))
-    assert [work.sequence.id for work in engine.step().work] == ["runs", "fits"]
+    assert [chunk.sequence.id for chunk in engine.step().chunks] == ["runs", "fits"]
     assert engine.pool.available == 2
     steps = engine.drain()
     assert not any(step.preempted for step in steps)
@@ -270,8 +138,8 @@ def test_nothing_overtakes_a_sequence_that_waits_for_pages():
         if not admitted:
             engine.add(f"{id}", numbers(2, id), new=1)
         step = engine.step()
-        admitted = admitted or any(work.sequence is large for work in step.work)
-        assert admitted or {work.sequence.id for work in step.work} == {"first"}
+        admitted = admitted or any(chunk.sequence is large for chunk in step.chunks)
+        assert admitted or {chunk.sequence.id for chunk in step.chunks} == {"first"}
     assert admitted
     engine.drain()
     engine.check_empty()
@@ -281,16 +149,16 @@ def test_nothing_overtakes_a_sequence_that_waits_for_pages():
 def test_low_priorities_wait_a_bounded_time_under_a_flood_of_high_ones(priority: int):
     engine = Engine(max_running=2, ageing=10)
     low = engine.add("low", numbers(3), priority=priority)
-    first_work = None
-    while first_work is None:
+    first_chunk = None
+    while first_chunk is None:
         for flood in range(2):  # twice what can be served
             engine.add(f"{engine.scheduler.steps}.{flood}", numbers(2, 100), new=2)
-        if any(work.sequence is low for work in engine.step().work):
-            first_work = engine.scheduler.steps
+        if any(chunk.sequence is low for chunk in engine.step().chunks):
+            first_chunk = engine.scheduler.steps
         assert engine.scheduler.steps < 1000
     # Of the flood, what came in the first 10 steps of each level: twice 10 sequences that take two steps, two at once.
-    assert first_work <= 1 + priority * 10 * 2 + 2
-    assert first_work > priority * 10
+    assert first_chunk <= 1 + priority * 10 * 2 + 2
+    assert first_chunk > priority * 10
 
 
 def test_a_step_is_scheduled_before_the_results_of_the_one_before():
@@ -307,15 +175,15 @@ def test_a_step_is_scheduled_before_the_results_of_the_one_before():
     assert len(a.tokens) == 3 and a.length == 6 == a.limit and len(a.pages) == 2
     assert shape(scheduler.schedule()) == [("b", 7, 1, True)]
     assert a.state == "drained" and a.pages == [] and len(scheduler) == 2  # nothing of it is left to schedule
-    assert scheduler.append(b, 30) and scheduler.append(b, END)
+    assert scheduler.append(b, [30]) and scheduler.append(b, [END])
     scheduler.finish(b)
-    assert not scheduler.append(b, 31) and not scheduler.append(b, 32)  # were on their way
+    assert not scheduler.append(b, [31]) and not scheduler.append(b, [32])  # were on their way
     assert b.tokens == [*numbers(5), 30, END]
-    assert scheduler.schedule().work == []
+    assert scheduler.schedule().chunks == []
     for token in (40, 41, 42):
-        assert scheduler.append(a, token)
+        assert scheduler.append(a, [token])
     with pytest.raises(ValueError, match="sequence 'a' expects no token"):
-        scheduler.append(a, 43)
+        scheduler.append(a, [43])
     scheduler.finish(a)
     assert a.tokens == [*numbers(3), 40, 41, 42]
     engine.check_empty()
@@ -329,10 +197,10 @@ def test_a_preempted_sequence_waits_for_the_tokens_on_their_way():
     while not (step := scheduler.schedule()).preempted:
         pass
     assert step.preempted == [young] and len(young.tokens) == 1 and young.length == SIZE + 1
-    assert scheduler.schedule().work == [] and scheduler.running == []
+    assert scheduler.schedule().chunks == [] and scheduler.running == []
     for token in (60, 61, 62, 63):
-        assert scheduler.schedule().work == []
-        assert scheduler.append(young, token)
+        assert scheduler.schedule().chunks == []
+        assert scheduler.append(young, [token])
     assert shape(scheduler.schedule()) == [("young", 0, SIZE + 1, True)]
 
 
@@ -356,7 +224,7 @@ def test_forks_without_a_page_to_copy_or_a_parent():
     engine = Engine(max_running=4)
     parent = engine.add("parent", numbers(SIZE + 1), new=4)
     engine.add("at a page's end", numbers(SIZE + 1), new=4, parent=parent)
-    assert [work.count for work in engine.step().work] == [SIZE + 1, 1]  # by the prefix cache, in the same step
+    assert [chunk.count for chunk in engine.step().chunks] == [SIZE + 1, 1]  # by the prefix cache, in the same step
     engine.drain()
     engine.add("late", numbers(SIZE + 1), parent=parent)
     step = engine.step()
@@ -463,14 +331,15 @@ PATIENCE = st.integers(1, 40)
 
 
 class Traces(RuleBasedStateMachine):
-    """Any order of arrivals, steps, aborts and deadlines, with results up to two steps late."""
+    """Any order of arrivals, steps, drafts, aborts and deadlines, with results up to two steps late."""
 
     @initialize(
-        pages=st.integers(12, 18), max_running=st.integers(1, 5), spare=st.integers(0, 8), ahead=st.integers(0, 2)
-    )
-    def start(self, pages: int, max_running: int, spare: int, ahead: int) -> None:
-        self.engine = Engine(pages, max_running, max_running + spare, ahead, page_size=2, ageing=5)
-        self.scheduler, self.pool = self.engine.scheduler, self.engine.pool
+        pages=st.integers(12, 18), max_running=st.integers(1, 5), spare=st.integers(0, 16), ahead=st.integers(0, 2),
+        drafts=st.sampled_from([0, 1, 3, 7]), accepted=st.integers(0, 5),
+    )  # fmt: skip
+    def start(self, pages: int, max_running: int, spare: int, ahead: int, drafts: int, accepted: int) -> None:
+        self.engine = Engine(pages, max_running, max_running + spare, ahead, page_size=2, accepted=accepted, ageing=5)
+        self.scheduler, self.pool, self.drafts = self.engine.scheduler, self.engine.pool, drafts
         self.live: list[Sequence] = []
         self.bounds: dict[int, int] = {}  # arrival → the step by which the sequence has ended
         self.arrived: dict[int, int] = {}  # arrival → steps scheduled before it
@@ -491,10 +360,15 @@ class Traces(RuleBasedStateMachine):
 
     def add_one(self, prompt: list[int], new: int, **arguments: Any) -> None:
         steps = self.scheduler.steps
-        sequence = self.engine.add(len(self.arrived), prompt, new, **arguments)
+        sequence = self.engine.add(len(self.arrived), prompt, new, self.drafts, **arguments)
         self.live.append(sequence)
         self.arrived[sequence.arrival] = steps
         self.bound_waiting()
+
+    @precondition(lambda self: self.live and self.drafts)
+    @rule(data=st.data(), drafts=st.integers(0, 7))
+    def propose(self, data: st.DataObject, drafts: int) -> None:
+        self.one_of_live(data).drafts = drafts
 
     @rule(count=st.integers(1, 5))
     def steps(self, count: int) -> None:
@@ -527,10 +401,9 @@ class Traces(RuleBasedStateMachine):
 
     def step(self) -> None:
         scheduler, engine = self.scheduler, self.engine
-        decoding = [sequence for sequence in scheduler.running if sequence.decoding]
+        decoding = [x for x in scheduler.running if x.decoding and x.length < x.limit]
         waited = list(scheduler.waiting)
-        registered = set(self.pool._by_key.values())
-        full = {x.id: registered.intersection(x.pages) for x in scheduler.running}
+        full = {x.id: set(x.pages[: x.registered]) for x in scheduler.running}
         engine.now += 1
         run = engine.device.run
         engine.device.run = lambda step: (self.check(step, decoding, waited, full), run(step))[1]
@@ -539,20 +412,24 @@ class Traces(RuleBasedStateMachine):
         self.bound_waiting()
         self.forget_ended()
         for sequence in self.live:
+            engine.check_prefix_cache(sequence)
             if engine.ahead <= 1 and sequence.arrival in self.bounds:
                 assert scheduler.steps <= self.bounds[sequence.arrival], f"{sequence} has not ended in time"
 
     def check(self, step: Step, decoding: list[Sequence], waited: list[Sequence], full: dict[Any, set[int]]) -> None:
         """What a step does, given who decoded and who waited before it, and the full pages that each one held."""
         scheduler = self.scheduler
-        assert step.tokens == sum(work.count for work in step.work) <= scheduler.step_tokens
-        decodes = [work.sequence for work in step.work[: step.decodes]]
+        assert step.tokens == sum(chunk.count for chunk in step.chunks) <= scheduler.step_tokens
+        decodes = [chunk.sequence for chunk in step.chunks[: step.decodes]]
         gone = [*step.preempted, *step.timed_out]
-        # Decoding is starved neither by prompts nor by pages that a lower rank holds.
+        # Decoding is starved neither by prompts nor by pages that a lower rank holds, nor by others' drafts.
         assert decodes == [x for x in decoding if x not in gone and x.state == "running"]
-        assert all(work.count == 1 and work.samples for work in step.work[: step.decodes])
+        for sequence, _, count, samples in step.chunks[: step.decodes]:
+            assert samples and 1 <= count <= 1 + sequence.drafts and sequence.expected[-1] == count
         if scheduler.running:
-            assert any(work.sequence is scheduler.running[0] for work in step.work), "the first in rank moves on"
+            first = scheduler.running[0]
+            at_limit = first.decoding and first not in decoding
+            assert at_limit or any(chunk.sequence is first for chunk in step.chunks), "the first in rank moves on"
         assert sum(not sequence.decoding for sequence in scheduler.running) <= 1, "one prompt is unfinished"
         if step.preempted:
             assert all(x.state == "waiting" for x in step.preempted)
@@ -561,9 +438,9 @@ class Traces(RuleBasedStateMachine):
         if admitted:
             assert max(x.rank for x in admitted) < min([x.rank for x in scheduler.waiting], default=(10**9, 0))
         sealed = {page for x in scheduler.running for page in full.get(x.id, set()).intersection(x.pages)}
-        for work in step.work:
-            last = work.begin + work.count - 1
-            pages = work.sequence.pages[work.begin // self.pool.page_size : last // self.pool.page_size + 1]
+        for number, (sequence, begin, count, _) in enumerate(step.chunks):
+            begin = self.engine.device.positions[sequence.slot] if number < step.decodes else begin
+            pages = sequence.pages[begin // self.pool.page_size : (begin + count - 1) // self.pool.page_size + 1]
             assert not sealed.intersection(pages), "a page that was full is written again"
         assert not sealed.intersection(target for _, target in step.copies)
 
@@ -575,13 +452,17 @@ class Traces(RuleBasedStateMachine):
         assert [pool.owners(page) for page in range(pool.pages)] == [owners[page] for page in range(pool.pages)]
         assert pool.used == len(owners)
         assert len(scheduler) == len(self.live) and len(scheduler.running) <= scheduler.max_running
-        slots = [sequence.slot for sequence in scheduler.running]
-        assert len({*slots, *scheduler._slots}) == len(slots) + len(scheduler._slots) == scheduler.max_running
+        slots = {sequence.slot for sequence in scheduler.running}
+        assert len(slots) == len(scheduler.running) and slots <= set(range(scheduler.max_running))
         for sequences in (scheduler.waiting, scheduler.running):
             assert sequences == sorted(sequences, key=lambda sequence: sequence.rank)
         for sequence in self.live:
-            assert len(set(sequence.pages)) == len(sequence.pages) == pool.pages_for(sequence.computed)
-            assert len(sequence.tokens) <= sequence.length <= sequence.limit and sequence.computed < sequence.length
+            rejected = 7 * (self.engine.ahead + 1)  # at most, and its pages are kept
+            least, most = pool.pages_for(sequence.computed), pool.pages_for(sequence.computed + rejected)
+            assert least <= len(set(sequence.pages)) == len(sequence.pages) <= most
+            assert len(sequence.pages) <= pool.pages_for(sequence.positions)
+            assert len(sequence.tokens) + sum(sequence.expected) == sequence.length <= sequence.limit
+            assert sequence.computed < sequence.length
             assert sequence.registered <= len(sequence.pages)
             if sequence.state != "running":
                 assert sequence.slot == -1 and not sequence.pages

@@ -11,7 +11,8 @@ import torch
 from engine.llm import LLM, EngineConfig
 from engine.model.config import ModelConfig
 from engine.model.weights import empty_weights, random_weights
-from engine.runtime import decode_loop, prompt_loop
+from engine.runtime import graph_step
+from engine.runtime.runner import Runner
 from engine.runtime.startup import kernels_of
 from engine.sampling_params import SamplingParams
 from kernels import simulator
@@ -112,9 +113,8 @@ def test_no_request_needs_what_was_not_prepared(fields, dtype, settings, monkeyp
 
     monkeypatch.setattr(Kernel, "_simulate", launch)
     monkeypatch.setattr(EngineConfig, "captures", property(lambda engine: engine.cuda_graph))
-    for module in (decode_loop, prompt_loop):
-        monkeypatch.setattr(module, "new_pool", lambda device: None)
-        monkeypatch.setattr(module, "capture", lambda run, pool: (Graph(run), run()))
+    monkeypatch.setattr(graph_step, "new_pool", lambda device: None)
+    monkeypatch.setattr(graph_step, "capture", lambda run, pool: (Graph(run), run()))
     config = ModelConfig.from_dict(fields)
     weights = empty_weights(config, "cpu", dtype)
     for _, tensor in weights.named_tensors():
@@ -125,9 +125,10 @@ def test_no_request_needs_what_was_not_prepared(fields, dtype, settings, monkeyp
     assert launched <= prepared, sorted(launched - prepared)
     assert llm.stats().late_graphs == 0
     if settings["cuda_graph"]:  # the count counts
-        llm.core.runner._loop._graphs.clear()  # type: ignore[union-attr]
+        monkeypatch.setattr(Runner, "capture", lambda runner: None)
+        llm = LLM((config, weights), configured(**settings))
         llm.generate([[1]], SamplingParams(temperature=0.0, max_new_tokens=3, ignore_eos=True))
-        assert llm.stats().late_graphs == 1
+        assert llm.stats().late_graphs == 2  # of the prompt, and of a decode step
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the simulator's")

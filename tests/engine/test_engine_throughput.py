@@ -29,7 +29,7 @@ from engine.bench.throughput import (
     split,
     warm_up,
 )
-from engine.bench.workloads import Mix, Outcome, Request, arrive, render
+from engine.bench.workloads import Mix, Outcome, SampleRequest, arrive, render
 from engine.model.config import ModelConfig
 from engine.model.cost import Ceilings, Footprint, step_cost
 from engine.runtime.request import Completion, Update
@@ -171,7 +171,7 @@ def test_all_at_once_is_one_call(config: ModelConfig):
 
 
 def test_requests_run_at_their_arrivals(config: ModelConfig, online: None):
-    requests = arrive([Request([9, 9, index], 3) for index in range(4)], rate=25.0, kind="fixed")
+    requests = arrive([SampleRequest([9, 9, index], 3) for index in range(4)], rate=25.0, kind="fixed")
     result = measure(FakeLLM(config), requests, CEILINGS)  # type: ignore[arg-type]
     begins = [outcome.begin for outcome in result.outcomes]
     assert begins == pytest.approx([0.0, 0.04, 0.08, 0.12], abs=0.03) and begins == sorted(begins)
@@ -190,7 +190,7 @@ def test_no_request_waits_for_another(online: None):
             return stream
 
     engine = Slow()
-    requests = arrive([Request([9, index], 2) for index in range(3)], rate=50.0, kind="fixed")
+    requests = arrive([SampleRequest([9, index], 2) for index in range(3)], rate=50.0, kind="fixed")
     _, seconds = asyncio.run(run_online(engine, requests))  # type: ignore[arg-type]
     times = [at for at, _, _ in engine.submitted]
     assert times[-1] - times[0] < 0.2 and seconds >= 0.3
@@ -199,20 +199,20 @@ def test_no_request_waits_for_another(online: None):
 
 def test_failures_are_outcomes(online: None):
     engine = FakeAsync()
-    outcomes, _ = asyncio.run(run_online(engine, [Request([1], 2), Request([3], 2), Request([4], 2)]))  # type: ignore[arg-type]
+    outcomes, _ = asyncio.run(run_online(engine, [SampleRequest([1], 2), SampleRequest([3], 2), SampleRequest([4], 2)]))  # type: ignore[arg-type]
     found = [(outcome.error, outcome.detail) for outcome in outcomes]
     assert found == [("queue full", "1 waits, max_waiting = 0"), ("error", "every logit is NaN"), (None, "")]
 
 
 def test_a_refused_request_ends_the_run(online: None):
     with pytest.raises(ValueError, match="token id 2"):
-        asyncio.run(run_online(FakeAsync(), [Request([9], 2), Request([2], 2)]))  # type: ignore[arg-type]
+        asyncio.run(run_online(FakeAsync(), [SampleRequest([9], 2), SampleRequest([2], 2)]))  # type: ignore[arg-type]
 
 
 def test_bench_warms_up_and_takes_other_requests_each_time(config: ModelConfig):
     llm: Any = FakeLLM(config)
     mix = Mix(3, 4, 8, 2)
-    schedules = [("a", list[Request]), ("b", list[Request])]
+    schedules = [("a", list[SampleRequest]), ("b", list[SampleRequest])]
     records = bench(llm, lambda run: mix.requests(config.vocab_size, run), schedules, CEILINGS, weights="random")
     assert [record["run"] for record in records] == ["a", "b"] and records[0]["weights"] == "random"
     prompts = [[prompt for prompt, _ in call] for call in llm.calls]
@@ -223,9 +223,9 @@ def test_bench_warms_up_and_takes_other_requests_each_time(config: ModelConfig):
 
 def test_too_long_a_request_is_refused_before_any_runs(config: ModelConfig):
     llm: Any = FakeLLM(config)
-    requests = [Request([1] * 5, 2), Request([1] * 510, 3)]
+    requests = [SampleRequest([1] * 5, 2), SampleRequest([1] * 510, 3)]
     with pytest.raises(ValueError, match="has 510 tokens and asks for 3: 513 is above the model's 512"):
-        bench(llm, lambda run: requests, [("a", list[Request])], CEILINGS)
+        bench(llm, lambda run: requests, [("a", list[SampleRequest])], CEILINGS)
     assert not llm.calls
     check(llm, requests[:1])
 

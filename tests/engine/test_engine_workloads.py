@@ -22,7 +22,7 @@ from engine.bench.workloads import (
     STATISTICS,
     Mix,
     Outcome,
-    Request,
+    SampleRequest,
     arrive,
     describe,
     draw_arrivals,
@@ -186,7 +186,7 @@ def test_sources(tokenizer: Tokenizer, tmp_path: Path):
 
 def test_text_is_added_where_there_is_none(tokenizer: Tokenizer):
     ids = tokenizer.encode("the quick")
-    given, made = with_text([Request([1], 1, text="as it is"), Request(ids, 1)], tokenizer)
+    given, made = with_text([SampleRequest([1], 1, text="as it is"), SampleRequest(ids, 1)], tokenizer)
     assert given.text == "as it is" and made.text == "the quick" and made.prompt == ids
 
 
@@ -212,7 +212,7 @@ def test_poisson_gaps_have_their_mean_and_spread(seed: int, rate: float):
 
 
 def test_all_at_once():
-    requests = [Request([1], 1), Request([2], 1)]
+    requests = [SampleRequest([1], 1), SampleRequest([2], 1)]
     assert arrive(requests, math.inf) == requests
     assert [request.arrival for request in arrive(requests, 2.0, "fixed")] == [0.0, 0.5]
     assert parse_rate("inf") == math.inf and parse_rate(" 2.5") == 2.5
@@ -225,7 +225,7 @@ def test_wrong_rates(text: str):
 
 
 def test_schedules():
-    requests = [Request([index], 1) for index in range(4)]
+    requests = [SampleRequest([index], 1) for index in range(4)]
     found = parse_schedules("2, 0.5,inf", "fixed", 7)
     assert [name for name, _ in found] == ["2 requests/s", "0.5 requests/s", "all at once"]
     assert [given(requests)[1].arrival for _, given in found] == [0.5, 2.0, 0.0]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine.ops.reference import ReferenceOps
 from engine.runtime.request import Request
-from engine.runtime.sampler import choose, log_probabilities, send_logprobs
+from engine.runtime.sampler import log_probabilities, sample, send_logprobs
 from engine.sampling_params import SamplingParams
 
 INF, NAN = math.inf, math.nan
@@ -44,17 +44,49 @@ def test_choosing_leaves_the_logits_alone(dtype: torch.dtype):
     logits = torch.randn(len(requests), 16).to(dtype)
     before = logits.clone()
     out = torch.full((len(requests),), -7, dtype=torch.int32)
-    choose(ReferenceOps(), requests, logits, out)
+    sample(ReferenceOps(), requests, logits, out)
     assert torch.equal(logits, before)
     assert out[0] == 3 and out.min() >= 0
     alone = torch.full((1,), -7, dtype=torch.int32)
-    choose(ReferenceOps(), [request([1, 2, 3, 4], repetition_penalty=1.9)], logits[2:3], alone)
+    sample(ReferenceOps(), [request([1, 2, 3, 4], repetition_penalty=1.9)], logits[2:3], alone)
     assert torch.equal(logits, before) and alone[0] == out[2]
     sent = send_logprobs(logits, out, 3)
     expected = torch.log_softmax(before.float(), -1)
     for row, token in enumerate(out.tolist()):
         assert float(sent.chosen[row]) == float(expected[row, token])
         assert sent.values[row].tolist() == expected[row].topk(3).values.tolist()
+        found = sent.of(row, token, 2)
+        assert (found.token, found.logprob, len(found.top)) == (token, float(expected[row, token]), 2)
+        assert found.rank == 1 + int((expected[row] > expected[row, token]).sum())
+
+
+SETTINGS = st.builds(
+    dict,
+    temperature=st.sampled_from([0.0, 0.7, 1.5]), top_k=st.sampled_from([0, 3]), top_p=st.sampled_from([1.0, 0.8]),
+    min_p=st.sampled_from([0.0, 0.1]), repetition_penalty=st.sampled_from([1.0, 1.4]),
+    frequency_penalty=st.sampled_from([0.0, 1.0]), presence_penalty=st.sampled_from([0.0, -0.5]),
+    logit_bias=st.sampled_from([{}, {3: 4.0, 5: -4.0}]), min_tokens=st.sampled_from([0, 3]),
+    stop_token_ids=st.sampled_from([(), (1, 2, 3)]),
+)  # fmt: skip
+
+
+@given(st.lists(SETTINGS, min_size=1, max_size=5), st.integers(0, 99))
+def test_a_token_depends_on_its_own_request_alone(several: list[dict[str, Any]], seed: int):
+    """Step after step beside others, as alone by a request that has just been given the same tokens again."""
+    generator = torch.Generator().manual_seed(seed)
+    together = [request([1, 2, 7], **settings) for settings in several]
+    for step in range(4):
+        logits = torch.randn(len(several), 16, generator=generator).to(torch.bfloat16)
+        out = torch.full((len(several),), -7, dtype=torch.int32)
+        sample(ReferenceOps(), together, logits, out)
+        for row, (old, settings) in enumerate(zip(together, several, strict=True)):
+            new, alone = request([1, 2, 7], **settings), torch.full((1,), -7, dtype=torch.int32)
+            new.tokens, new.length = list(old.tokens), old.length
+            sample(ReferenceOps(), [new], logits[row : row + 1], alone)
+            assert int(alone) == int(out[row])
+            assert settings["min_tokens"] <= step or int(alone) not in settings["stop_token_ids"]
+            old.tokens.append(int(alone))
+            old.length += 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Requests to the engine, and what comes back of them: updates and completions."""
+"""Requests of the engine, updates and completions."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Request(Sequence):
 
 
 def completion(request: Request, text: Detokenizer) -> Completion:
-    """The completion of a request that has ended, as far as its text has taken its tokens."""
+    """Completion of a request that has ended, as far as its text has taken its tokens."""
     count = text.count
     times = [request.entered, *request.times[:count]]
     if not count:

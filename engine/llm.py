@@ -15,7 +15,8 @@ import torch
 
 from engine.config import EngineConfig, make_ops
 from engine.errors import ContextLengthError, RequestError
-from engine.model.config import ConfigError, ModelConfig
+from engine.model.config import ModelConfig
+from engine.model.errors import ConfigError
 from engine.model.hub import find_model
 from engine.model.transformer import Model
 from engine.model.weights import Weights, load_weights, stored_dtype

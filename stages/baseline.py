@@ -143,6 +143,7 @@ def main(run: Run, gpu: Gpu, model: Model, workload: Workload) -> None:
 
     from engine.model.config import ModelConfig
     from engine.model.cost import Footprint
+    from engine.model.tensors import parameter_count
 
     path = run.find_snapshot(model.name)
     checkpoint = checkpoint_id(run.find(f"data/hf/{model.name}.manifest.json"))
@@ -150,7 +151,7 @@ def main(run: Run, gpu: Gpu, model: Model, workload: Workload) -> None:
     device = "cuda" if use_cuda else "cpu"
     no_memory = None if use_cuda else NO_GPU
     config = ModelConfig.from_file(path)
-    set_threads(config.parameter_count())
+    set_threads(parameter_count(config))
     ceilings, footprint = read_ceilings(run, use_cuda), Footprint.dense(config, torch.bfloat16)
     rows = Rows("baseline", "w01", model.name, read_host())
     knobs: dict[str, Any] = {

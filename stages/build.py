@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from stages.exits import StageError
 from stages.host import read_host, stopwatch
 from stages.metrics import Rows
 from stages.params import Gpu
-from stages.stage import Run, StageError, stage, write_whole
+from stages.stage import Run, stage, write_whole
 
 if TYPE_CHECKING:
     from kernels.cubins import Build

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import yaml
 
-from stages.stage import Run, StageError, stage, write_whole
+from stages.exits import StageError
+from stages.stage import Run, stage, write_whole
 
 PACKAGES = ("stages", "engine", "kernels")
 STAGES = ("inventory", "baseline", "build", "parity", "bench", "report")

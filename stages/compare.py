@@ -27,8 +27,8 @@ from typing import Any
 
 from stages import metrics
 from stages.arguments import not_negative
+from stages.exits import reported
 from stages.metrics import IDENTITY
-from stages.stage import reported
 
 Row = Mapping[str, Any]
 CASE = ("stage", "week", "suite", "case", "metric", "model")

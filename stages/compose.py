@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from stages.exits import reported
 from stages.params import CONF, PARAMS, Gpu, Model, ParamsError, Weeks, Workload, check_choice, select_all
 
 if TYPE_CHECKING:
@@ -122,7 +123,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from stages.stage import reported
-
     with reported("compose"):
         sys.exit(main(sys.argv[1:]))

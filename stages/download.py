@@ -18,13 +18,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine.model.config import ConfigError, ModelConfig
+from engine.model.config import ModelConfig
+from engine.model.errors import ConfigError
 from engine.model.safetensors import CheckpointError, read_index
+from engine.model.tensors import tensor_shapes
+from stages.exits import StageError
 from stages.fit import check_fit
 from stages.host import read_host
 from stages.params import Model
 from stages.sources import METADATA, TOKENIZER, WEIGHTS, Source, link, make_source, read_architecture, select_kind
-from stages.stage import HF, Run, StageError, stage, write_whole
+from stages.stage import HF, Run, stage, write_whole
 
 KINDS = {"raw_weights": WEIGHTS, "raw_tokenizer": TOKENIZER, "metadata": METADATA}
 
@@ -126,8 +129,8 @@ def check_snapshot(folder: Path, model: Model) -> None:
         tensors = read_index(folder)
     except (ConfigError, CheckpointError) as error:
         raise StageError(str(error)) from None
-    for name, shape in wanted.tensor_shapes().items():
-        other = staged.tensor_shapes().get(name)
+    for name, shape in tensor_shapes(wanted).items():
+        other = tensor_shapes(staged).get(name)
         if other != shape:
             raise StageError(f"{folder} is another model than {model.name}: {name} is {other} there, not {shape}")
     if not tensors:

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.model.tensors import parameter_count, tensor_shapes
 from engine.runtime.memory import free_host_bytes
+from stages.exits import StageError
 from stages.host import free_gpu_bytes
 from stages.params import Model
 from stages.sources import SHARD_BYTES, count_bytes, plan_shards, read_architecture
-from stages.stage import StageError
 
 FLOAT32 = 4
 
@@ -44,14 +45,14 @@ def list_needs(model: Model, snapshot: Path, gpu: bool, pipeline: bool) -> list[
     """
     config = read_architecture(model)
     itemsize = 4 if config.dtype == "float32" else 2
-    shapes = config.tensor_shapes()
+    shapes = tensor_shapes(config)
     stored = count_bytes(shapes, itemsize)
     needs = list(list_disks(model, snapshot, stored))
     memory = {"its largest shard while it is made": 0}
     if model.weights == "random":
         shards = plan_shards(shapes, itemsize, SHARD_BYTES).values()
         memory = {"its largest shard while it is made": max(count_bytes(shard, itemsize) for shard in shards)}
-    whole = FLOAT32 * config.parameter_count()
+    whole = FLOAT32 * parameter_count(config)
     if pipeline and gpu:
         memory["transformers loads it there first"] = stored
         needs.append(

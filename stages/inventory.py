@@ -16,12 +16,15 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from engine.model.config import ConfigError, ModelConfig
+from engine.model.config import ModelConfig
+from engine.model.errors import ConfigError
 from engine.model.safetensors import CheckpointError, TensorEntry, read_index, read_tensor_bytes
+from engine.model.tensors import tensor_shapes
+from stages.exits import StageError
 from stages.host import read_host
 from stages.metrics import Rows
 from stages.params import Model, StagedModel
-from stages.stage import Run, StageError, stage, write_whole
+from stages.stage import Run, stage, write_whole
 
 INVENTORY = Path("reports/inventory.parquet")
 ARCHITECTURE = Path("reports/architecture.csv")
@@ -61,7 +64,7 @@ def main(run: Run, model: Model) -> None:
 
 def check_shapes(tensors: dict[str, TensorEntry], config: ModelConfig) -> None:
     """Raises CheckpointError naming the first missing, extra or misshapen tensor."""
-    expected = config.tensor_shapes()
+    expected = tensor_shapes(config)
     for name, shape in expected.items():
         if name not in tensors:
             raise CheckpointError(f"tensor {name!r} is missing; the config asks for it with shape {list(shape)}")

@@ -28,8 +28,9 @@ from pathlib import Path
 
 from stages import metrics
 from stages.compare import Comparison, Run, add_noise, compare, read_run
+from stages.exits import reported
 from stages.host import Host, read_host
-from stages.stage import reported, write_whole
+from stages.stage import write_whole
 
 RUNS, ANCHOR = "runs", "anchor"
 LEFT = 2  # runs: the last one, and the one before for another attempt at the last

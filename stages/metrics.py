@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 
 from stages import headlines
 from stages.commit import read_commit
+from stages.exits import StageError
 from stages.host import Host, OtherLoad
-from stages.stage import StageError, write_whole
+from stages.stage import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd

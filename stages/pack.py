@@ -30,9 +30,10 @@ import yaml
 from stages.arguments import positive
 from stages.commit import CODE, COMMIT, read_commit
 from stages.compose import as_dict, compose_conf, dump
+from stages.exits import StageError, reported
 from stages.measure import CACHE, PACK, PARAMS, WHEELS
 from stages.params import ParamsError
-from stages.stage import OUTPUTS, StageError, reported
+from stages.stage import OUTPUTS
 from stages.validate import check_params
 
 TARGET = OUTPUTS / "afs-pack.tar.gz"

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.commit import read_commit
+from stages.exits import StageError
 from stages.host import read_host
 from stages.params import ParamsError, Workload
-from stages.stage import OUTPUTS, StageError, write_whole
+from stages.stage import OUTPUTS, write_whole
 from stages.standard import NO_GPU, PREFILL, Case, random_prompts
 
 if TYPE_CHECKING:
@@ -107,10 +108,11 @@ def list_works(workload: Workload, settings: Mapping[str, Any]) -> list[Work]:
 def load(checkpoint: Path, settings: Mapping[str, Any]) -> LLM:
     """The engine without its tokenizer."""
     from engine.llm import LLM, EngineConfig
+    from engine.model.tensors import parameter_count
     from stages.hf import set_threads
 
     llm = LLM(checkpoint, EngineConfig(**settings))
-    set_threads(llm.config.parameter_count())
+    set_threads(parameter_count(llm.config))
     llm.tokenizer = None
     llm.release()  # what is profiled takes a cache of its own
     return llm

@@ -34,9 +34,10 @@ from stages import metrics
 from stages.commit import DAYS, find_day, read_days
 from stages.compare import Row, spread
 from stages.compose import read_params
+from stages.exits import StageError, reported
 from stages.host import Host
 from stages.params import ParamsError, Week, Weeks, select
-from stages.stage import StageError, reported, write_whole
+from stages.stage import write_whole
 
 METRICS, RECORDED = Path("reports/metrics"), Path("reports/recorded")
 HOST, FORCED, FAILED = "host.json", "forced.json", ".failed"

@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.stage import StageError
+from stages.exits import StageError
 
 if TYPE_CHECKING:
     import torch

@@ -25,8 +25,9 @@ import yaml
 
 from stages.arguments import positive
 from stages.compose import as_dict, compose_conf
+from stages.exits import StageError
 from stages.params import Gpu, ParamsError, select
-from stages.stage import OUTPUTS, StageError, write_whole
+from stages.stage import OUTPUTS, write_whole
 from stages.validate import check_params
 
 TASK = Path("setup/rent/task.yaml")

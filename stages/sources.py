@@ -20,9 +20,12 @@ from typing import Any, Protocol
 import yaml
 
 from engine.model import hub
-from engine.model.config import ConfigError, ModelConfig
+from engine.model.config import ModelConfig
+from engine.model.errors import ConfigError
+from engine.model.tensors import tensor_shapes
+from stages.exits import StageError
 from stages.params import CONF, Model, ParamsError, thaw
-from stages.stage import StageError, cache_folder, write_whole
+from stages.stage import cache_folder, write_whole
 
 BUNDLED = Path("data/models/olmo2-tiny")
 WEIGHTS, TOKENIZER, _SETTINGS = (
@@ -300,7 +303,7 @@ class Random:
 
     def _shards(self) -> dict[str, dict[str, tuple[int, ...]]]:
         config = self._config()
-        return plan_shards(config.tensor_shapes(), 4 if config.dtype == "float32" else 2, SHARD_BYTES)
+        return plan_shards(tensor_shapes(config), 4 if config.dtype == "float32" else 2, SHARD_BYTES)
 
     def place(self, names: list[str], folder: Path) -> Iterator[str]:
         shards = self._shards()
@@ -331,7 +334,7 @@ class Random:
         dtype = getattr(torch, self._config().dtype or "bfloat16")
         device = "cuda" if self.gpu else "cpu"
         spread = float(self.architecture.get("initializer_range", 0.02))
-        numbers = {tensor: number for number, tensor in enumerate(self._config().tensor_shapes())}
+        numbers = {tensor: number for number, tensor in enumerate(tensor_shapes(self._config()))}
         tensors = {}
         for tensor, shape in shards[name].items():
             # A seed of its own for each tensor, so that a shard does not depend on those before it.

@@ -12,30 +12,22 @@ command line's overrides and writes under `outputs/<stage>/`, which git ignores.
 declared, typed and read-only.
 """
 
-import contextlib
-import errno
 import functools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from stages.compose import as_dict, compose_conf, read_params
+from stages.exits import StageError, is_full, reported
 from stages.params import SECTIONS, ParamsError, StagedModel, Week, list_choices, select_all
 
 OUTPUTS = Path("outputs")
 HF = Path("data/hf")
 """Where download stages checkpoints."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIO)
-"""Errors that a system gives of a file that the user has to look at, not whoever wrote the code."""
-
-
-class StageError(RuntimeError):
-    """A stage cannot do its work, or found what it checks to be wrong: reported on one line, exit status 1."""
 
 
 @dataclass(frozen=True)
@@ -90,41 +82,6 @@ def cache_folder(name: str) -> Path:
         raise StageError(
             f"{folder} cannot be written ({error.strerror}): set AFS_CACHE to a folder that can be"
         ) from None
-
-
-def is_full(error: BaseException) -> bool:
-    """Whether an error says that a disk is full: the system's own, or one of a library that hides it in its words."""
-    return getattr(error, "errno", None) in FULL or (any(os.strerror(number) in str(error) for number in FULL))
-
-
-@contextlib.contextmanager
-def reported(name: str) -> Iterator[None]:
-    """Ends the process with one line on stderr for what is no fault of the code.
-
-    Exit status: 2 for wrong parameters; 1 for what a stage cannot do, a full disk, a file that may not be used; 130 for
-    Ctrl-C. Anything else keeps its traceback.
-    """
-    try:
-        yield
-    except ParamsError as error:
-        end(str(error), 2)
-    except StageError as error:
-        end(f"{name}: {error}", 1)
-    except KeyboardInterrupt:
-        end(f"{name}: interrupted", 130)
-    except Exception as error:
-        place = getattr(error, "filename", None)
-        if is_full(error):
-            end(f"{name}: the disk is full{f' ({place})' if place else ''}: make room and run again", 1)
-        if isinstance(error, OSError) and error.errno in REFUSED:
-            end(f"{name}: {f'{place}: ' if place else ''}{error.strerror}", 1)
-        raise
-
-
-def end(line: str, status: int) -> NoReturn:
-    """Ends the process with a line on stderr and this exit status."""
-    print(f"error: {line}", file=sys.stderr)
-    sys.exit(status)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from stages import timing
-from stages.stage import StageError, reported, write_whole
+from stages.exits import StageError, reported
+from stages.stage import write_whole
 
 if TYPE_CHECKING:
     from kernels.linear.tiled import Tiling

@@ -22,6 +22,7 @@ def inspect(argument: ModelArgument = None, model: ModelOption = None) -> None:
     from engine.model.config import ModelConfig
     from engine.model.cost import Footprint, kv_bytes_per_token
     from engine.model.hub import find_model
+    from engine.model.tensors import parameter_count
 
     name = one_model(argument, model)
     directory = find_model(name, "config")
@@ -50,7 +51,7 @@ def inspect(argument: ModelArgument = None, model: ModelOption = None) -> None:
     table = Table(title="parameters by role")
     for heading in ("role", "parameters", "share", "bytes (16 bits)"):
         table.add_column(heading, justify="left" if heading == "role" else "right")
-    total = config.parameter_count()
+    total = parameter_count(config)
     for role, count in _parameters_by_role(config).items():
         table.add_row(role, f"{count:,}", f"{count / total:.1%}", f"{2 * count:,}")
     table.add_section()
@@ -65,7 +66,7 @@ def inspect(argument: ModelArgument = None, model: ModelOption = None) -> None:
 def _parameters_by_role(config: "ModelConfig") -> dict[str, int]:
     import math
 
-    from engine.model.architectures import checkpoint_tensors
+    from engine.model.tensors import checkpoint_tensors
 
     role_of = {
         "embedding": "embedding", "qkv": "attention", "o": "attention", "gate_up": "mlp", "down": "mlp",

@@ -67,12 +67,14 @@ def describe_measured(llm: "LLM", model: str, weights: str) -> dict[str, Any]:
     """Fields that every record of a measurement begins with, named as llama-bench names them."""
     import torch
 
+    from engine.model.tensors import parameter_count
+
     engine = llm.engine
     return {
         "model_filename": model,
         "model_type": f"{llm.config.architecture.name.removesuffix('ForCausalLM')} {engine.dtype}",
         "model_size": llm.weights.nbytes,
-        "model_n_params": llm.config.parameter_count(),
+        "model_n_params": parameter_count(llm.config),
         "weights": weights,
         "backends": engine.backend,
         "gpu_info": torch.cuda.get_device_name() if engine.device == "cuda" else "CPU",

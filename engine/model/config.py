@@ -6,12 +6,12 @@ that may be left out are those that the shapes of the checkpoint's tensors prove
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from engine.model.architectures import ARCHITECTURES, Architecture, checkpoint_tensors
+from engine.model.architectures import ARCHITECTURES, Architecture
+from engine.model.errors import ConfigError
 
 if TYPE_CHECKING:
     from engine.model.quant.formats import Quantization
@@ -36,10 +36,6 @@ REQUIRED = (
     "num_attention_heads",
     "max_position_embeddings",
 )
-
-
-class ConfigError(ValueError):
-    """A `config.json` that cannot be read, lacks a field, or asks for something the engine does not compute."""
 
 
 COMMON = frozenset(REQUIRED) | {
@@ -110,13 +106,6 @@ class ModelConfig:
 
     def layer_rope(self, layer: int) -> Rope:
         return self.sliding_rope if self.layer_types[layer] == SLIDING else self.rope
-
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor a checkpoint of this architecture holds, by its Hugging Face name."""
-        return {tensor.name: tensor.shape for tensor in checkpoint_tensors(self)}
-
-    def parameter_count(self) -> int:
-        return sum(math.prod(tensor.shape) for tensor in checkpoint_tensors(self))
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.model.architectures import checkpoint_tensors
 from engine.model.config import ModelConfig
+from engine.model.tensors import checkpoint_tensors, parameter_count
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Footprint:
     def dense(cls, config: ModelConfig, dtype: torch.dtype) -> Footprint:
         """The same of a model whose weights are all stored in `dtype`; none need be loaded."""
         looked_up = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-        return cls(config, dtype, (config.parameter_count() - looked_up) * dtype.itemsize)
+        return cls(config, dtype, (parameter_count(config) - looked_up) * dtype.itemsize)
 
 
 @dataclass(frozen=True)

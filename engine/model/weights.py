@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from engine.model.architectures import CheckpointTensor, checkpoint_tensors
 from engine.model.config import ModelConfig
 from engine.model.linear import DenseLinear, Linear
 from engine.model.pages import Pages
 from engine.model.quant.formats.fields import Stored
 from engine.model.quant.loading import Field, quantised_layers, read_matrices, stored_tensors
 from engine.model.safetensors import CheckpointError, TensorEntry, read_index
+from engine.model.tensors import CheckpointTensor, checkpoint_tensors
 
 if TYPE_CHECKING:
     from engine.ops.protocol import Ops

@@ -20,6 +20,7 @@ import uvicorn
 
 from engine.async_llm import AsyncLLM
 from engine.model.cost import kv_bytes_per_token
+from engine.model.tensors import parameter_count
 from engine.server.app import Settings, create_app, max_active
 from engine.server.connection import Connection, Connections
 from engine.server.logs import is_text, log_to_stderr, show_summary
@@ -198,7 +199,7 @@ def _facts(llm: LLM, settings: Settings, pages: int) -> dict[str, Any]:
     return {
         "models": settings.models,
         "architecture": llm.config.architecture.name,
-        "parameters": llm.config.parameter_count(),
+        "parameters": parameter_count(llm.config),
         "device": engine.device,
         "dtype": engine.dtype,
         "backend": engine.backend,

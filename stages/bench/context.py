@@ -49,9 +49,10 @@ class Context(WeekContext):
     def llm(self) -> LLM:
         """The week's engine with the run's model."""
         from engine.llm import LLM, EngineConfig
+        from engine.model.tensors import parameter_count
         from stages.hf import set_threads
 
-        set_threads(self.config.parameter_count())
+        set_threads(parameter_count(self.config))
         llm = LLM(self.path, EngineConfig(**self.settings))
         # Decoding to text is left out of the measurement, as in every other engine's rows.
         llm.tokenizer = None

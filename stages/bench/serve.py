@@ -24,8 +24,8 @@ from engine.bench.workloads import arrive
 from stages.bench.context import Context
 from stages.bench.requests import RUN, add_run, list_metrics, mix_knobs, name_mix, read_requests
 from stages.bench.suite import Suite, engine_knobs
+from stages.exits import StageError
 from stages.metrics import Listed
-from stages.stage import StageError
 
 if TYPE_CHECKING:
     from engine.bench import client
@@ -149,6 +149,7 @@ def server_command(path: Path, settings: dict[str, Any]) -> Callable[[int], list
 
 def main(arguments: Sequence[str]) -> None:
     from engine.llm import LLM, EngineConfig
+    from engine.model.tensors import parameter_count
     from engine.server.app import Settings
     from engine.server.serve import serve
     from stages.hf import set_threads
@@ -157,7 +158,7 @@ def main(arguments: Sequence[str]) -> None:
 
     def load() -> LLM:
         llm = LLM(path, EngineConfig(**json.loads(settings)))
-        set_threads(llm.config.parameter_count())
+        set_threads(parameter_count(llm.config))
         # As the engine is measured without it: text is left out, and requests are token ids.
         llm.tokenizer = None
         return llm

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from stages.exits import StageError
 from stages.findings import Findings
 from stages.hf import set_threads
 from stages.host import read_host, stopwatch, use_gpu
@@ -17,7 +18,7 @@ from stages.metrics import Rows
 from stages.params import Gpu, Model, ParamsError, StagedModel, Week, Workload
 from stages.parity.checks import CHECKS
 from stages.parity.context import Context
-from stages.stage import Run, StageError, stage
+from stages.stage import Run, stage
 
 
 @stage(Gpu, StagedModel, Week, Workload)
@@ -33,7 +34,9 @@ def main(run: Run, gpu: Gpu, model: Model, week: Week, workload: Workload) -> No
     with tempfile.TemporaryDirectory() as folder:
         context = Context(run, model, week, workload, use_gpu(gpu), Findings(rows), Path(folder))
         if chosen:
-            set_threads(context.config.parameter_count())
+            from engine.model.tensors import parameter_count
+
+            set_threads(parameter_count(context.config))
         try:
             for check in chosen:
                 check.start(context)

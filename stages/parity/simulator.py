@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stages import micro
+from stages.exits import StageError
 from stages.findings import Findings, mean_difference, unequal
 from stages.parity.check import Check
 from stages.parity.context import DTYPES, Context
 from stages.parity.errors import FP32_LIMIT, HALF_RATIO, compare_layers
 from stages.parity.shapes import make_checkpoint
-from stages.stage import StageError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.model.architectures import checkpoint_tensors
+from engine.model.tensors import checkpoint_tensors
 from stages.findings import mean_difference
 from stages.hf import load_model
 from stages.parity.check import Check

@@ -18,6 +18,7 @@ import yaml
 
 from stages import metrics
 from stages.commit import find_day, read_days
+from stages.exits import StageError
 from stages.host import HOST, Host
 from stages.params import Week, Weeks
 from stages.report.figures import standalone
@@ -25,7 +26,7 @@ from stages.report.glance import first_screen, glance_table
 from stages.report.parts import LOCAL, Figures, Inputs, Planned, Row, Section
 from stages.report.rows import cited, list_pages, name_page
 from stages.report.sections import SECTIONS
-from stages.stage import Run, StageError, stage, write_whole
+from stages.stage import Run, stage, write_whole
 
 TEMPLATES = Path(__file__).with_name("templates")
 METRICS, RECORDED, README = Path("reports/metrics"), Path("reports/recorded"), Path("README.md")

@@ -14,7 +14,8 @@ from engine_checkpoints import Reference, byte_level_tokenizer
 
 from engine.errors import ContextLengthError
 from engine.llm import LLM, Completion, EngineConfig
-from engine.model.config import ConfigError, ModelConfig
+from engine.model.config import ModelConfig
+from engine.model.errors import ConfigError
 from engine.model.weights import random_weights
 from engine.sampling_params import SamplingParams
 from engine.text.tokenizer import Tokenizer

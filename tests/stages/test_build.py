@@ -9,7 +9,8 @@ import tiny_pipeline as tiny
 
 from kernels.cubins import Build
 from stages import build
-from stages.stage import Run, StageError
+from stages.exits import StageError
+from stages.stage import Run
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from stages import code
-from stages.stage import StageError
+from stages.exits import StageError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,6 +10,7 @@ import yaml
 
 from engine.config import EngineConfig
 from engine.model.config import ModelConfig
+from engine.model.tensors import parameter_count, tensor_shapes
 from stages.compose import as_dict, compose_conf, dump, read_params
 from stages.compose import main as compose_main
 from stages.params import Gpu, Model, Weeks, Workload, list_choices, select, thaw
@@ -171,11 +172,11 @@ def test_a_model_that_cannot_is_refused(workspace, field, value, said):
 
 @pytest.mark.parametrize("model", list(PARAMETERS))
 def test_architectures_have_their_published_sizes(model):
-    assert ModelConfig.from_dict(architecture(model)).parameter_count() == PARAMETERS[model]
+    assert parameter_count(ModelConfig.from_dict(architecture(model))) == PARAMETERS[model]
 
 
 def test_13b_instruct_is_sharded_as_the_hub_has_it():
-    shapes = ModelConfig.from_dict(architecture("olmo2_13b_instruct")).tensor_shapes()
+    shapes = tensor_shapes(ModelConfig.from_dict(architecture("olmo2_13b_instruct")))
     shards = plan_shards(shapes, 2, SHARD_BYTES)
     assert list(shards) == [f"model-{number:05d}-of-00006.safetensors" for number in range(1, 7)]
     assert len(shapes) == 443
@@ -186,7 +187,7 @@ def test_13b_instruct_is_sharded_as_the_hub_has_it():
 
 
 def test_llama3_is_sharded_as_the_hub_has_it():
-    shards = plan_shards(ModelConfig.from_dict(architecture("llama3_8b")).tensor_shapes(), 2, SHARD_BYTES)
+    shards = plan_shards(tensor_shapes(ModelConfig.from_dict(architecture("llama3_8b"))), 2, SHARD_BYTES)
     assert len(shards) == 4
 
 

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from stages import download, sources
 from stages.compose import read_params
+from stages.exits import StageError
 from stages.params import Model, ParamsError, parse
 from stages.sources import BUNDLED, Random, make_source
-from stages.stage import Run, StageError
+from stages.stage import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = '{"model": "tiny"}'

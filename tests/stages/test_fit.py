@@ -7,8 +7,8 @@ import pytest
 
 from stages import fit
 from stages.compose import as_dict, compose_conf
+from stages.exits import StageError
 from stages.params import Model, select
-from stages.stage import StageError
 
 GB = 10**9
 LLAMA3 = 8_030_261_248  # parameters

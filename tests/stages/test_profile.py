@@ -13,9 +13,10 @@ import pytest
 import tiny_pipeline as tiny
 
 from stages import bench, profile
+from stages.exits import StageError
 from stages.params import ParamsError, Week
 from stages.profile import Kernel, Work, gather, list_works, parse_ncu, parse_nsys, profile_week
-from stages.stage import Run, StageError, stage
+from stages.stage import Run, stage
 
 WORKS = ["prompt 20", "decode batch 1 context 20", "decode batch 2 context 20"]
 NSYS = """\

@@ -8,9 +8,9 @@ import pytest
 import tiny_pipeline as tiny
 
 from stages import metrics, record
+from stages.exits import StageError
 from stages.host import Device, Host
 from stages.metrics import Rows
-from stages.stage import StageError
 
 H200, COMMIT, OTHER = "NVIDIA H200", "a" * 40, "b" * 40
 WEEKS = {

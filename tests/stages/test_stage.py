@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from stages import stage as stage_module
+from stages.exits import StageError, reported
 from stages.params import Gpu, Model, ParamsError, StagedModel, Week, Weeks, Workload, list_choices
-from stages.stage import Run, StageError, cache_folder, reported, stage, write_whole
+from stages.stage import Run, cache_folder, stage, write_whole
 
 
 def call(arguments, *sections):

@@ -5,7 +5,7 @@ import pytest
 
 from kernels.linear.tiled import MEASURED, Tiling
 from stages import tune
-from stages.stage import StageError
+from stages.exits import StageError
 
 SHAPE = (4096, 11008, False)
 MACHINE = ("sm_90a", 132)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.model.architectures import checkpoint_tensors
 from engine.model.config import ModelConfig
+from engine.model.tensors import checkpoint_tensors
 
 # A layer's matrices that read the same input, by the name of the engine's matrix that they are together.
 ROLES = {

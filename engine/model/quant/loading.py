@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.model.architectures import CheckpointTensor, checkpoint_tensors
 from engine.model.config import ModelConfig
 from engine.model.linear import Linear
 from engine.model.pages import FLOATS, Pages
@@ -17,6 +16,7 @@ from engine.model.quant.formats.fields import Stored, StoredLayer
 from engine.model.quant.int4 import Int4Matrix
 from engine.model.quant.linear import stacked
 from engine.model.safetensors import CheckpointError, TensorEntry
+from engine.model.tensors import CheckpointTensor, checkpoint_tensors
 
 Field = tuple[int | None, str]  # of a layer, or of the whole model
 

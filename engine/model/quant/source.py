@@ -11,6 +11,7 @@ from engine.model.config import ModelConfig
 from engine.model.pages import FLOATS, Pages
 from engine.model.quant.block import layer_names
 from engine.model.safetensors import CheckpointError, read_header, read_index
+from engine.model.tensors import tensor_shapes
 from engine.model.weights import stored_dtype
 
 
@@ -31,7 +32,7 @@ class Source:
             )
         self.dtype = getattr(torch, stored_dtype(directory, self.config))  # what it runs in
         self._entries, self._pages = read_index(directory), Pages(directory)
-        for name, shape in self.config.tensor_shapes().items():
+        for name, shape in tensor_shapes(self.config).items():
             if name not in self._entries:
                 raise CheckpointError(f"{directory}: tensor {name!r} is missing")
             if self._entries[name].shape != shape:
@@ -62,7 +63,7 @@ class Source:
 
     def outside(self) -> dict[str, Tensor]:
         """Tensors of no layer, by their names in the checkpoint."""
-        return {name: self.tensor(name) for name in self.config.tensor_shapes() if ".layers." not in name}
+        return {name: self.tensor(name) for name in tensor_shapes(self.config) if ".layers." not in name}
 
 
 def read_file(path: Path) -> dict[str, Tensor]:

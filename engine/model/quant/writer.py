@@ -17,6 +17,7 @@ from engine.model.quant.int4 import Int4Matrix
 from engine.model.quant.recipe import Recipe
 from engine.model.quant.source import Source, read_file
 from engine.model.safetensors import INDEX_NAME, read_header
+from engine.model.tensors import tensor_shapes
 
 PLAIN = ("lm_head",)  # linear layers that stay as they are
 RECORD = "quantization.json"
@@ -100,7 +101,7 @@ class Writer:
         """What `write_layer` stored, as a reader of the checkpoint finds it."""
         prefix, stored = f"model.layers.{layer}.", read_file(self.shard(layer))
         matrices, rest = {}, {}
-        for full, shape in self._source.config.tensor_shapes().items():
+        for full, shape in tensor_shapes(self._source.config).items():
             if not full.startswith(prefix):
                 continue
             name = full.removesuffix(".weight")

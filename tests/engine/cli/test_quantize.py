@@ -14,7 +14,6 @@ from engine_checkpoints import Reference
 from torch import Tensor
 
 from engine.cli.app import app
-from engine.model.architectures import checkpoint_tensors
 from engine.model.config import ModelConfig
 from engine.model.quant import quantise as driver
 from engine.model.quant.block import ROLES, Block
@@ -29,6 +28,7 @@ from engine.model.quant.recipe import Recipe
 from engine.model.quant.source import Source
 from engine.model.quant.writer import RunError
 from engine.model.rope import rope_tables
+from engine.model.tensors import checkpoint_tensors
 from engine.model.transformer import Model
 from engine.model.weights import load_weights
 from engine.ops.batch import Batch

@@ -7,6 +7,7 @@ import torch
 
 from engine.model.config import ModelConfig
 from engine.model.cost import Footprint, kv_bytes_per_token, matrix_parameters, step_cost
+from engine.model.tensors import parameter_count
 
 COMMON = {
     "architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2", "attention_bias": False, "hidden_act": "silu",
@@ -43,7 +44,7 @@ RELEASED = {
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_models(name: str):
     config, parameters, kv_bytes, gigabytes = RELEASED[name]
-    assert config.parameter_count() == parameters
+    assert parameter_count(config) == parameters
     assert config.head_dim == 128
     assert kv_bytes_per_token(config, torch.bfloat16) == kv_bytes
     assert dense(config).weight_bytes / 1e9 == pytest.approx(gigabytes, abs=0.005)

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from engine.model.config import ConfigError, ModelConfig, Rope
+from engine.model.config import ModelConfig, Rope
+from engine.model.errors import ConfigError
+from engine.model.tensors import parameter_count, tensor_shapes
 
 # config.json of allenai/OLMo-2-1124-13B-Instruct, as transformers 4 wrote it
 OLMO2_13B = {
@@ -80,8 +82,8 @@ def test_olmo2_axes():
     assert config.rope == config.sliding_rope == Rope(theta=500000.0)
     assert config.eos_token_ids == (100257,) and config.dtype == "bfloat16"
     assert {config.window(layer) for layer in range(40)} == {0}
-    assert config.parameter_count() == 13_716_198_400
-    shapes = config.tensor_shapes()
+    assert parameter_count(config) == 13_716_198_400
+    shapes = tensor_shapes(config)
     assert len(shapes) == 443
     assert shapes["model.layers.39.self_attn.q_norm.weight"] == (5120,)
     assert shapes["model.layers.0.post_feedforward_layernorm.weight"] == (5120,)
@@ -96,12 +98,12 @@ def test_llama_axes():
     )  # fmt: skip
     assert config.rope == Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 2048)
     assert config.eos_token_ids == (100257, 100258)
-    shapes = config.tensor_shapes()
+    shapes = tensor_shapes(config)
     assert shapes["model.layers.3.self_attn.k_proj.weight"] == (1024, 5120)
     assert "model.layers.3.input_layernorm.weight" in shapes and "model.layers.3.self_attn.q_norm.weight" not in shapes
     tied = ModelConfig.from_dict({**LLAMA, "tie_word_embeddings": True})
-    assert "lm_head.weight" not in tied.tensor_shapes()
-    assert config.parameter_count() - tied.parameter_count() == 100352 * 5120
+    assert "lm_head.weight" not in tensor_shapes(tied)
+    assert parameter_count(config) - parameter_count(tied) == 100352 * 5120
 
 
 def test_mistral_window():

@@ -12,10 +12,11 @@ import safetensors.torch
 import torch
 from engine_checkpoints import Reference
 
-from engine.model.architectures import ARCHITECTURES, checkpoint_tensors
+from engine.model.architectures import ARCHITECTURES
 from engine.model.config import ModelConfig
 from engine.model.cost import Footprint
 from engine.model.safetensors import CheckpointError
+from engine.model.tensors import checkpoint_tensors, parameter_count, tensor_shapes
 from engine.model.transformer import Model
 from engine.model.weights import load_weights, random_weights, stored_dtype
 from engine.ops.batch import Batch
@@ -56,7 +57,7 @@ def test_tensors_equal_transformers(reference: Reference):
             assert layer.q_norm is layer.k_norm is None and arch.qk_norm == "none"
     stored = sum(file.stat().st_size for file in reference.path.glob("*.safetensors"))
     assert weights.statistics is not None
-    assert weights.nbytes == 4 * config.parameter_count() == weights.statistics.bytes < stored
+    assert weights.nbytes == 4 * parameter_count(config) == weights.statistics.bytes < stored
     assert weights.step_bytes == Footprint.dense(config, torch.float32).weight_bytes
     assert weights.statistics.seconds > 0 and weights.statistics.gigabytes_per_second > 0
 
@@ -153,7 +154,7 @@ def test_an_architecture_is_its_entry_in_the_table(
     entry = replace(ARCHITECTURES[base], name="NewForCausalLM", model_type="new", **change)
     monkeypatch.setitem(ARCHITECTURES, entry.name, entry)
     config = ModelConfig.from_dict(SMALL | {"architectures": [entry.name], "model_type": "new"})
-    stored = {name: torch.rand(shape) for name, shape in config.tensor_shapes().items()}
+    stored = {name: torch.rand(shape) for name, shape in tensor_shapes(config).items()}
     assert "model.layers.1.other.weight" in stored
     safetensors.torch.save_file(stored, tmp_path / "model.safetensors")
     weights = load_weights(tmp_path, config, "cpu", torch.float32)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from engine.llm import LLM, EngineConfig
-from engine.model.architectures import checkpoint_tensors
 from engine.model.config import ModelConfig
 from engine.model.linear import DenseLinear, TiledLinear
+from engine.model.tensors import checkpoint_tensors
 from engine.model.transformer import Model
 from engine.model.weights import LayerWeights, Weights, random_weights
 from engine.ops.batch import AttentionLayer, Batch, LayerCache, TokenSpan

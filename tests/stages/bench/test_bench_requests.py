@@ -27,10 +27,10 @@ from engine.runtime.request import Completion
 from stages.bench import decode_batches, requests, serve, step_trace
 from stages.bench.prefix_cache import read_mix
 from stages.bench.suites import SUITES
+from stages.exits import StageError
 from stages.host import read_host
 from stages.metrics import Rows, check
 from stages.params import Load, Requests, SharedPrefix, Workload
-from stages.stage import StageError
 from stages.standard import TooSlow
 
 CONFIG = ModelConfig.from_dict(tiny.ARCHITECTURE)

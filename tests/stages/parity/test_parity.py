@@ -15,6 +15,7 @@ from engine import llm
 from engine.ops.reference import ReferenceOps
 from engine.text.tokenizer import Tokenizer
 from stages import micro, parity
+from stages.exits import StageError
 from stages.findings import Findings, bf16_step, divergence, errors, forward_order
 from stages.host import read_host
 from stages.metrics import Rows
@@ -25,7 +26,7 @@ from stages.parity.errors import FP32_LIMIT, HALVES
 from stages.parity.greedy import diverge
 from stages.parity.shapes import SHAPES, make_checkpoint
 from stages.reference import GreedyReference
-from stages.stage import Run, StageError
+from stages.stage import Run
 
 PASSED = Path("reports/metrics/parity_w04.parquet")
 FAILED = Path("reports/metrics/parity_w04.failed.parquet")

@@ -16,13 +16,13 @@ import tiny_pipeline as tiny
 from stages import metrics
 from stages.bench.graphs import GRAPHS
 from stages.compose import as_dict, compose_conf, read_params
+from stages.exits import StageError
 from stages.host import Device, Host
 from stages.params import Weeks, select
 from stages.report import BEGIN, END, fill_readme, load, main, parity, read_plan, read_recorded, readme_block, steps
 from stages.report import weeks as report_weeks
 from stages.report.parts import Figures, Inputs, Row, Table, Text, number, percent, share_of_limit, show
 from stages.report.results import results_section
-from stages.stage import StageError
 from stages.standard import Case, Latency, add_latency, list_rows
 
 ROOT = Path(__file__).parents[3]

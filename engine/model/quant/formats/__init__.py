@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from engine.model.config import ConfigError
+from engine.model.errors import ConfigError
 from engine.model.quant.formats import awq, bitsandbytes, compressed_tensors, gptq
 from engine.model.quant.formats.fields import Quantization, Stored, StoredLayer
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.model.config import ConfigError
+from engine.model.errors import ConfigError
 from engine.model.quant.formats.fields import ANY_LENGTH, Stored, finite, get, is_among, names_of, only_known
 from engine.model.quant.int4 import NF4_LEVELS, Int4Matrix, aligned_blocks, make_int4
 from engine.model.quant.nibbles import pack_bytes, unpack_bytes

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from engine.model.config import ConfigError
+from engine.model.errors import ConfigError
 from engine.model.quant.int4 import Int4Matrix
 
 GROUP_SIZES = (32, 64, 128, -1)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.model.config import ConfigError
+from engine.model.errors import ConfigError
 from engine.model.quant.formats.fields import (
     Stored,
     finite,

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from engine.model.config import ConfigError
+from engine.model.errors import ConfigError
 from engine.model.quant.formats import awq, bitsandbytes, compressed_tensors, gptq, parse
 from engine.model.quant.formats.fields import StoredLayer
 from engine.model.quant.int4 import NF4_LEVELS, Int4Matrix, aligned_blocks, joined, make_int4

@@ -14,14 +14,15 @@ import torch
 from engine_checkpoints import Reference
 from torch import Tensor
 
-from engine.model.architectures import checkpoint_tensors
-from engine.model.config import ConfigError, ModelConfig
+from engine.model.config import ModelConfig
+from engine.model.errors import ConfigError
 from engine.model.linear import DenseLinear
 from engine.model.quant.formats import awq, bitsandbytes, compressed_tensors, gptq
 from engine.model.quant.grid import Grid, nearest_nf4
 from engine.model.quant.int4 import Int4Matrix
 from engine.model.quant.linear import Int4Linear, StackedLinear
 from engine.model.safetensors import CheckpointError
+from engine.model.tensors import checkpoint_tensors
 from engine.model.transformer import Model
 from engine.model.weights import load_weights
 from engine.ops.batch import Batch

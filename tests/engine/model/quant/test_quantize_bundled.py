@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from engine.bench.quality import compare, windows
-from engine.model.architectures import checkpoint_tensors
 from engine.model.config import ModelConfig
 from engine.model.quant.quantise import quantise
 from engine.model.quant.recipe import Recipe
+from engine.model.tensors import checkpoint_tensors
 from engine.model.transformer import Model
 from engine.model.weights import load_weights
 from engine.ops.reference import ReferenceOps

@@ -294,7 +294,7 @@ def test_a_simulator_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PYTHONPATH", str(Path(parity.__file__).parents[2]))
     out = tmp_path / "out"
     process = micro.start_simulation(tmp_path / "absent", "float32", "prefill", {}, out)
-    with pytest.raises(RuntimeError, match=r"status 1: engine\.model\.config\.ConfigError: .*config\.json"):
+    with pytest.raises(RuntimeError, match=r"status 1: engine\.model\.errors\.ConfigError: .*config\.json"):
         micro.finish_simulation(process, out)
 
 

@@ -45,6 +45,65 @@ def flash(dtype: str, head_dim: int, group: int, source: str, paged: bool) -> Ke
     arrive_last, combine = combiner(dtype, layout)
 
     @device_function
+    def places_of(memory):
+        """Shared addresses of a tile of keys, one of values, the queries, what warps tell each other, and 16 zeros."""
+        k_tile = ptx.shared_address(memory)
+        v_tile = k_tile + uint32(tile_bytes)
+        rows = k_tile + uint32(rows_at)
+        largest_shared, sums_shared = k_tile + uint32(largest_at), k_tile + uint32(sums_at)
+        zeros = k_tile + uint32(zeros_at)
+        return k_tile, v_tile, rows, largest_shared, sums_shared, zeros
+
+    @device_function
+    def first_key(position, window):
+        begin = int64(0)
+        if window > 0:
+            begin = max(begin, position - window + 1)
+        return begin
+
+    @device_function
+    def place_in_pages(base, table, table_row, page_bits, position, page_stride, position_stride):
+        """First element of a position; base: that of the KV head on page 0."""
+        page = int64(table[table_row + (position >> page_bits)])
+        return base + page * page_stride + (position & ((int64(1) << page_bits) - 1)) * position_stride
+
+    @device_function
+    def next_tile(tile, shares):
+        """The block's tile after this one: the next of the segment, or the first of its next segment."""
+        following = tile + 1
+        if following % (SEGMENT // TILE) == 0:
+            following += (shares - 1) * (SEGMENT // TILE)
+        return following
+
+    @device_function
+    def set_to_zero(new_k, new_v):
+        for e in range(4):
+            new_k[e], new_v[e] = uint32(0), uint32(0)
+
+    @device_function
+    def begin_sums(o, online):
+        largest, total, alpha = online
+        for h in range(row_blocks):
+            largest[h], total[h], alpha[h] = float32(-math.inf), float32(0.0), float32(1.0)
+        for i in range(o_words):
+            o[i] = float32(0.0)
+
+    @device_function
+    def put_new(place, new, tile, last_tile, thread):
+        """The thread's chunk of the new token's key or value to its place in the last tile."""
+        if fused and tile == last_tile and thread < chunks:
+            ptx.st_shared_v4(place, new[0], new[1], new[2], new[3])
+
+    @device_function
+    def write_new(caches, own_at, new, tile, last_tile, thread):
+        """The thread's chunks of the new token's key and value to the cache."""
+        k_cache, v_cache = caches
+        new_k, new_v = new
+        if fused and tile == last_tile and thread < chunks:
+            ptx.st_global_v4(k_cache, own_at + thread * 8, new_k[0], new_k[1], new_k[2], new_k[3])
+            ptx.st_global_v4(v_cache, own_at + thread * 8, new_v[0], new_v[1], new_v[2], new_v[3])
+
+    @device_function
     def copy_queries(x, first, rows, thread):
         """x[first]: the group's first element."""
         for i in range(-(-group * chunks // THREADS)):
@@ -74,12 +133,8 @@ def flash(dtype: str, head_dim: int, group: int, source: str, paged: bool) -> Ke
     ):  # fmt: skip
         ptx.griddepcontrol_launch_dependents()
         memory = cuda.shared.array(0, uint8)
-        k_tile = ptx.shared_address(memory)
-        v_tile = k_tile + uint32(tile_bytes)
-        rows = k_tile + uint32(rows_at)
-        largest_shared, sums_shared = k_tile + uint32(largest_at), k_tile + uint32(sums_at)
-        zeros = k_tile + uint32(zeros_at)
         thread = int64(cuda.threadIdx.x)
+        k_tile, v_tile, rows, largest_shared, sums_shared, zeros = places_of(memory)
         warp, lane = thread >> 5, thread & 31
         r8, matrix = lane & 7, lane >> 3
         share, shares = int64(cuda.blockIdx.x), int64(cuda.gridDim.x)
@@ -89,7 +144,6 @@ def flash(dtype: str, head_dim: int, group: int, source: str, paged: bool) -> Ke
         widths = (int64(q_heads) * head_dim, int64(kv_heads) * head_dim)
         if thread == 0:
             ptx.st_shared_v4(zeros, uint32(0), uint32(0), uint32(0), uint32(0))
-
         # What no kernel of the step writes may be read before the wait: the norm's weights.
         weights = cuda.local.array(weight_words, uint32)
         if normed:
@@ -99,9 +153,7 @@ def flash(dtype: str, head_dim: int, group: int, source: str, paged: bool) -> Ke
         if not fused:
             ptx.griddepcontrol_wait()
         position, slot = int64(positions[token]), int64(slots[token])
-        begin = int64(0)
-        if window > 0:
-            begin = max(begin, position - window + 1)
+        begin = first_key(position, window)
         first_segment, last_segment = begin // SEGMENT, position // SEGMENT
         if share > 0 and first_segment + share > last_segment:
             if fused:
@@ -116,8 +168,7 @@ def flash(dtype: str, head_dim: int, group: int, source: str, paged: bool) -> Ke
         page0, page1 = uint32(0), uint32(0)
         if paged:
             page0, page1 = pages_of(table, table_row, pages, page_bits, tile // 4, lane)
-            own_page = int64(table[table_row + (position >> page_bits)])
-            own_at = base + own_page * slot_stride + (position & ((int64(1) << page_bits) - 1)) * position_stride
+            own_at = place_in_pages(base, table, table_row, page_bits, position, slot_stride, position_stride)
         else:
             base += slot * slot_stride
             own_at = base + position * position_stride
@@ -133,8 +184,7 @@ def flash(dtype: str, head_dim: int, group: int, source: str, paged: bool) -> Ke
         ptx.cp_async_commit_group()
         new_k = cuda.local.array(4, uint32)
         new_v = cuda.local.array(4, uint32)
-        for e in range(4):
-            new_k[e], new_v[e] = uint32(0), uint32(0)
+        set_to_zero(new_k, new_v)
         if fused:
             prepare(
                 weights, new_v, x, (cos, sin, position), (row, widths, kv_head, eps),
@@ -154,11 +204,8 @@ def flash(dtype: str, head_dim: int, group: int, source: str, paged: bool) -> Ke
         largest = cuda.local.array(row_blocks, float32)
         total = cuda.local.array(row_blocks, float32)
         alpha = cuda.local.array(row_blocks, float32)
-        for h in range(row_blocks):
-            largest[h], total[h], alpha[h] = float32(-math.inf), float32(0.0), float32(1.0)
-        for i in range(o_words):
-            o[i] = float32(0.0)
         online = (largest, total, alpha)
+        begin_sums(o, online)
         k_lane = k_tile + uint32((warp * 32 + r8) * row_bytes)
         v_lane = v_tile + uint32((r8 + (matrix & 1) * 8) * row_bytes)
         record = token * record_size(q_heads, segments)
@@ -170,16 +217,13 @@ def flash(dtype: str, head_dim: int, group: int, source: str, paged: bool) -> Ke
             cuda.syncthreads()
 
             # Every warp is done with the K tile.
-            following = tile + 1
-            if following % (SEGMENT // TILE) == 0:
-                following += (shares - 1) * (SEGMENT // TILE)
+            following = next_tile(tile, shares)
             if following <= last_tile:
                 if paged and following // 4 != tile // 4:
                     page0, page1 = pages_of(table, table_row, pages, page_bits, following // 4, lane)
                 kv = (base, page0, page1, page_bits, slot_stride, position_stride)
                 copy(k_tile, k_cache, kv, following, span, thread)
-                if fused and following == last_tile and thread < chunks:
-                    ptx.st_shared_v4(k_tile + own_place, new_k[0], new_k[1], new_k[2], new_k[3])
+                put_new(k_tile + own_place, new_k, following, last_tile, thread)
             ptx.cp_async_commit_group()
             weigh(score, online, (rows, largest_shared, sums_shared), factor, warp, lane)
             rescale(o, alpha)
@@ -189,9 +233,7 @@ def flash(dtype: str, head_dim: int, group: int, source: str, paged: bool) -> Ke
             # The V tile has landed and the weights are there.
             add_sums(online, sums_shared, lane)
             multiply_values(o, rows, zeros, v_lane, warp, lane)
-            if fused and tile == last_tile and thread < chunks:
-                ptx.st_global_v4(k_cache, own_at + thread * 8, new_k[0], new_k[1], new_k[2], new_k[3])
-                ptx.st_global_v4(v_cache, own_at + thread * 8, new_v[0], new_v[1], new_v[2], new_v[3])
+            write_new((k_cache, v_cache), own_at, (new_k, new_v), tile, last_tile, thread)
             running = following <= last_tile
             if not running or following // 4 != tile // 4:
                 places = (out_row, record, segments, tile // 4)
@@ -203,8 +245,7 @@ def flash(dtype: str, head_dim: int, group: int, source: str, paged: bool) -> Ke
                 # The K tile has landed, and every warp is done with the V tile.
                 kv = (base, page0, page1, page_bits, slot_stride, position_stride)
                 copy(v_tile, v_cache, kv, following, span, thread)
-                if fused and following == last_tile and thread < chunks:
-                    ptx.st_shared_v4(v_tile + own_place, new_v[0], new_v[1], new_v[2], new_v[3])
+                put_new(v_tile + own_place, new_v, following, last_tile, thread)
                 ptx.cp_async_commit_group()
             tile = following
 

@@ -66,6 +66,35 @@ def consumer(dtype: str, layout: Layout) -> Callable[..., None]:
     one_unfinished, none_unfinished = ptx.wgmma_wait_group(1), ptx.wgmma_wait_group(0)
 
     @device_function
+    def set_to_zero(score, o, p):
+        for i in range(score_words):
+            score[i] = float32(0.0)
+        for i in range(o_words):
+            o[i] = float32(0.0)
+        for i in range(p_words):
+            p[i] = uint32(0)
+
+    @device_function
+    def begin_sums(largest, total):
+        """Of no scores: the largest and the sum of what they weigh."""
+        for h in range(2):
+            largest[h], total[h] = float32(-math.inf), float32(0.0)
+
+    @device_function
+    def matrices_of(base, group):
+        """Descriptors of the warpgroup's queries and of the first stage's keys and values."""
+        q_matrix = uint32(ptx.wgmma_descriptor(base + uint32(group * 8192), uint32(16), uint32(1024)))
+        k_matrices = uint32(ptx.wgmma_descriptor(base + uint32(k_at), uint32(16), uint32(1024)))
+        v_matrices = uint32(ptx.wgmma_descriptor(base + uint32(v_at), uint32(box_bytes), uint32(1024)))
+        return q_matrix, k_matrices, v_matrices
+
+    @device_function
+    def entry(told):
+        """Token, count, position and head of the entry that the producer has told of."""
+        words = ptx.ld_shared_v4(told)
+        return int32(words[0]), int32(words[1]), int32(words[2]), int32(words[3])
+
+    @device_function
     def release_queries(base, last, lane):
         """With the product with the last keys the queries are used up: the next ones arrive while these are weighed."""
         if last and lane == 0:
@@ -140,16 +169,9 @@ def consumer(dtype: str, layout: Layout) -> Callable[..., None]:
         done_total = cuda.local.array(2, float32)
         all_largest = cuda.local.array(2, float32)
         all_total = cuda.local.array(2, float32)
-        for i in range(score_words):
-            score[i] = float32(0.0)
-        for i in range(o_words):
-            o[i] = float32(0.0)
-        for i in range(p_words):
-            p[i] = uint32(0)
+        set_to_zero(score, o, p)
         online, totals = (peak, largest, alpha, shift), (all_largest, all_total)
-        q_matrix = uint32(ptx.wgmma_descriptor(base + uint32(group * 8192), uint32(16), uint32(1024)))
-        k_matrices = uint32(ptx.wgmma_descriptor(base + uint32(k_at), uint32(16), uint32(1024)))
-        v_matrices = uint32(ptx.wgmma_descriptor(base + uint32(v_at), uint32(box_bytes), uint32(1024)))
+        q_matrix, k_matrices, v_matrices = matrices_of(base, group)
         own_place = base + uint32(totals_at) + uint32((thread >> 5) * own_totals)
         totals_place = own_place + uint32(lane * 16)
         # Of tiles that this warpgroup is done with, of earlier queries and these; the parity of queries.
@@ -158,19 +180,16 @@ def consumer(dtype: str, layout: Layout) -> Callable[..., None]:
             give_turn(group)
         wait(base + uint32(q_full), q_parity)
         told = base + uint32(entry_at)
-        words = ptx.ld_shared_v4(told)
-        token, count, position, head = int32(words[0]), int32(words[1]), int32(words[2]), int32(words[3])
+        token, count, position, head = entry(told)
         while count > 0:
             low, limit = earliest(position, window, 0), int32(position + count)
             if divided:
                 words = ptx.ld_shared_v4(told + uint32(16))
                 low, limit = int32(words[0]), int32(words[1])
             tile, last_tile = int32(low >> 7), int32(int32(limit - 1) >> 7)
-            for h in range(2):
-                largest[h], total[h] = float32(-math.inf), float32(0.0)
-                all_largest[h], all_total[h] = float32(-math.inf), float32(0.0)
-            kept, ended = False, False
-            fresh = uint32(0)
+            begin_sums(largest, total)
+            begin_sums(all_largest, all_total)
+            kept, ended, fresh = False, False, uint32(0)
             first_scores(score, base, (q_matrix, k_matrices, v_matrices), done, tile == last_tile, group, lane)
             first = int32(tile * TILE)
             if not sees_all(first, position, group, window):
@@ -217,7 +236,7 @@ def consumer(dtype: str, layout: Layout) -> Callable[..., None]:
                 if ended:
                     for h in range(2):
                         done_largest[h], done_total[h] = largest[h], total[h]
-                        largest[h], total[h] = float32(-math.inf), float32(0.0)
+                    begin_sums(largest, total)
                 find_maxima(score, online, factor)
                 weigh(score, part, total, alpha, shift, factor, 0)
                 computed(total, base + uint32(spare_at))
@@ -253,7 +272,6 @@ def consumer(dtype: str, layout: Layout) -> Callable[..., None]:
             q_parity ^= uint32(1)
             wait(base + uint32(q_full), q_parity)
             told = base + uint32(entry_at) + uint32(entry_stride) * q_parity
-            words = ptx.ld_shared_v4(told)
-            token, count, position, head = int32(words[0]), int32(words[1]), int32(words[2]), int32(words[3])
+            token, count, position, head = entry(told)
 
     return consume

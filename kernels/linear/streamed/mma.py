@@ -21,54 +21,26 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
     tokens, token_bytes, own_boxes, batch = tiling.tokens, tiling.token_bytes, tiling.own_boxes, tiling.batch
     segment_warps = tiling.warps // segments
     steps = own_boxes * 4  # of 16 columns, of a warp in a stage
-    pairs = batch // 2
     together = min(tiles, tiling.together)
     accumulators = each * tiles * 4
     weight_words, token_words = each * batch * 2, together * batch * (4 if tokens > 8 else 2)
     wait, _, advance, _ = ring(stages, tiling.copy == "bulk")
-    load_weight, load_tokens, multiply = _operands(dtype, tiling, together)
-    exchange = _exchange(tiling, accumulators)
+    load_weight, load_tokens = _loads(tiling, together)
+    multiply, exchange = _products(dtype, tiling, together), _exchange(tiling, accumulators)
     epilogue = _epilogue(dtype, tiling, gated)
 
     @device_function
-    def release(empty, stage, w, t, zero, lane):
-        """The stage is in registers: it may be filled again. An arrival overtakes loads that are on their way
-        (measured), so its address depends on what they give: one word of the four of an ldmatrix is enough."""
-        seen = uint32(0)
-        for i in range(weight_words // 4):
-            seen |= w[4 * i]
-        for i in range(token_words // 4):
-            seen |= t[4 * i]
-        ptx.bar_warp_sync()
-        if lane == 0:
-            ptx.mbarrier_arrive(empty + uint32(8 * stage) + (seen & zero))
-
-    @device_function
-    def multiply_stages(acc, w, t, ring_at, places, place, count, zero, lane):
-        """Add the products of `count` stages from `place` on, the next stage and its parity; the place after them."""
-        full = ring_at + uint32(stages * stage_bytes)
-        empty = full + uint32(8 * stages)
-        first_row, token_place, swizzle, chunk, token_chunk = places
-        stage, parity = place
-        for _ in range(count):
-            wait(full, stage, parity)
-            at = ring_at + uint32(stage * stage_bytes)
-            for b in range(steps // batch):
-                for p in range(pairs):
-                    load_weight(w, at, b, p, first_row, swizzle, chunk)
-                for g in range(tiles // together):
-                    for p in range(pairs):
-                        load_tokens(t, at + token_place, b, p, g, swizzle, token_chunk)
-                    if b == steps // batch - 1 and g == tiles // together - 1:
-                        release(empty, stage, w, t, zero, lane)
-                    for p in range(pairs):
-                        multiply(acc, w, t, g, p)
-            stage, parity = advance(stage, parity)
-        return stage, parity
+    def joined(seen, words, count):
+        """Bits that depend on every load into the words: one of the four that an ldmatrix gives is enough."""
+        for i in range(count // 4):
+            seen |= words[4 * i]
+        return seen
 
     @device_function
     def consume(out, ring_at, taken, columns, depth, work, warp, lane):
         blocks, stage_count = work
+        full = ring_at + uint32(stages * stage_bytes)
+        empty = full + uint32(8 * stages)
         block = int32(cuda.blockIdx.x)
         acc = cuda.local.array(accumulators, float32)
         w = cuda.local.array(weight_words, uint32)
@@ -83,14 +55,29 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
         else:
             token_row, token_chunk = r8, chunk
         token_place = uint32(boxes * box_bytes + segment * own_boxes * token_bytes + token_row * 128)
-        places = (first_row, token_place, uint32(r8), chunk, token_chunk)
-        passed = ring_at + uint32(stages * (stage_bytes + 16)) + uint32(member * 512 + lane * 16)
-        place = (int32(0), uint32(0))
+        swizzle = uint32(r8)
+        passed = empty + uint32(8 * stages) + uint32(member * 512 + lane * 16)
+        stage, parity = int32(0), uint32(0)
         zero = uint32(depth & (BOX - 1))  # which the compiler does not know
         while block < blocks:
             for i in range(accumulators):
                 acc[i] = float32(0.0)
-            place = multiply_stages(acc, w, t, ring_at, places, place, stage_count, zero, lane)
+            for _ in range(stage_count):
+                wait(full, stage, parity)
+                at = ring_at + uint32(stage * stage_bytes)
+                for b in range(steps // batch):
+                    load_weight(w, at, b, first_row, swizzle, chunk)
+                    for g in range(tiles // together):
+                        load_tokens(t, at + token_place, b, g, swizzle, token_chunk)
+                        if b == steps // batch - 1 and g == tiles // together - 1:
+                            # The stage is in registers: it may be filled again. An arrival overtakes loads that are
+                            # on their way (measured), so its address depends on what the last of them give.
+                            seen = joined(joined(uint32(0), w, weight_words), t, token_words)
+                            ptx.bar_warp_sync()
+                            if lane == 0:
+                                ptx.mbarrier_arrive(empty + uint32(8 * stage) + (seen & zero))
+                        multiply(acc, w, t, g)
+                stage, parity = advance(stage, parity)
             if segments > 1:
                 exchange(acc, passed, segment)
             epilogue(acc, out, block, (segment, own_groups, own_tokens), taken, columns, lane)
@@ -99,48 +86,54 @@ def consumer(dtype: str, tiling: Tiling, gated: bool) -> Callable[..., None]:
     return consume
 
 
-def _operands(dtype: str, tiling: Tiling, together: int) -> tuple[Callable[..., None], ...]:
-    """Functions of the operands of two steps, a pair, of which a batch has several: load the weights' to registers,
-    load the tokens', add their products.
-
-    b: batch of the stage. p: pair of the batch. g: which `together` tiles of tokens.
-    """
-    each, batch, tiles, tokens = tiling.each, tiling.batch, tiling.tiles, tiling.tokens
+def _loads(tiling: Tiling, together: int) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Functions that load the operands of one batch of steps to registers: of weights, of tokens."""
+    each, batch, tokens = tiling.each, tiling.batch, tiling.tokens
     box_bytes, token_bytes = tiling.box_bytes, tiling.token_bytes
+
+    @device_function
+    def load_weight(w, stage_at, b, first_row, swizzle, chunk):
+        for i in range(batch // 2):
+            # One ldmatrix.x4 holds a group's rows of 32 columns: two steps.
+            step = b * batch + 2 * i
+            for e in range(each):
+                column = uint32(step // 2 % 2 * 4 + chunk) ^ swizzle
+                place = uint32(step // 4 * box_bytes + e * 1024) + (column << uint32(4))
+                got = ptx.ldmatrix_x4(stage_at + first_row + place)
+                for j in range(4):
+                    w[(e * batch + 2 * i) * 2 + j] = got[j]
+
+    @device_function
+    def load_tokens(t, tokens_at, b, g, swizzle, chunk):
+        if tokens > 8:
+            for i in range(batch):
+                step = b * batch + i
+                column = (uint32(step % 4 * 2 + chunk) ^ swizzle) << uint32(4)
+                for m in range(together):
+                    place = uint32(step // 4 * token_bytes + (g * together + m) * 2048)
+                    got = ptx.ldmatrix_x4(tokens_at + place + column)
+                    for j in range(4):
+                        t[(m * batch + i) * 4 + j] = got[j]
+        else:
+            for i in range(batch // 2):
+                step = b * batch + 2 * i
+                column = (uint32(step // 2 % 2 * 4 + chunk) ^ swizzle) << uint32(4)
+                got = ptx.ldmatrix_x4(tokens_at + uint32(step // 4 * token_bytes) + column)
+                for j in range(4):
+                    t[i * 4 + j] = got[j]
+
+    return load_weight, load_tokens
+
+
+def _products(dtype: str, tiling: Tiling, together: int) -> Callable[..., None]:
+    """A function that adds the products of one batch of steps with the g-th `together` tiles of tokens."""
+    each, batch, tiles, tokens = tiling.each, tiling.batch, tiling.tiles, tiling.tokens
     mma = device.HALVES[dtype].mma
 
     @device_function
-    def load_weight(w, stage_at, b, p, first_row, swizzle, chunk):
-        # One ldmatrix.x4 holds a group's rows of 32 columns: two steps.
-        pair = b * (batch // 2) + p
-        for e in range(each):
-            column = uint32(pair % 2 * 4 + chunk) ^ swizzle
-            place = uint32(pair // 2 * box_bytes + e * 1024) + (column << uint32(4))
-            got = ptx.ldmatrix_x4(stage_at + first_row + place)
-            for j in range(4):
-                w[(e * batch + 2 * p) * 2 + j] = got[j]
-
-    @device_function
-    def load_tokens(t, tokens_at, b, p, g, swizzle, chunk):
-        pair = b * (batch // 2) + p
-        if tokens > 8:
-            for i in range(2):
-                column = (uint32(pair % 2 * 4 + i * 2 + chunk) ^ swizzle) << uint32(4)
-                for m in range(together):
-                    place = uint32(pair // 2 * token_bytes + (g * together + m) * 2048)
-                    got = ptx.ldmatrix_x4(tokens_at + place + column)
-                    for j in range(4):
-                        t[(m * batch + 2 * p + i) * 4 + j] = got[j]
-        else:
-            column = (uint32(pair % 2 * 4 + chunk) ^ swizzle) << uint32(4)
-            got = ptx.ldmatrix_x4(tokens_at + uint32(pair // 2 * token_bytes) + column)
-            for j in range(4):
-                t[p * 4 + j] = got[j]
-
-    @device_function
-    def multiply(acc, w, t, g, p):
+    def multiply(acc, w, t, g):
         zero = uint32(0)
-        for i in range(2 * p, 2 * p + 2):
+        for i in range(batch):
             for m in range(together):
                 for e in range(each):
                     c = (e * tiles + g * together + m) * 4
@@ -152,7 +145,7 @@ def _operands(dtype: str, tiling: Tiling, together: int) -> tuple[Callable[..., 
                         d = mma(t[2 * i], zero, t[2 * i + 1], zero, b0, b1, acc[c], acc[c + 1], acc[c + 2], acc[c + 3])
                     acc[c], acc[c + 1], acc[c + 2], acc[c + 3] = d[0], d[1], d[2], d[3]
 
-    return load_weight, load_tokens, multiply
+    return multiply
 
 
 def _exchange(tiling: Tiling, accumulators: int) -> Callable[..., None]:

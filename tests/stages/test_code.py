@@ -1,5 +1,6 @@
 """stages/code.py: what belongs to a stage's code, what changes its digest, and results that are of other code."""
 
+import linecache
 from hashlib import md5
 from pathlib import Path
 
@@ -29,14 +30,20 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(code, "STAGES", ("build", "report"))
+    forget()
     return tmp_path
 
 
-def describe(name: str) -> str:
+def forget() -> None:
+    """A process reads a file of one name once; here it is another in each test."""
     from kernels.identity import _tokens
 
     _tokens.cache_clear()
-    __import__("linecache").clearcache()
+    linecache.clearcache()
+
+
+def describe(name: str) -> str:
+    forget()
     return code.describe(name)
 
 

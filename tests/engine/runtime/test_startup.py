@@ -106,6 +106,10 @@ def test_no_request_needs_what_was_not_prepared(fields, dtype, settings, monkeyp
 
     def launch(kernel: Kernel, grid: Any, args: tuple[Any, ...], options: Any) -> None:
         launched.add(kernel.name)
+        if kernel.name.startswith("linear"):  # what was there before may be no number
+            for value in args:
+                if isinstance(value, torch.Tensor) and value.is_floating_point():
+                    value.nan_to_num_()
         if kernel.name.startswith(("argmax", "sample")):  # a token of the vocabulary, whichever
             for value in args:
                 if isinstance(value, torch.Tensor) and value.dtype == torch.int32:
